@@ -1,0 +1,43 @@
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+TP ?= 8
+DCP ?= 8
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-checkpoint
+
+.PHONY: demo test format clean
+
+demo: $(VENV)/.server $(DEMO)/config.json  ## serve a small DeepSeek-V2 on the CPU
+	$(BIN)/minidcp serve $(DEMO) --device cpu --ranks threads --tp-size $(TP) --dcp-size $(DCP) \
+		--host $(HOST) --port $(PORT)
+
+test: $(VENV)/.dev  ## lint, type-check and test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
+
+$(DEMO)/config.json: examples/make_demo_checkpoint.py | $(VENV)/.server
+	$(BIN)/python examples/make_demo_checkpoint.py $(DEMO)
+
+$(VENV)/.server: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("minidcp needs Python 3.11 or newer; try: make PYTHON=python3.12" \
+		if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,37 @@
+"""The contract of an attention back-end. `reference.py` is the shortest complete one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from minidcp.batch import ForwardBatch, Varlen
+
+
+class AttentionBackend(Protocol):
+    """Attention over one rank's shard of the latent cache, and among new tokens.
+
+    Every `lse` is [tokens, heads] float32, natural logarithm, -inf where a token sees nothing; its
+    output may then be anything. A back-end that computes otherwise converts at its own edge.
+    """
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Prepare what every layer of this step shares; called once per step."""
+
+    def decode(
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Absorbed attention of the decode rows over this rank's shard.
+
+        Args:
+            q_latent: [num_decode, H, kv_lora_rank] queries with W_UK absorbed.
+            q_pe: [num_decode, H, rope] their rotated parts.
+            kv: [num_blocks, block_size, kv_lora_rank + rope] one layer's cache.
+
+        Returns:
+            out [num_decode, H, kv_lora_rank], before W_UV, and lse.
+        """
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+        """MHA over packed sequences: q [Tq, H, Dqk], k [Tk, H, Dqk], v [Tk, H, Dv] -> [Tq, H, Dv], lse."""

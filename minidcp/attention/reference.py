@@ -1,0 +1,59 @@
+"""Attention in plain torch: the CPU's back-end, and what the GPU's are compared with.
+
+It materialises scores and loops over prefill sequences; it is meant to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minidcp.batch import ForwardBatch, Varlen
+
+
+class ReferenceBackend:
+    """`softmax_scale` multiplies the scores; sums and softmax are in fp32."""
+
+    def __init__(self, softmax_scale: float) -> None:
+        self.softmax_scale = softmax_scale
+        self.slots = self.empty = torch.empty(0)
+
+    def plan(self, batch: ForwardBatch) -> None:
+        if not batch.num_decode:
+            return
+        slots = torch.arange(int(batch.local_lens.max()), device=batch.local_lens.device)
+        self.empty = slots >= batch.local_lens[:, None]  # [B, L]
+        self.slots = slots
+
+    def decode(
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        block_size = kv.shape[1]
+        rows = batch.block_table.long()[:, self.slots // block_size] * block_size + self.slots % block_size
+        latents = kv.flatten(0, 1)[rows].float()  # [B, L, C + R]
+        latents = latents.masked_fill(self.empty[..., None], 0.0)  # an unused slot may hold NaN
+        q = torch.cat([q_latent, q_pe], -1).float()
+        scores = torch.einsum("bhc,blc->bhl", q, latents) * self.softmax_scale
+        scores = scores.masked_fill(self.empty[:, None], -torch.inf)
+        out, lse = attend(scores, latents[..., : q_latent.shape[-1]])
+        return out.to(q_latent.dtype), lse
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+        outs, lses = [], []
+        sequences = zip(q.split(varlen.lens_q), k.split(varlen.lens_k), v.split(varlen.lens_k), strict=True)
+        for q_i, k_i, v_i in sequences:
+            scores = torch.einsum("qhd,khd->hqk", q_i.float(), k_i.float()) * self.softmax_scale
+            if varlen.causal:
+                hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+                scores = scores.masked_fill(hidden, -torch.inf)
+            out, lse = attend(scores, v_i.float().transpose(0, 1))
+            outs.append(out.transpose(0, 1))
+            lses.append(lse.transpose(0, 1))
+        return torch.cat(outs).to(q.dtype), torch.cat(lses)
+
+
+def attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(scores [..., Q, K]) @ values [..., K, D], and the log-sum-exp; out is 0 where all is hidden."""
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    return weights @ values, lse

@@ -1,0 +1,136 @@
+"""The command line: `minidcp serve MODEL …` and `minidcp generate MODEL --prompt …`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from minidcp.config import CHOICES, EngineConfig, flag
+from minidcp.engine.executor import EngineDeadError
+from minidcp.llm import LLM
+from minidcp.request import SamplingParams
+
+# What users of other engines type.
+ALIASES = {
+    "tp_size": ["--tensor-parallel-size", "-tp"],
+    "dcp_size": ["--decode-context-parallel-size", "-dcp"],
+    "num_blocks": ["--num-gpu-blocks-override"],
+    "max_model_len": ["--context-length"],
+    "max_num_seqs": ["--max-running-requests"],
+    "gpu_memory_utilization": ["--mem-fraction-static"],
+}
+HELP = {
+    "tp_size": "ranks that share the model",
+    "dcp_size": "ranks that share one KV cache; divides --tp-size",
+    "dcp_comm_backend": "how partial attention is exchanged",
+    "attention_backend": "attention kernels",
+    "exchange_policy": "where W_UK and W_UV are applied: wide, narrow, or by batch size",
+    "narrow_threshold": "decode rows from which auto exchanges narrow",
+    "device": "cpu, cuda, or auto",
+    "dtype": "of weights and cache; auto is bfloat16 on GPUs, float32 on CPUs",
+    "ranks": "how ranks are started; auto is processes, or torchrun's under torchrun",
+    "block_size": "tokens per block and rank",
+    "num_blocks": "KV cache blocks; default: what memory allows",
+    "max_model_len": "longest prompt + completion in tokens; default: the model's",
+    "max_num_seqs": "requests that run at once",
+    "max_num_batched_tokens": "tokens per step; longer prompts are computed in chunks",
+    "gpu_memory_utilization": "share of GPU memory to use",
+    "prefix_cache": "reuse the KV cache of equal prompt beginnings",
+}
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag per field of EngineConfig."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name")
+    parser.add_argument(
+        "--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag"
+    )
+    types = get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        if field.name == "model":
+            continue
+        names = [flag(field.name), *ALIASES.get(field.name, [])]
+        kind = next((t for t in get_args(types[field.name]) if t is not type(None)), types[field.name])
+        options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": HELP[field.name]}
+        if kind is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(*names, type=kind, choices=CHOICES.get(field.name), **options)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    model = args.model_flag or args.model
+    if model is None:
+        raise ValueError("MODEL is missing: a checkpoint directory or a Hugging Face name")
+    if args.model and args.model_flag and args.model != args.model_flag:
+        raise ValueError(f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
+    options = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "model"}
+    return EngineConfig(model=model, **options)
+
+
+def serve(args: argparse.Namespace) -> int:
+    try:
+        from minidcp_server.app import serve as run  # the engine runs where no web framework is installed
+    except ImportError as error:
+        raise ValueError(f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})") from None
+    code: int = run(engine_config(args), args.host, args.port, args.served_model_name)
+    return code
+
+
+def generate(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    params = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed, ignore_eos=args.ignore_eos
+    )
+    with LLM(**{f.name: getattr(config, f.name) for f in fields(config)}) as llm:
+        start = time.perf_counter()
+        outputs = llm.generate(args.prompt, params, use_tqdm=True)
+        seconds = time.perf_counter() - start
+    for output in outputs:
+        print(f"{output.prompt}{output.outputs[0].text}")
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("serve", help="serve an OpenAI-compatible HTTP API", allow_abbrev=False)
+    add_engine_flags(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 lets the system choose")
+    p.add_argument("--served-model-name", help="the model's name in the API; default: MODEL")
+    p.set_defaults(run=serve)
+
+    p = commands.add_parser("generate", help="complete prompts and print them", allow_abbrev=False)
+    add_engine_flags(p)
+    p.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    p.add_argument("--max-tokens", type=int, default=128, help="tokens to generate per prompt")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--seed", type=int, help="makes sampling repeatable")
+    p.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    p.set_defaults(run=generate)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 1 if the engine ended by itself, 2 for a user's error."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        code: int = args.run(args)
+        return code
+    except ValueError as error:
+        print(f"minidcp: error: {error}", file=sys.stderr)
+        return 2
+    except EngineDeadError as error:
+        print(f"minidcp: the engine ended: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,252 @@
+"""The engine: requests in, steps, text out. `LLMEngine.step` is the whole story.
+
+It runs on the driver and touches no tensor. `scheduler.py` decides, `executor.py` reaches the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+
+from minidcp.config import EngineConfig, ModelConfig, find_model, require
+from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
+from minidcp.engine.executor import start_executor
+from minidcp.engine.model_runner import StepResult
+from minidcp.engine.scheduler import PlannedStep, Scheduler
+from minidcp.kv_cache.block_manager import BlockManager
+from minidcp.kv_cache.interleave import Interleave
+from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, Status, TokenLogprobs
+
+logger = logging.getLogger("minidcp")
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    step_seconds: float = 0.0  # spent by rank 0 inside steps
+
+
+class LLMEngine:
+    """One model on its ranks, serving many requests at once. Not thread-safe: one thread calls it.
+
+    Raises:
+        ValueError: the configuration or the checkpoint is wrong; the message says what.
+        EngineDeadError: a rank ended; from any method.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        lower_max_model_len = config.max_model_len is None
+        config, model_config = resolve(config)
+        self.model_config = model_config
+        self.tokenizer = load_tokenizer(find_model(config.model))
+        self.executor = start_executor(config, model_config)
+        try:
+            self.config = self.init_cache(config, lower_max_model_len)
+        except BaseException:
+            self.executor.close()
+            raise
+        assert self.config.num_blocks and self.config.max_model_len
+        self.max_model_len = self.config.max_model_len
+        self.blocks = BlockManager(
+            self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache
+        )
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0)
+        self.requests: dict[str, tuple[Request, Detokenizer]] = {}
+        self.in_flight: deque[PlannedStep] = deque()
+        self.stats = EngineStats()
+
+    def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
+        """Size the cache from what the ranks have room for; the configuration with the final numbers.
+        A context length that nobody asked for is lowered to what fits."""
+        ready = self.executor.wait_ready()
+        layout = Interleave(config.dcp_size, config.block_size)
+        width = self.model_config.latent_dim * getattr(torch, config.dtype).itemsize
+        block_bytes = self.model_config.num_hidden_layers * config.block_size * width
+        max_model_len = config.max_model_len or 0
+        num_blocks = config.num_blocks
+        if num_blocks is None:
+            room = min(r.kv_bytes for r in ready) // block_bytes
+            num_blocks = min(room, config.max_num_seqs * layout.num_blocks(max_model_len))
+        capacity = num_blocks * layout.tokens_per_block
+        if lower_max_model_len and 0 < capacity < max_model_len:
+            logger.warning(
+                "--max-model-len lowered from %d to the KV cache's %d tokens", max_model_len, capacity
+            )
+            max_model_len = capacity
+        require(
+            capacity >= max_model_len,
+            f"--max-model-len {max_model_len}: the KV cache holds {max(capacity, 0)} tokens "
+            f"({num_blocks} blocks of {config.block_size} × dcp {config.dcp_size}); "
+            "lower it, or raise --num-blocks or --dcp-size",
+        )
+        self.executor.init_cache(num_blocks)
+        logger.info(
+            "weights: %.1f MB read per rank; KV cache: %d blocks, %d tokens per rank, %d in all (dcp %d), "
+            "%d requests of %d tokens",
+            max(r.bytes_read for r in ready) / 1e6,
+            num_blocks,
+            num_blocks * config.block_size,
+            capacity,
+            config.dcp_size,
+            num_blocks // layout.num_blocks(max_model_len),
+            max_model_len,
+        )
+        return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+
+    def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
+        """Queue a prompt.
+
+        Raises:
+            ValueError: the prompt is empty, too long or holds unknown tokens, or needs a tokenizer that
+                the checkpoint lacks.
+        """
+        require(request_id not in self.requests, f"request_id {request_id!r} is in use")
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        self.validate(tokens, params)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        limit = self.max_model_len - len(tokens)
+        request = Request(request_id, tokens, params, min(params.max_tokens or limit, limit), seed)
+        stop = tuple(params.stop)
+        self.requests[request_id] = request, Detokenizer(self.tokenizer, stop, params.skip_special_tokens)
+        self.scheduler.add(request)
+        return request
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS)."""
+        if self.tokenizer is None:
+            raise ValueError("prompt: the checkpoint has no tokenizer; give token ids instead of text")
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        return ids
+
+    def validate(self, tokens: list[int], params: SamplingParams) -> None:
+        require(len(tokens) > 0, "prompt: is empty; give at least one token")
+        vocab = self.model_config.vocab_size
+        bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab), None)
+        require(bad is None, f"prompt: token id {bad!r} is out of range; the vocabulary has {vocab} tokens")
+        wanted = params.max_tokens or 1
+        require(
+            len(tokens) + wanted <= self.max_model_len,
+            f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
+            f"{len(tokens) + wanted} tokens ({len(tokens)} in the prompt, max_tokens {wanted}). "
+            "Shorten the prompt or lower max_tokens.",
+        )
+        require(
+            (params.logprobs or 0) <= vocab, f"logprobs {params.logprobs}: the vocabulary has {vocab} tokens"
+        )
+        require(
+            not params.stop or self.tokenizer is not None,
+            f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; unknown ids are ignored (it may just have finished)."""
+        entry = self.requests.pop(request_id, None)
+        if entry is not None:
+            self.scheduler.finish(entry[0], FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.num_unfinished > 0 or bool(self.in_flight)
+
+    def step(self) -> list[OutputDelta]:
+        """Plan and submit the next step, then take in the result of the one before it: planning
+        overlaps with running. Returns what that older step added to each request."""
+        planned = self.scheduler.schedule()
+        if planned is not None:
+            self.executor.submit(planned.plan)
+            self.in_flight.append(planned)
+        if not self.in_flight or (planned is not None and len(self.in_flight) == 1):
+            return []
+        return self.take_in(self.in_flight.popleft(), self.executor.collect())
+
+    def take_in(self, step: PlannedStep, result: StepResult) -> list[OutputDelta]:
+        requests = self.scheduler.update(step, result.tokens)
+        logprobs = result.logprobs or [None] * len(requests)
+        deltas = [
+            self.advance(request, token, lp)
+            for request, token, lp in zip(requests, result.tokens, logprobs, strict=True)
+            if request.status is not Status.FINISHED  # it ended while this step was in flight
+        ]
+        self.stats.steps += 1
+        self.stats.step_seconds += result.seconds
+        self.stats.prompt_tokens += len(step.plan.tokens)
+        self.stats.generated_tokens += len(deltas)
+        return deltas
+
+    def advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> OutputDelta:
+        """Add a sampled token to its request's text and finish the request if that ends it."""
+        params, detokenizer = request.params, self.requests[request.request_id][1]
+        reason: FinishReason | None = None
+        text = ""
+        if token in params.stop_token_ids or (
+            not params.ignore_eos and token in self.model_config.eos_token_ids
+        ):
+            reason = FinishReason.STOP
+        else:
+            text = detokenizer.append(token)
+            if request.num_outputs >= request.max_tokens:
+                reason = FinishReason.LENGTH
+        if reason is not None:
+            text += detokenizer.flush()
+        if detokenizer.stopped:
+            reason = FinishReason.STOP
+        if reason is not None:
+            del self.requests[request.request_id]
+            self.scheduler.finish(request, reason)
+        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError if a rank has ended while nothing was running."""
+        if not self.in_flight:
+            self.executor.check()
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
+    """Fill in every "auto" and check the configuration against the model and the machine."""
+    path = find_model(config.model)
+    model_config = ModelConfig.from_hf(path)
+    config.parallel.check_heads(model_config.num_attention_heads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    require(device == "cpu" or torch.cuda.is_available(), f"--device {device}: no CUDA device is available")
+    dtype = config.dtype
+    if dtype == "auto":  # on a CPU bf16 is slower and less exact than fp32
+        dtype = "bfloat16" if device != "cpu" else "float32"
+    longest = model_config.max_position_embeddings
+    max_model_len = config.max_model_len or longest
+    require(
+        max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}"
+    )
+    ranks = config.ranks
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        require(world == config.tp_size, f"--tp-size {config.tp_size}: torchrun started {world} processes")
+        ranks = "torchrun"
+    elif ranks == "auto":
+        ranks = "threads" if config.tp_size == 1 else "processes"
+    batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
+    return (
+        replace(
+            config,
+            model=str(path),
+            device=device,
+            dtype=dtype,
+            ranks=ranks,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=batched,
+        ),
+        model_config,
+    )

@@ -1,0 +1,202 @@
+"""Continuous batching in integers: who computes which tokens in the next step.
+
+Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted
+when blocks run out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from minidcp.batch import SampleColumns, StepPlan
+from minidcp.kv_cache.block_manager import BlockManager
+from minidcp.request import FinishReason, Request, Status
+
+
+@dataclass
+class PlannedStep:
+    """A plan and whose rows it holds; the workers get the plan only."""
+
+    plan: StepPlan
+    requests: list[Request]
+
+    def sampling_requests(self) -> list[Request]:
+        return [self.requests[row] for row in self.plan.sample.rows]
+
+
+class Scheduler:
+    """Plans steps ahead of their results: a request's next token may be sampled but not known yet.
+
+    The caller plans step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe
+    because workers execute plans in order: whatever a late plan overwrites, earlier ones have read.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
+        self.num_preemptions = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> PlannedStep | None:
+        """The next step, or None if nothing can be planned before a running step's tokens are known."""
+        step = PlannedStep(StepPlan(), [])
+        for request in list(self.running):
+            if request.status is Status.RUNNING and self.can_decode(request) and self.grow(request, step):
+                self.add_row(step, request, 1)
+        step.plan.num_decode = len(step.requests)
+        budget = self.max_num_batched_tokens - step.plan.num_decode
+        for request in self.running:
+            if budget > 0 and request.is_prefilling:
+                budget -= self.add_chunk(step, request, budget)
+        while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
+            budget -= self.add_chunk(step, self.running[-1], budget)
+        return step if step.requests else None
+
+    def can_decode(self, request: Request) -> bool:
+        """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
+        known = len(request.tokens) + request.num_in_flight
+        return (
+            not request.is_prefilling
+            and request.num_computed == known - 1
+            and request.num_outputs + request.num_in_flight < request.max_tokens
+        )
+
+    def grow(self, request: Request, step: PlannedStep) -> bool:
+        """Make room for one more token, preempting younger requests if need be; False: it was preempted."""
+        if request.num_computed < len(request.blocks) * self.blocks.tokens_per_block:
+            return True
+        while not self.extend(request, 1, step):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def extend(self, request: Request, count: int, step: PlannedStep) -> bool:
+        blocks = self.blocks.allocate(count)
+        if blocks is None:
+            return False
+        self.hand_over(request, blocks, step)
+        return True
+
+    def hand_over(self, request: Request, blocks: list[int], step: PlannedStep) -> None:
+        """Append blocks to the request's table, here and (through the plan) on every rank."""
+        first = len(request.blocks)
+        step.plan.new_blocks += [(request.slot, first + i, block) for i, block in enumerate(blocks)]
+        request.blocks += blocks
+
+    def admit(self, request: Request, step: PlannedStep) -> bool:
+        """Move a waiting request to running, with blocks for all its known tokens and one more. Those of
+        its longest cached beginning are shared; at least one token is always computed."""
+        if not self.free_slots or request.num_in_flight:
+            return False
+        size = self.blocks.tokens_per_block
+        usable = (len(request.tokens) - 1) // size
+        self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
+        shared = self.blocks.match(request.block_hashes[:usable])
+        self.blocks.share(shared)
+        fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared))
+        if fresh is None:
+            self.blocks.release(shared)
+            return False
+        self.waiting.popleft()
+        request.slot = heapq.heappop(self.free_slots)
+        request.num_computed = len(shared) * size
+        request.prefill_end = len(request.tokens)
+        if not request.num_outputs:
+            request.cached_tokens = request.num_computed
+        self.hand_over(request, shared + fresh, step)
+        request.status = Status.RUNNING
+        self.running.append(request)
+        return True
+
+    def add_chunk(self, step: PlannedStep, request: Request, budget: int) -> int:
+        """Add as many of the request's missing tokens as the budget allows; returns how many."""
+        start = request.num_computed
+        length = min(budget, len(request.tokens) - start)
+        step.plan.tokens += request.tokens[start : start + length]
+        self.add_row(step, request, length)
+        return length
+
+    def add_row(self, step: PlannedStep, request: Request, length: int) -> None:
+        plan = step.plan
+        plan.slots.append(request.slot)
+        plan.starts.append(request.num_computed)
+        plan.lengths.append(length)
+        step.requests.append(request)
+        request.num_computed += length
+        if request.num_computed >= len(request.tokens):  # the row holds the last token: sample its successor
+            add_sample(plan.sample, len(step.requests) - 1, request)
+            request.num_in_flight += 1
+
+    def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
+        """Hand in a step's sampled tokens; returns the requests that each of them belongs to, in order.
+
+        A finished request is returned too (its token is one too many); the caller passes it over.
+        """
+        requests = step.sampling_requests()
+        for request, token in zip(requests, tokens, strict=True):
+            request.num_in_flight -= 1
+            if request.status is not Status.FINISHED:
+                request.tokens.append(token)
+        for request in step.requests:
+            if request.status is Status.RUNNING:
+                self.publish(request)
+        return requests
+
+    def publish(self, request: Request) -> None:
+        """Offer the blocks that are full, computed and known to the prefix cache."""
+        if not self.blocks.prefix_cache:
+            return
+        # A step still in flight may compute the last of them; no later plan can read it too early.
+        done = min(request.num_computed, len(request.tokens))
+        full = done // self.blocks.tokens_per_block
+        self.blocks.hash_blocks(request.tokens, request.block_hashes, done)
+        self.blocks.publish(request.blocks[:full], request.block_hashes[:full])
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request in any state and give back what it holds."""
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        elif request.status is Status.RUNNING:
+            self.leave(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it is computed anew, first in line, when there is room."""
+        self.leave(request)
+        request.status = Status.WAITING
+        request.num_computed = 0
+        request.preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.release(request.blocks)
+        request.blocks = []
+        heapq.heappush(self.free_slots, request.slot)
+        request.slot = -1
+
+
+def add_sample(columns: SampleColumns, row: int, request: Request) -> None:
+    params = request.params
+    columns.rows.append(row)
+    columns.temperature.append(params.temperature)
+    columns.top_k.append(max(params.top_k, 0))
+    columns.top_p.append(params.top_p)
+    columns.seed.append(request.seed)
+    columns.position.append(request.num_computed)
+    columns.logprobs.append(-1 if params.logprobs is None else params.logprobs)

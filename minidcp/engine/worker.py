@@ -1,0 +1,115 @@
+"""One rank: receives commands, runs steps, reports. The same code in a thread, in a process of ours and
+under torchrun; `executor.py` starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from minidcp.batch import StepPlan
+from minidcp.config import EngineConfig, ModelConfig
+from minidcp.engine.model_runner import ModelRunner, StepResult
+from minidcp.parallel.state import ParallelState, init_process_state
+
+
+@dataclass(frozen=True)
+class InitCache:
+    """Allocate this many blocks; answered by Ready."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The last thing asked for is done: the model is loaded, or the cache allocated."""
+
+    kv_bytes: int = 0
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A rank ended. `user_error` is a ValueError's message; `died` means it could not say why itself."""
+
+    reason: str
+    user_error: bool = False
+    died: bool = False
+
+
+Command = StepPlan | InitCache | None  # None: stop
+Report = tuple[int, Ready | StepResult | Failed]
+
+
+def run_rank(
+    rank: int,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    join: Callable[[torch.device], ParallelState],
+    receive: Callable[[], Command],
+    report: Callable[[Report], None],
+) -> bool:
+    """Serve commands until told to stop (True) or until something fails, which is reported (False)."""
+    try:
+        device = torch.device(config.device)
+        if device.type == "cpu" and config.tp_size > 1:
+            # Threads of many ranks on few cores wait for each other: one core's worth per rank.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tp_size))
+        runner = ModelRunner(config, model_config, join(device), device)
+        report((rank, Ready(runner.measure_kv_bytes(), runner.bytes_read)))
+        while (command := receive()) is not None:
+            if isinstance(command, InitCache):
+                runner.allocate_cache(command.num_blocks)
+                report((rank, Ready()))
+            elif (result := runner.execute(command)) is not None:
+                report((rank, result))
+    except Exception as error:
+        is_user_error = isinstance(error, ValueError)
+        report((rank, Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error)))
+        return False
+    return True
+
+
+def serve_connection(connection: Connection, rank: int) -> int:
+    """Be rank `rank` of the driver at the other end; returns the exit code.
+
+    The first message is (EngineConfig, ModelConfig). A thread reads the connection, so that a driver
+    that dies is noticed even while this rank waits for its peers in a collective.
+    """
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    config, model_config = connection.recv()
+
+    def read() -> None:
+        try:
+            while True:
+                commands.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)  # nobody is left to report to, and peers may hold the main thread
+
+    threading.Thread(target=read, daemon=True).start()
+    ok = run_rank(
+        rank,
+        config,
+        model_config,
+        lambda device: init_process_state(config.parallel, device),
+        commands.get,
+        connection.send,
+    )
+    return 0 if ok else 1
+
+
+def main() -> None:
+    """A process of ProcessExecutor's; its argument is the inherited file descriptor of the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    code = serve_connection(Connection(int(sys.argv[1])), int(os.environ["RANK"]))
+    sys.stdout.flush()
+    os._exit(code)  # without the tear-down of process groups, which waits for peers

@@ -1,0 +1,107 @@
+"""Blocks as integers: who uses which, and which can be reused for a prompt with the same beginning.
+
+A block is free (nobody uses it), live (requests use it) or cached (nobody uses it, but its content is
+known by a hash and kept until the room is needed). Ranks and tensors do not appear here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+
+class BlockManager:
+    """Reference-counted blocks with a prefix cache: `free + cached + live == total` at any time.
+
+    A block's hash chains its parent's, so equal hashes mean equal tokens from the beginning on.
+    Cached blocks are evicted least recently used first.
+    """
+
+    def __init__(self, num_blocks: int, tokens_per_block: int, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.prefix_cache = prefix_cache
+        self.ref_counts = [0] * num_blocks
+        self.free: deque[int] = deque(range(num_blocks))
+        self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self.hash_of: dict[int, bytes] = {}
+        self.block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.cached)
+
+    @property
+    def num_live(self) -> int:
+        return sum(count > 0 for count in self.ref_counts)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can hand out: the free and the cached ones."""
+        return len(self.free) + len(self.cached)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with one reference each, or None (and no change) if there are too few."""
+        if count > self.num_available:
+            return None
+        blocks = []
+        for _ in range(count):
+            if self.free:
+                block = self.free.popleft()
+            else:
+                block, _ = self.cached.popitem(last=False)
+                del self.block_of[self.hash_of.pop(block)]
+            self.ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Take one more reference to each block; a cached one becomes live."""
+        for block in blocks:
+            self.ref_counts[block] += 1
+            self.cached.pop(block, None)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one reference to each block; an unused one is cached if its content is known."""
+        # The end of a sequence is worth less than its beginning: it becomes the older entry.
+        for block in reversed(blocks):
+            self.ref_counts[block] -= 1
+            assert self.ref_counts[block] >= 0, f"block {block} was released twice"
+            if self.ref_counts[block] == 0:
+                if block in self.hash_of:
+                    self.cached[block] = None
+                else:
+                    self.free.append(block)
+
+    def hash_blocks(self, tokens: Sequence[int], hashes: list[bytes], num_tokens: int) -> None:
+        """Extend `hashes` to cover every full block of `tokens[:num_tokens]`."""
+        size = self.tokens_per_block
+        for index in range(len(hashes), num_tokens // size):
+            parent = hashes[-1] if hashes else b""
+            content = array("q", tokens[index * size : (index + 1) * size]).tobytes()
+            hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """The longest run of known blocks for these hashes from the beginning; takes no reference."""
+        blocks: list[int] = []
+        for digest in hashes:
+            block = self.block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Make the content of live, fully written blocks known. Of two equal blocks the first stays."""
+        if not self.prefix_cache:
+            return
+        for block, digest in zip(blocks, hashes, strict=True):
+            if digest not in self.block_of and block not in self.hash_of:
+                self.block_of[digest] = block
+                self.hash_of[block] = digest

@@ -1,0 +1,33 @@
+"""The latent KV cache of one rank: the tensors behind the block ids.
+
+MLA stores one vector per token that all heads share: the normed latent and the rotated key part.
+Which token lies where is `interleave.py`'s; which block is whose, `block_manager.py`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LatentCache:
+    """[layers, num_blocks, block_size, latent_dim], zeroed once.
+
+    Zeroed because attention kernels may read (and mask) the unused slots of a request's last block:
+    whatever memory held before could be NaN.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        latent_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.blocks = torch.zeros(num_layers, num_blocks, block_size, latent_dim, dtype=dtype, device=device)
+
+    def layer(self, index: int) -> Tensor:
+        """One layer's [num_blocks, block_size, latent_dim]."""
+        return self.blocks[index]

@@ -1,0 +1,107 @@
+"""The offline API: prompts in, completions out. For a server see `minidcp serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from minidcp.config import EngineConfig, require
+from minidcp.engine.engine import LLMEngine
+from minidcp.request import CompletionOutput, RequestOutput, SamplingParams
+
+Prompt = str | list[int]
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a text or a list of token ids is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [p for p in prompts if isinstance(p, int)]
+    if ids and len(ids) == len(prompts):
+        return [ids]
+    return [p for p in prompts if not isinstance(p, int)]
+
+
+class LLM:
+    """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`.
+
+    Args:
+        model: a checkpoint directory, or a name on the Hugging Face hub.
+        **options: the fields of `EngineConfig`.
+
+    Raises:
+        ValueError: an option or the checkpoint is wrong; the message says what.
+        EngineDeadError: a rank ended; from `generate` too.
+
+    Under torchrun every process constructs this, and only rank 0's constructor returns: the other
+    processes serve as ranks and end with it.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.engine = LLMEngine(EngineConfig.from_kwargs(model=model, **options))
+        self.num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text, or token ids); outputs are in the prompts' order."""
+        batch = as_batch(prompts)
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        require(
+            len(each) == len(batch),
+            f"sampling_params: {len(each)} for {len(batch)} prompts; give one or as many",
+        )
+
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for prompt, p in zip(batch, each, strict=True):
+                request_id = f"llm-{self.num_requests}"
+                self.num_requests += 1
+                request = self.engine.add_request(request_id, prompt, p)
+                completion = CompletionOutput(logprobs=None if p.logprobs is None else [])
+                text = prompt if isinstance(prompt, str) else None
+                outputs[request_id] = RequestOutput(request_id, text, request.prompt_token_ids, [completion])
+            self.run(outputs, use_tqdm)
+        finally:
+            for request_id in outputs:
+                self.engine.abort(request_id)  # those left over by an error
+        return list(outputs.values())
+
+    def run(self, outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
+        generated = 0
+        with tqdm(total=len(outputs), desc="Requests", unit="req", disable=not use_tqdm) as bar:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    output = outputs[delta.request_id]
+                    completion = output.outputs[0]
+                    completion.text += delta.text
+                    completion.token_ids += delta.token_ids
+                    if completion.logprobs is not None and delta.logprobs is not None:
+                        completion.logprobs.append(delta.logprobs)
+                    output.cached_tokens = delta.cached_tokens
+                    generated += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        completion.finish_reason = delta.finish_reason.value
+                        bar.update()
+                    if bar.format_dict["elapsed"] > 0:
+                        rate = generated / bar.format_dict["elapsed"]
+                        bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
+
+    def close(self) -> None:
+        """End the ranks and free what they hold; safe to call twice."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

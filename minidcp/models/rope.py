@@ -1,0 +1,58 @@
+"""Rotary position embedding with YaRN scaling, in the rotate-half layout.
+
+The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after
+which rotating halves gives bit for bit the same scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minidcp.config import RopeConfig
+
+
+def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
+    """[dim / 2] float32. YaRN as in DeepSeek-V2's modeling code (arXiv:2309.00071, §3.2 "NTK-by-parts"):
+    wavelengths that fit `original_max_position` less than beta_slow times are stretched by `factor`,
+    those that fit more than beta_fast times are kept, with a linear ramp over the dims between."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    plain = 1.0 / config.theta**exponent
+    if config.factor <= 1:
+        return plain
+
+    def dim_of_rotations(rotations: float) -> float:
+        wavelength = config.original_max_position / (rotations * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    low = max(math.floor(dim_of_rotations(config.beta_fast)), 0)
+    high = min(math.ceil(dim_of_rotations(config.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    stretched = ramp.clamp(0, 1)
+    return plain / config.factor * stretched + plain * (1 - stretched)
+
+
+class RotaryEmbedding:
+    """cos and sin of every position: [max_position, dim] float32, halves side by side."""
+
+    def __init__(self, config: RopeConfig, dim: int, max_position: int, device: torch.device) -> None:
+        angles = torch.outer(
+            torch.arange(max_position, dtype=torch.float32), inverse_frequencies(config, dim)
+        )
+        table = torch.cat([angles.cos(), angles.sin()], -1) * config.rotation_mscale()
+        self.cos_sin = table.to(device)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """[T, dim] for positions [T]; once per step, shared by all layers."""
+        return self.cos_sin[positions]
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate x [T, dim] or [T, H, dim] by cos_sin [T, dim], in float32; same dtype out."""
+    if x.dim() == 3:
+        cos_sin = cos_sin[:, None]
+    cos, sin = cos_sin.chunk(2, -1)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

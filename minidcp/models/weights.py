@@ -1,0 +1,183 @@
+"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share.
+
+The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint
+that lacks some or holds others is refused with a list before a byte is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts along `dim`. Parts are rounded up and padded with zeros: zero
+    rows of an up projection meet zero columns of the down projection, and change nothing."""
+
+    dim: int
+    index: int
+    count: int
+
+    def bounds(self, length: int) -> tuple[int, int, int]:
+        """(start, stop, size): the rows [start, stop) that exist, of a part of `size` rows."""
+        size = -(-length // self.count)
+        start = min(self.index * size, length)
+        return start, min(start + size, length), size
+
+
+class WeightSource(Protocol):
+    """Something that hands out tensors by name, and remembers how much it read."""
+
+    bytes_read: int
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        """The tensor `name`, whose whole shape in the checkpoint is `shape`, or one shard of it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A source seen from one module: names are relative to `prefix`."""
+
+    source: WeightSource
+    prefix: str = ""
+
+    def scope(self, name: str) -> Weights:
+        return Weights(self.source, f"{self.prefix}{name}.")
+
+    def read(self, name: str, *shape: int, shard: Shard | None = None) -> Tensor:
+        return self.source.read(self.prefix + name, shape, shard)
+
+
+class RecordingSource:
+    """Hands out tensors without storage and records what was asked for: a model's list of weights."""
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        self.shapes[name] = shape
+        sizes = list(shape)
+        if shard is not None:
+            sizes[shard.dim] = shard.bounds(shape[shard.dim])[2]
+        return torch.empty(sizes, device="meta")
+
+
+class CheckpointSource:
+    """A directory of safetensors in the hub's format, on `device` in `dtype`.
+
+    Raises:
+        ValueError: the index or a shard is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
+        self.path, self.dtype, self.device = path, dtype, device
+        self.file_of = find_tensors(path)
+        self.files: dict[str, Any] = {}
+        self.bytes_read = 0
+        self.bar = tqdm(
+            desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress
+        )
+
+    def open(self, file: str) -> Any:
+        if file not in self.files:
+            try:
+                self.files[file] = safe_open(self.path / file, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{self.path / file}: no such file, but the checkpoint's index names it"
+                ) from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.path / file}: truncated or not safetensors ({error})") from None
+        return self.files[file]
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with what the model will ask for.
+
+        Raises:
+            ValueError: lists tensors that are missing, left over or of another shape.
+        """
+        held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
+        problems = {
+            "missing": sorted(expected.keys() - held),
+            "not part of this model": sorted(held - expected.keys()),
+        }
+        wrong = []
+        for name in sorted(expected.keys() & held):
+            try:
+                shape = tuple(self.open(self.file_of[name]).get_slice(name).get_shape())
+            except SafetensorError:
+                problems["missing"].append(f"{name} (in the index, not in {self.file_of[name]})")
+                continue
+            if shape != expected[name]:
+                wrong.append(f"{name} {list(shape)}, config.json says {list(expected[name])}")
+        problems["of another shape"] = wrong
+        found = "; ".join(
+            f"{len(names)} {what}: {preview(names)}" for what, names in problems.items() if names
+        )
+        if found:
+            raise ValueError(f"{self.path}: the weights do not fit config.json: {found}")
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        view = self.open(self.file_of[name]).get_slice(name)
+        if shard is None:
+            whole: Tensor = view[:]
+            self.count(whole)
+            return whole.to(device=self.device, dtype=self.dtype)
+        start, stop, size = shard.bounds(shape[shard.dim])
+        part: Tensor = view[(slice(None),) * shard.dim + (slice(start, stop),)]
+        self.count(part)
+        if stop - start == size:
+            return part.to(device=self.device, dtype=self.dtype)
+        sizes = list(shape)
+        sizes[shard.dim] = size
+        padded = torch.zeros(sizes, dtype=self.dtype, device=self.device)
+        padded.narrow(shard.dim, 0, stop - start).copy_(part)
+        return padded
+
+    def count(self, part: Tensor) -> None:
+        self.bytes_read += part.nbytes
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.files.clear()
+
+
+def find_tensors(path: Path) -> dict[str, str]:
+    """The file of every tensor: from the index where there is one, else of the single file."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{index}: not a safetensors index") from None
+    single = path / "model.safetensors"
+    if not single.exists():
+        raise ValueError(f"{path}: neither {index.name} nor {single.name} is there")
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{single}: truncated or not safetensors ({error})") from None
+
+
+def preview(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:
+    """Reorder the last `rope_dim` of each head's rows, in a weight [rows, in] or bias [rows], from pairs
+    (0, 1, 2, 3, …) to halves (0, 2, …, 1, 3, …), so that `rope.rotate` computes what the checkpoint means."""
+    by_head = x.unflatten(0, (num_heads, -1))
+    keep, rope = by_head.split([by_head.shape[1] - rope_dim, rope_dim], 1)
+    return torch.cat([keep, rope[:, 0::2], rope[:, 1::2]], 1).flatten(0, 1)

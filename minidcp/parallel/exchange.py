@@ -1,0 +1,47 @@
+"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for
+my heads. Exact: softmax over a union of shards is the LSE-weighted mean of the shards' results.
+
+The arithmetic of the merge is in `kernels/merge.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidcp.kernels.merge import merge_partials, rescale_partial
+from minidcp.parallel.group import Group
+
+# (out [T, N * H, D], lse [T, N * H] fp32, natural log, -inf where the shard is empty; group of N ranks)
+# -> (out [T, H, D], lse [T, H]) over the union of the shards, for this rank's H heads.
+Exchange = Callable[[Tensor, Tensor, Group], tuple[Tensor, Tensor]]
+
+
+def gather_heads(q: Tensor, group: Group) -> Tensor:
+    """[T, H, D] of this rank's heads -> [T, N * H, D] of the group's, in rank order."""
+    return group.all_gather(q).transpose(0, 1).flatten(1, 2)
+
+
+def exchange_ag_rs(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """All-gather the LSEs, rescale the own partial by exp(lse - lse of the union), reduce-scatter it."""
+    tokens, heads = lse.shape
+    scaled, merged_lse = rescale_partial(out, group.all_gather(lse), group.rank)
+    by_rank = scaled.view(tokens, group.size, heads // group.size, -1).transpose(0, 1)
+    own = merged_lse.view(tokens, group.size, -1)[:, group.rank]
+    return group.reduce_scatter(by_rank), own
+
+
+def exchange_a2a(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """One all-to-all of outputs and LSEs packed in one buffer, then the LSE-weighted merge."""
+    tokens, heads, dim = out.shape
+    lanes = lse.element_size() // out.element_size()  # of out's dtype that hold one LSE: 1 or 2
+    packed = out.new_empty(group.size, tokens, heads // group.size, dim + lanes)
+    packed[..., :dim] = out.view(tokens, group.size, -1, dim).transpose(0, 1)
+    packed[..., dim:].view(torch.float32)[..., 0] = lse.view(tokens, group.size, -1).transpose(0, 1)
+    received = group.all_to_all(packed)
+    return merge_partials(received[..., :dim], received[..., dim:].view(torch.float32)[..., 0])
+
+
+EXCHANGES: dict[str, Exchange] = {"ag_rs": exchange_ag_rs, "a2a": exchange_a2a}

@@ -1,0 +1,71 @@
+"""Which groups a rank belongs to. Built once per rank and handed to constructors; there is no global."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from minidcp.config import ParallelConfig
+from minidcp.parallel.group import Group, Rendezvous, SingleGroup, ThreadGroup, TorchGroup
+
+# A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """One rank's view: `tp` are all ranks, `dcp` those that share a KV cache with this one.
+
+    `dcp` is a run of consecutive tp ranks, so the heads of a DCP group are consecutive too.
+    """
+
+    tp: Group
+    dcp: Group
+
+    @property
+    def rank(self) -> int:
+        return self.tp.rank
+
+    @property
+    def dcp_group_index(self) -> int:
+        return self.tp.rank // self.dcp.size
+
+
+def build_thread_states(config: ParallelConfig) -> tuple[list[ParallelState], list[Rendezvous]]:
+    """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
+    size = config.dcp_size
+    tp = Rendezvous(config.tp_size)
+    dcp = [Rendezvous(size) for _ in range(config.tp_size // size)]
+
+    def join(rendezvous: Rendezvous, rank: int) -> Group:
+        return ThreadGroup(rendezvous, rank) if rendezvous.barrier.parties > 1 else SingleGroup()
+
+    states = [ParallelState(join(tp, r), join(dcp[r // size], r % size)) for r in range(config.tp_size)]
+    return states, [tp, *dcp]
+
+
+def init_process_state(config: ParallelConfig, device: torch.device) -> ParallelState:
+    """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own
+    launcher has set, and build this rank's groups."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method="env://",
+            rank=int(os.environ["RANK"]),
+            world_size=config.tp_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    rank, size = dist.get_rank(), config.dcp_size
+    world = dist.group.WORLD
+    assert world is not None
+    dcp: Group = SingleGroup()
+    for first in range(0, config.tp_size, size):  # every process must take part in every new_group
+        group = dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT)
+        if first <= rank < first + size and size > 1:
+            dcp = TorchGroup(group)
+    return ParallelState(TorchGroup(world) if config.tp_size > 1 else SingleGroup(), dcp)

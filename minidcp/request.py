@@ -1,0 +1,146 @@
+"""What a user asks for and gets, and what the scheduler knows of a request in between.
+
+Plain integers and strings; no torch. Read `batch.py` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+MAX_SEED = 2**63 - 1
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or max_model_len
+    ABORT = "abort"  # the client left or the engine stopped
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 are off. With a `seed` a request gives the
+    same tokens whatever runs beside it. `max_tokens` None means up to the model's context length.
+    `logprobs` k gives the sampled token's log-probability and the k most likely ones, before temperature.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks = (
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "in [0, 100]"),
+            ("top_k", self.top_k >= -1, "-1 or 0 (off), or at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", self.seed is None or abs(self.seed) <= MAX_SEED, "a 64-bit integer"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+            ("stop_token_ids", all(isinstance(t, int) for t in self.stop_token_ids), "token ids"),
+        )
+        for name, ok, what in checks:
+            if not ok:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the sampled token, and of the most likely ones in order."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class CompletionOutput:
+    """One completion. `logprobs` has an entry per token where they were asked for, else it is None."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A finished request. `cached_tokens` of its prompt came from the prefix cache."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class OutputDelta:
+    """What one step added to a request. `text` may be empty: a token can end inside a character."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    cached_tokens: int = 0
+
+
+class Status(Enum):
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+@dataclass(eq=False)
+class Request:
+    """A request as the scheduler sees it.
+
+    Of `tokens`, positions [0, num_computed) have their latents in the cache or in a step already
+    planned. `num_in_flight` sampled tokens (0 or 1) are planned and not yet known here.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    prefill_end: int = 0
+    num_in_flight: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    cached_tokens: int = 0
+    preemptions: int = 0
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_token_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - len(self.prompt_token_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Tokens known when it was admitted are not computed yet (after a preemption, sampled ones too)."""
+        return self.num_computed < self.prefill_end

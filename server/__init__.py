@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server, imported as `minidcp_server`. `app.py` has the endpoints."""
