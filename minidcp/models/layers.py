@@ -15,6 +15,8 @@ from minidcp.models.weights import Shard, Weights, deinterleave_rope_rows
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 
+GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes: 8 elements of bf16
+
 
 class RMSNorm:
     """x / rms(x) · weight, computed in float32 and rounded before the product, as the original does."""
@@ -85,7 +87,7 @@ class MLP:
         self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights
     ) -> None:
         hidden, rank, size = config.hidden_size, state.tp.rank, state.tp.size
-        rows, columns = Shard(0, rank, size), Shard(1, rank, size)
+        rows, columns = Shard(0, rank, size, GEMM_ALIGN), Shard(1, rank, size, GEMM_ALIGN)
         gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)
         up = weights.read("up_proj.weight", intermediate, hidden, shard=rows)
         self.gate_up_proj = torch.cat([gate, up])  # [2 I / tp, hidden]

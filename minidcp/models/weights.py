@@ -19,16 +19,18 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts along `dim`. Parts are rounded up and padded with zeros: zero
-    rows of an up projection meet zero columns of the down projection, and change nothing."""
+    """Part `index` of `count` equal parts along `dim`. Parts are rounded up to a multiple of `align` and
+    padded with zeros: zero rows of an up projection meet zero columns of the down projection, and change
+    nothing."""
 
     dim: int
     index: int
     count: int
+    align: int = 1
 
     def bounds(self, length: int) -> tuple[int, int, int]:
         """(start, stop, size): the rows [start, stop) that exist, of a part of `size` rows."""
-        size = -(-length // self.count)
+        size = -(-length // (self.count * self.align)) * self.align
         start = min(self.index * size, length)
         return start, min(start + size, length), size
 
