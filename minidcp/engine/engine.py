@@ -68,6 +68,7 @@ class LLMEngine:
         """Size the cache from what the ranks have room for; the configuration with the final numbers.
         A context length that nobody asked for is lowered to what fits."""
         ready = self.executor.wait_ready()
+        self.weight_bytes = max(r.bytes_read for r in ready)
         layout = Interleave(config.dcp_size, config.block_size)
         width = self.model_config.latent_dim * getattr(torch, config.dtype).itemsize
         block_bytes = self.model_config.num_hidden_layers * config.block_size * width
@@ -92,7 +93,7 @@ class LLMEngine:
         logger.info(
             "weights: %.1f MB read per rank; KV cache: %d blocks, %d tokens per rank, %d in all (dcp %d), "
             "%d requests of %d tokens",
-            max(r.bytes_read for r in ready) / 1e6,
+            self.weight_bytes / 1e6,
             num_blocks,
             num_blocks * config.block_size,
             capacity,

@@ -1,0 +1,19 @@
+"""Runs tests/interpreter in a process of its own: whether Triton interprets is fixed at its import."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKS = Path(__file__).parent / "interpreter" / "check_kernels.py"
+
+
+def test_kernels_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(CHECKS)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^\d+ passed", run.stdout, re.M), "nothing ran"

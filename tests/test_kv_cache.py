@@ -1,0 +1,167 @@
+"""Interleave, block tables and the block manager against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidcp.batch import BlockTables, ForwardBatch, SampleColumns, StepPlan
+from minidcp.kv_cache.block_manager import BlockManager
+from minidcp.kv_cache.interleave import Interleave
+
+layouts = st.builds(Interleave, st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 16]))
+
+
+@given(layouts, st.integers(0, 300))
+def test_interleave_is_a_round_robin(layout: Interleave, seq_len: int) -> None:
+    shards: list[list[int]] = [[] for _ in range(layout.size)]
+    for pos in range(seq_len):
+        shard = shards[pos % layout.size]
+        assert layout.owner_of(pos) == pos % layout.size
+        assert layout.local_slot(pos) == len(shard)
+        assert pos // layout.tokens_per_block == len(shard) // layout.block_size  # one block table for all
+        shard.append(pos)
+    assert [layout.local_len(seq_len, r) for r in range(layout.size)] == [len(s) for s in shards]
+    blocks = {pos // layout.tokens_per_block for pos in range(seq_len)}
+    assert layout.num_blocks(seq_len) == len(blocks)
+
+
+@given(layouts, st.integers(0, 300), st.integers(0, 8))
+def test_interleave_of_arrays(layout: Interleave, seq_len: int, rank: int) -> None:
+    positions = np.arange(seq_len)
+    assert layout.owner_of(positions).tolist() == [layout.owner_of(p) for p in range(seq_len)]
+    assert layout.local_slot(positions).tolist() == [layout.local_slot(p) for p in range(seq_len)]
+    lens = layout.local_len(positions, rank % layout.size)
+    assert lens.tolist() == [layout.local_len(p, rank % layout.size) for p in range(seq_len)]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
+    """Decode rows and prefill chunks of requests whose blocks are scattered at random."""
+    layout = draw(layouts)
+    rows = draw(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5))
+    num_decode = draw(st.integers(0, len(rows)))
+    plan = StepPlan(num_decode=num_decode)
+    width = layout.num_blocks(120)
+    ids = draw(st.permutations(range(width * len(rows))))
+    table = np.array(ids).reshape(len(rows), width)
+    for slot, (start, length) in enumerate(rows):
+        plan.slots.append(slot)
+        plan.starts.append(start)
+        plan.lengths.append(1 if slot < num_decode else length)
+        plan.new_blocks += [(slot, i, int(block)) for i, block in enumerate(table[slot])]
+        if slot >= num_decode:
+            plan.tokens += range(100 * slot, 100 * slot + length)
+    plan.sample = SampleColumns(rows=list(range(len(rows))))
+    return layout, plan, table
+
+
+@settings(deadline=None)
+@given(steps())
+def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
+    """Write every token's number where the batch says, on every rank; then read it back as attention does."""
+    layout, plan, table = case
+    n, d = layout.size, plan.num_decode
+    batches, caches = [], []
+    for rank in range(n):
+        tables = BlockTables(len(plan.slots), table.shape[1])
+        tables.update(plan)
+        batch = ForwardBatch.build(plan, tables, layout, rank, False, torch.device("cpu"))
+        cache = torch.full((table.size * layout.block_size,), -1)
+        for slot, start in zip(plan.slots, plan.starts, strict=True):  # what earlier steps wrote
+            for pos in range(start):
+                if pos % n == rank:
+                    local = pos // n
+                    block = table[slot, local // layout.block_size]
+                    cache[block * layout.block_size + local % layout.block_size] = 1000 * slot + pos
+        batches.append(batch)
+        caches.append(cache)
+
+    expected = [
+        (slot, start + i)
+        for slot, start, length in zip(plan.slots, plan.starts, plan.lengths, strict=True)
+        for i in range(length)
+    ]
+    for i, (slot, pos) in enumerate(expected):
+        owners = [r for r in range(n) if batches[r].slot_mapping[i] >= 0]
+        assert owners == [pos % n]
+        where = batches[owners[0]].slot_mapping[i]
+        assert caches[owners[0]][where] == -1, "a cached token would be overwritten"
+        caches[owners[0]][where] = 1000 * slot + pos
+    assert batches[0].positions.tolist() == [pos for _, pos in expected]
+    assert batches[0].token_ids[d:].tolist() == plan.tokens
+
+    for row in range(d):
+        seen = []
+        for batch, cache in zip(batches, caches, strict=True):
+            blocks = cache.view(-1, layout.block_size)[batch.block_table[row].long()].flatten()
+            seen += blocks[: batch.local_lens[row]].tolist()
+        slot, start = plan.slots[row], plan.starts[row]
+        assert sorted(seen) == [1000 * slot + pos for pos in range(start + 1)]
+
+    if batches[0].context is not None:
+        parts = torch.cat([cache[b.context.slots] for b, cache in zip(batches, caches, strict=True)])
+        rows = list(zip(plan.slots, plan.starts, strict=True))[d:]
+        assert batches[0].context.varlen.lens_k == [start for _, start in rows]
+        assert parts[batches[0].context.index].tolist() == [
+            1000 * s + p for s, start in rows for p in range(start)
+        ]
+    else:
+        assert not any(plan.starts[d:])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_block_manager_against_a_model(data: st.DataObject) -> None:
+    """Random operations; a plain dictionary of owners says what must be true."""
+    total, size = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 3))
+    manager = BlockManager(total, size, prefix_cache=True)
+    held: list[tuple[list[int], list[int]]] = []  # (tokens, blocks)
+    content: dict[int, list[int]] = {}  # block -> all tokens up to its end
+    for _ in range(data.draw(st.integers(1, 30))):
+        if held and data.draw(st.booleans()):
+            _, blocks = held.pop(data.draw(st.integers(0, len(held) - 1)))
+            manager.release(blocks)
+        else:
+            tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=8))
+            hashes: list[bytes] = []
+            manager.hash_blocks(tokens, hashes, len(tokens))
+            shared = manager.match(hashes)
+            for i, block in enumerate(shared):
+                assert content[block] == tokens[: (i + 1) * size], "a wrong prefix was found"
+            manager.share(shared)
+            needed = -(-len(tokens) // size) - len(shared)
+            before = manager.num_available
+            fresh = manager.allocate(needed)
+            assert (fresh is None) == (needed > before)
+            if fresh is None:
+                manager.release(shared)
+            else:
+                blocks = shared + fresh
+                for i, block in enumerate(blocks):
+                    content[block] = tokens[: (i + 1) * size]
+                held.append((tokens, blocks))
+                manager.publish(blocks[: len(hashes)], hashes)
+        live = {block for _, blocks in held for block in blocks}
+        assert manager.num_live == len(live)
+        assert manager.num_free + manager.num_cached + manager.num_live == total
+        assert not live & (set(manager.free) | set(manager.cached))
+
+
+def test_eviction_takes_the_least_recently_used_end_first() -> None:
+    manager = BlockManager(4, 1)
+    old, new = [1, 2], [3, 4]
+    for tokens in (old, new):
+        hashes: list[bytes] = []
+        manager.hash_blocks(tokens, hashes, 2)
+        blocks = manager.allocate(2)
+        manager.publish(blocks, hashes)
+        manager.release(blocks)
+    assert manager.num_cached == 4
+    manager.allocate(1)
+    for tokens, found in ((old, 1), (new, 2)):
+        hashes = []
+        manager.hash_blocks(tokens, hashes, 2)
+        assert len(manager.match(hashes)) == found

@@ -1,0 +1,181 @@
+"""The scheduler and the engine under random load: every block accounted for, nobody forgotten."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from conftest import Oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidcp import EngineConfig, SamplingParams
+from minidcp.engine.engine import LLMEngine
+from minidcp.engine.scheduler import PlannedStep, Scheduler
+from minidcp.kv_cache.block_manager import BlockManager
+from minidcp.request import FinishReason, Request
+
+
+def check_blocks(blocks: BlockManager, requests: list[Request]) -> None:
+    assert blocks.num_free + blocks.num_cached + blocks.num_live == blocks.num_blocks
+    held = [b for r in requests for b in r.blocks]
+    assert blocks.num_live == len(set(held))
+    for block in set(held):
+        assert blocks.ref_counts[block] == held.count(block)
+
+
+class FakeWorkers:
+    """Executes plans on dictionaries: what a rank must be able to do with nothing but the plans."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, int], int] = {}
+        self.cache: dict[tuple[int, int], int] = {}  # (block, offset) -> token
+        self.last: dict[int, int] = {}
+
+    def execute(self, plan, tokens_per_block: int) -> list[int]:
+        for slot, index, block in plan.new_blocks:
+            self.tables[slot, index] = block
+        tokens = deque(plan.tokens)
+        outputs = []
+        for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lengths, strict=True)):
+            assert row >= plan.num_decode or length == 1
+            for pos in range(start, start + length):
+                token = self.last[slot] if row < plan.num_decode else tokens.popleft()
+                block = self.tables[slot, pos // tokens_per_block]
+                self.cache[block, pos % tokens_per_block] = token
+            if row in plan.sample.rows:
+                # "The model": a token that depends on all tokens that its block table leads to.
+                context = [
+                    self.cache[self.tables[slot, p // tokens_per_block], p % tokens_per_block]
+                    for p in range(start + length)
+                ]
+                self.last[slot] = next_token(context)
+                outputs.append(self.last[slot])
+        assert not tokens
+        return outputs
+
+
+def next_token(context: list[int]) -> int:
+    value = 17
+    for token in context:
+        value = (value * 31 + token) % 1009
+    return value
+
+
+def solo(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
+    """(step of arrival, prompt length, max_tokens, step of abort or None); at most 30 tokens each."""
+    arrival = st.tuples(
+        st.integers(0, 30), st.integers(1, 20), st.integers(1, 10), st.none() | st.integers(0, 60)
+    )
+    return draw(st.lists(arrival, min_size=1, max_size=8))
+
+
+@settings(deadline=None, max_examples=200)
+@given(loads(), st.integers(1, 5), st.integers(0, 6), st.booleans(), st.integers(1, 4), st.integers(4, 12))
+def test_every_output_equals_its_solo_run(
+    load: list[tuple[int, int, int, int | None]],
+    tokens_per_block: int,
+    spare_blocks: int,
+    prefix_cache: bool,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> None:
+    """Arrivals, lengths, shared prefixes, aborts and too few blocks, with results one step late."""
+    blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
+    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
+    workers = FakeWorkers()
+    # Many prompts share a beginning.
+    requests = [
+        Request(str(i), [t // 7 for t in range(length)], SamplingParams(), max_tokens, seed=0)
+        for i, (_, length, max_tokens, _) in enumerate(load)
+    ]
+    in_flight: deque[tuple[PlannedStep, list[int]]] = deque()
+    now = 0
+    while now <= 60 or scheduler.num_unfinished or in_flight:
+        for request, (arrival, _, _, abort) in zip(requests, load, strict=True):
+            if arrival == now:
+                scheduler.add(request)
+            if abort == now and arrival <= now and request.finish_reason is None:
+                scheduler.finish(request, FinishReason.ABORT)
+        planned = scheduler.schedule()
+        if planned is not None:
+            assert planned.plan.num_tokens <= scheduler.max_num_batched_tokens
+            in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
+        if in_flight and (planned is None or len(in_flight) > 1):
+            step, tokens = in_flight.popleft()
+            for request in scheduler.update(step, tokens):
+                if request.finish_reason is None and request.num_outputs == request.max_tokens:
+                    scheduler.finish(request, FinishReason.LENGTH)
+        check_blocks(blocks, requests)
+        now += 1
+        assert now < 1000, "a request starves"
+    for request in requests:
+        outputs = request.tokens[len(request.prompt_token_ids) :]
+        assert outputs == solo(request.prompt_token_ids, len(outputs))
+        assert request.finish_reason is FinishReason.ABORT or len(outputs) == request.max_tokens
+    assert blocks.num_live == 0
+
+
+@pytest.mark.parametrize("dcp", [1, 4])
+def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> None:
+    """Real ranks: exact accounting after every step, and outputs equal to the oracle's as far as they go."""
+    rng = random.Random(0)
+    engine = LLMEngine(
+        EngineConfig(
+            str(v2.path),
+            tp_size=dcp,
+            dcp_size=dcp,
+            ranks="threads",
+            device="cpu",
+            max_model_len=512,
+            num_blocks=520 // (4 * dcp),
+            block_size=4,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+        )
+    )
+    outputs: dict[str, list[int]] = {}
+    finished: set[str] = set()
+    aborted: set[str] = set()
+    left, live = 300, {}
+    while left or engine.has_work:
+        while left and len(live) < 20 and rng.random() < 0.7:
+            left -= 1
+            request_id = str(left)
+            which = rng.randrange(len(v2.prompts))
+            params = SamplingParams(max_tokens=rng.randint(1, 12), temperature=0.0, ignore_eos=True)
+            live[request_id] = (
+                which,
+                params.max_tokens,
+                engine.add_request(request_id, v2.prompts[which], params),
+            )
+            outputs[request_id] = []
+        if live and rng.random() < 0.1:
+            request_id = rng.choice(sorted(live))
+            engine.abort(request_id)
+            aborted.add(request_id)
+            del live[request_id]
+        for delta in engine.step():
+            assert delta.request_id in live, "an aborted request still gets tokens"
+            which, max_tokens, _ = live[delta.request_id]
+            tokens = outputs[delta.request_id]
+            tokens += delta.token_ids
+            assert tokens == v2.tokens[which][: len(tokens)]
+            if delta.finish_reason is not None:
+                assert len(tokens) == max_tokens
+                finished.add(delta.request_id)
+                del live[delta.request_id]
+        check_blocks(engine.blocks, [entry[2] for entry in live.values()])
+    engine.close()
+    assert len(finished) + len(aborted) == 300 and len(aborted) > 10
+    assert engine.blocks.num_live == 0
+    assert engine.scheduler.num_preemptions > 0
