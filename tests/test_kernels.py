@@ -12,7 +12,7 @@ CHECKS = Path(__file__).parent / "interpreter" / "check_kernels.py"
 
 
 def test_kernels_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
