@@ -21,11 +21,12 @@ from starlette.requests import ClientDisconnect
 
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.executor import EngineDeadError
+from minidcp.engine.executor import EngineDeadError, is_driver
 from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
 
 from .async_engine import AsyncEngine
 from .protocol import (
+    UNSUPPORTED,
     Choice,
     CompletionRequest,
     CompletionResponse,
@@ -55,8 +56,10 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
     completions = Completions(engine, model_name)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # raised in protocol.py
+            return await user_error(request, first["ctx"]["error"])
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
         where = [str(part) for part in first["loc"] if part != "body"]
@@ -65,16 +68,27 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail))
+        response = error_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})  # 405 says what is allowed
+        return response
 
     @app.exception_handler(ValueError)
     async def user_error(_: Request, error: ValueError) -> Response:
         field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
-        return error_response(400, str(error), field if field in CompletionRequest.model_fields else None)
+        known = field in CompletionRequest.model_fields or field in UNSUPPORTED
+        return error_response(400, str(error), field if known else None)
 
     @app.exception_handler(EngineDeadError)
     async def dead(_: Request, error: EngineDeadError) -> Response:
         return error_response(503, f"the engine has stopped: {error}")
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, __: Exception) -> Response:
+        return error_response(500, "internal error; the server's log says more")
 
     @app.get("/health")
     async def health() -> Response:
@@ -252,6 +266,8 @@ def serve(config: EngineConfig, host: str, port: int, model_name: str | None) ->
         ValueError: the configuration or the checkpoint is wrong, or the address cannot be listened on.
     """
     name = model_name or config.model
+    if not is_driver():
+        LLMEngine(config)  # does not return
     listening = listen(host, port)  # before minutes of loading
     with listening:
         engine = LLMEngine(config)

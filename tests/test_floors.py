@@ -20,7 +20,7 @@ FLOORS = [
     ("llm",),
     ("__init__",),
     ("server",),
-    ("cli",),
+    ("cli", "__main__"),
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 # The engine runs where no web framework is installed, and each back-end where its kernels are.

@@ -15,7 +15,7 @@ import torch
 
 from minidcp.config import EngineConfig, ModelConfig, find_model, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
-from minidcp.engine.executor import start_executor
+from minidcp.engine.executor import start_executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
@@ -232,7 +232,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}"
     )
     ranks = config.ranks
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         world = int(os.environ["WORLD_SIZE"])
         require(world == config.tp_size, f"--tp-size {config.tp_size}: torchrun started {world} processes")
         ranks = "torchrun"

@@ -295,12 +295,21 @@ def serve_torchrun_rank() -> NoReturn:
     os._exit(code)
 
 
+def is_driver() -> bool:
+    """False in torchrun's processes other than rank 0: those serve as ranks, and do nothing else."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def start_executor(config: EngineConfig, model_config: ModelConfig) -> Executor:
     """Start the ranks as `config.ranks` says. Under torchrun, ranks other than 0 do not return."""
     if config.ranks == "threads":
         return ThreadExecutor(config, model_config)
     if config.ranks == "processes":
         return ProcessExecutor(config, model_config)
-    if int(os.environ["RANK"]) > 0:
+    if not is_driver():
         serve_torchrun_rank()
     return TorchrunExecutor(config, model_config)

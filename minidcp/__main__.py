@@ -1,0 +1,7 @@
+"""`python -m minidcp …`, and so `torchrun … -m minidcp serve …`."""
+
+import sys
+
+from minidcp.cli import main
+
+sys.exit(main())
