@@ -85,27 +85,27 @@ class ContextGather:
     row j of the packed context is row `index[j]` of the N gathered parts laid end to end.
     """
 
-    slots: Tensor  # [S] int64
-    index: Tensor  # [P] int64
+    slots: Tensor  # [S] int32
+    index: Tensor  # [P] int32
     varlen: Varlen
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One step's tensors on one rank: T tokens, of which the first `num_decode` are decode rows."""
+    """One step's tensors on one rank, all int32: T tokens, the first `num_decode` of them decode rows."""
 
     num_decode: int
     narrow: bool  # exchange raw q and projected outputs (see models/deepseek_v2.py)
-    token_ids: Tensor  # [T] int64; decode rows' are filled in on the device
-    positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: this rank's cache row, -1 where another rank stores the token
-    decode_slots: Tensor  # [num_decode] int64
-    block_table: Tensor  # [num_decode, W] int32
-    local_lens: Tensor  # [num_decode] int32, tokens on this rank, the current one included
+    prefill_tokens: Tensor  # [T - num_decode]
+    positions: Tensor  # [T]
+    slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
+    decode_slots: Tensor  # [num_decode] whose last sampled tokens are the decode rows'
+    block_table: Tensor  # [num_decode, W]
+    local_lens: Tensor  # [num_decode] tokens on this rank, the current one included
     prefill: Varlen | None  # the new tokens among themselves
     context: ContextGather | None  # what they find in the cache
-    sample_index: Tensor  # [S] int64, tokens whose logits are needed
-    sample_slots: Tensor  # [S] int64
+    sample_index: Tensor  # [S] tokens whose logits are needed
+    sample_slots: Tensor  # [S]
 
     @classmethod
     def build(
@@ -117,53 +117,54 @@ class ForwardBatch:
         narrow: bool,
         device: torch.device,
     ) -> ForwardBatch:
-        slots = np.array(plan.slots, dtype=np.int64)
-        starts = np.array(plan.starts, dtype=np.int64)
-        lengths = np.array(plan.lengths, dtype=np.int64)
+        slots, starts, lengths = (
+            np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths)
+        )
         d = plan.num_decode
-
         row_of_token = np.repeat(np.arange(len(slots)), lengths)
         positions = starts[row_of_token] + ranges(lengths)
         local = interleave.local_slot(positions)
         block_ids = tables.table[slots[row_of_token], local // interleave.block_size]
         mine = interleave.owner_of(positions) == rank
-        slot_mapping = np.where(mine, interleave.cache_slot(block_ids, local), -1)
-
-        local_lens = interleave.local_len(starts[:d] + 1, rank)
         width = int(interleave.local_slot(starts[:d]).max()) // interleave.block_size + 1 if d else 1
-        token_ids = np.concatenate([np.zeros(d, dtype=np.int64), np.array(plan.tokens, dtype=np.int64)])
         sample_rows = np.array(plan.sample.rows, dtype=np.int64)
+        arrays = {
+            "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
+            "positions": positions,
+            "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
+            "decode_slots": slots[:d],
+            "block_table": tables.table[slots[:d], :width],
+            "local_lens": interleave.local_len(starts[:d] + 1, rank),
+            "sample_index": np.cumsum(lengths)[sample_rows] - 1,
+            "sample_slots": slots[sample_rows],
+        }
+        chunks, cached = lengths[d:], starts[d:]
+        if len(chunks):
+            arrays["cu_chunks"] = offsets(chunks)
+        if cached.any():
+            arrays["cu_cached"] = offsets(cached)
+            gather = plan_context_gather(cached, tables.table[slots[d:]], interleave)
+            arrays["gather_slots"], arrays["gather_index"] = gather
 
-        def to_device(array: Array, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.from_numpy(array).to(device=device, dtype=dtype, non_blocking=True)
-
-        def varlen(lens_q: Array, lens_k: Array, causal: bool) -> Varlen:
-            cu_q, cu_k = (to_device(offsets(lens), torch.int32) for lens in (lens_q, lens_k))
-            return Varlen(cu_q, cu_k, lens_q.tolist(), lens_k.tolist(), causal)
-
+        t = upload(arrays, device)
         prefill = context = None
-        if d < len(slots):
-            chunks, cached = lengths[d:], starts[d:]
-            prefill = varlen(chunks, chunks, causal=True)
-            if cached.any():
-                gather_slots, index = plan_context_gather(cached, tables.table[slots[d:]], interleave)
-                context = ContextGather(
-                    to_device(gather_slots), to_device(index), varlen(chunks, cached, causal=False)
-                )
-        return cls(
-            num_decode=d,
-            narrow=narrow,
-            token_ids=to_device(token_ids),
-            positions=to_device(positions),
-            slot_mapping=to_device(slot_mapping),
-            decode_slots=to_device(slots[:d]),
-            block_table=to_device(tables.table[slots[:d], :width], torch.int32),
-            local_lens=to_device(local_lens, torch.int32),
-            prefill=prefill,
-            context=context,
-            sample_index=to_device(np.cumsum(lengths)[sample_rows] - 1),
-            sample_slots=to_device(slots[sample_rows]),
-        )
+        if "cu_chunks" in t:
+            lens = chunks.tolist()
+            prefill = Varlen(t["cu_chunks"], t["cu_chunks"], lens, lens, causal=True)
+            if "cu_cached" in t:
+                varlen = Varlen(t["cu_chunks"], t["cu_cached"], lens, cached.tolist(), causal=False)
+                context = ContextGather(t["gather_slots"], t["gather_index"], varlen)
+        fields = {name: t[name] for name in list(arrays)[:8]}
+        return cls(num_decode=d, narrow=narrow, prefill=prefill, context=context, **fields)
+
+
+def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
+    """The arrays as int32 tensors on the device, in one copy that the host does not wait for."""
+    packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays.values()]).astype(np.int32))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    parts = packed.split([a.size for a in arrays.values()])
+    return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
 
 def plan_context_gather(cached: Array, table: Array, interleave: Interleave) -> tuple[Array, Array]:

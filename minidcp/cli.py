@@ -27,7 +27,8 @@ HELP = {
     "tp_size": "ranks that share the model",
     "dcp_size": "ranks that share one KV cache; divides --tp-size",
     "dcp_comm_backend": "how partial attention is exchanged",
-    "attention_backend": "attention kernels",
+    "attention_backend": "attention kernels; auto is fa3, else triton, and reference on a CPU",
+    "comm": "collectives: symmetric memory (one node) or nccl; gloo on CPUs",
     "exchange_policy": "where W_UK and W_UV are applied: wide, narrow, or by batch size",
     "narrow_threshold": "decode rows from which auto exchanges narrow",
     "device": "cpu, cuda, or auto",
@@ -40,6 +41,8 @@ HELP = {
     "max_num_batched_tokens": "tokens per step; longer prompts are computed in chunks",
     "gpu_memory_utilization": "share of GPU memory to use",
     "prefix_cache": "reuse the KV cache of equal prompt beginnings",
+    "cuda_graph": "replay decode steps as CUDA graphs",
+    "load_format": "dummy: random weights, to measure with a config.json alone",
 }
 
 
@@ -60,6 +63,25 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(*names, type=kind, choices=CHOICES.get(field.name), **options)
+    # SGLang's spellings that are not simply another name.
+    switch: dict[str, Any] = {"action": "store_const", "default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--enable-symm-mem", dest="comm", const="symmetric", **switch, help="--comm symmetric"
+    )
+    parser.add_argument(
+        "--disable-radix-cache", dest="prefix_cache", const=False, **switch, help="--no-prefix-cache"
+    )
+    parser.add_argument(
+        "--disable-cuda-graph",
+        "--enforce-eager",
+        dest="cuda_graph",
+        const=False,
+        **switch,
+        help="--no-cuda-graph",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="accepted and ignored: no remote code is ever run"
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

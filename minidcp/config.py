@@ -10,12 +10,14 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32)  # FA3 lets NaN of unused slots leak from larger blocks
 CHOICES = {
     "dcp_comm_backend": ("a2a", "ag_rs"),
-    "attention_backend": ("auto", "reference"),
+    "attention_backend": ("auto", "fa3", "triton", "reference"),
+    "comm": ("auto", "symmetric", "nccl", "gloo"),
+    "load_format": ("auto", "dummy"),
     "exchange_policy": ("auto", "wide", "narrow"),
     "dtype": ("auto", "float32", "bfloat16"),
     "ranks": ("auto", "threads", "processes", "torchrun"),
@@ -73,6 +75,7 @@ class EngineConfig:
     dcp_size: int = 1
     dcp_comm_backend: str = "a2a"
     attention_backend: str = "auto"
+    comm: str = "auto"
     exchange_policy: str = "auto"
     narrow_threshold: int = 16  # decode rows from which "auto" exchanges narrow
     device: str = "auto"
@@ -85,8 +88,14 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
+    cuda_graph: bool = True
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(EngineConfig).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            ok = type(value) in kinds or (type(value) is int and float in kinds)
+            require(ok, f"{flag(name)} {value!r}: must be a {kinds[0].__name__}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             require(value in choices, f"{flag(name)} {value!r}: must be one of {', '.join(choices)}")
@@ -235,20 +244,11 @@ class ModelConfig:
             ValueError: not a DeepSeek-V2 configuration, or a value this engine does not support.
         """
         file = Path(path) / "config.json"
-        try:
-            hf = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{file}: no such file; a checkpoint directory has a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from None
-        require(isinstance(hf, dict), f"{file}: must hold a JSON object")
+        hf = read_object(file)
         generation = Path(path) / "generation_config.json"
         if generation.exists():
             # Hugging Face's generate() takes the end-of-sequence tokens from here.
-            hf = {
-                **hf,
-                **{k: v for k, v in json.loads(generation.read_text()).items() if k == "eos_token_id"},
-            }
+            hf |= {k: v for k, v in read_object(generation).items() if k == "eos_token_id"}
         return cls.from_dict(hf, str(file))
 
     @classmethod
@@ -265,8 +265,10 @@ class ModelConfig:
                 require(bool(default), f"{source}: {name} is missing")
                 return default[0]
             kinds = (int, float) if default and isinstance(default[0], float) else (int,)
+            least = 1 if kinds == (int,) and 0 not in default else 0  # False is 0, too
             require(
-                isinstance(value, kinds), f"{source}: {name} is {value!r}; expected a {kinds[-1].__name__}"
+                isinstance(value, kinds) and value >= least,
+                f"{source}: {name} is {value!r}; expected a {kinds[-1].__name__} of at least {least}",
             )
             return value
 
@@ -335,10 +337,28 @@ class ModelConfig:
         )
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of the checkpoint."""
+    require(file.exists(), f"{file}: no such file; a checkpoint directory has a {file.name}")
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    require(isinstance(content, dict), f"{file}: must hold a JSON object")
+    return dict(content)
+
+
 def read_rope(hf: dict[str, Any], source: str) -> RopeConfig:
     """The rotary parameters of either dialect; an unknown kind of scaling is refused by name."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    require(isinstance(rope, dict), f"{source}: rope scaling is {rope!r}; expected an object")
+
+    def number(name: str, default: float) -> float:
+        value = default if rope.get(name) is None else rope[name]
+        require(isinstance(value, int | float), f"{source}: rope {name} is {value!r}; expected a number")
+        return float(value)
+
+    theta = number("rope_theta", hf.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     require(
         kind in ("default", "yarn"),
@@ -346,41 +366,18 @@ def read_rope(hf: dict[str, Any], source: str) -> RopeConfig:
     )
     if kind == "default":
         return RopeConfig(theta=theta)
-    require("factor" in rope, f"{source}: rope scaling of type yarn needs a factor")
+    longest = hf.get("max_position_embeddings") or 4096
+    require(rope.get("factor") is not None, f"{source}: rope scaling of type yarn needs a factor")
     return RopeConfig(
         theta=theta,
-        factor=float(rope["factor"]),
-        original_max_position=int(
-            rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 4096)
-        ),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(rope.get("mscale", 1.0)),
-        mscale_all_dim=float(rope.get("mscale_all_dim", 0.0)),
+        factor=number("factor", 1.0),
+        original_max_position=int(number("original_max_position_embeddings", longest)),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        mscale=number("mscale", 1.0),
+        mscale_all_dim=number("mscale_all_dim", 0.0),
     )
 
 
 def divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
-def find_model(model: str) -> Path:
-    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress).
-
-    Raises:
-        ValueError: neither a directory nor a hub name that can be downloaded.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists()
-    require(not looks_like_path, f"--model-path {model!r}: no such directory")
-    from huggingface_hub import snapshot_download  # imports slowly, and a local model never needs it
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
-    except Exception as error:
-        raise ValueError(
-            f"--model-path {model!r}: no such directory, and it could not be downloaded from the "
-            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,12 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     ids = [p for p in prompts if isinstance(p, int)]
     if ids and len(ids) == len(prompts):
         return [ids]
-    return [p for p in prompts if not isinstance(p, int)]
+    batch = [p if isinstance(p, str) else list(p) for p in prompts if isinstance(p, str | list | tuple)]
+    require(
+        len(batch) == len(prompts),
+        "prompts: give a text, a list of token ids, or a list of either, not mixed",
+    )
+    return batch
 
 
 class LLM:
@@ -40,8 +46,8 @@ class LLM:
     processes serve as ranks and end with it.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self.engine = LLMEngine(EngineConfig.from_kwargs(model=model, **options))
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.engine = LLMEngine(EngineConfig.from_kwargs(model=str(model), **options))
         self.num_requests = 0
 
     def generate(

@@ -5,6 +5,7 @@ Plain integers and strings; no torch. Read `batch.py` next.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -41,22 +42,34 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop, ids = as_tuple(self.stop), as_tuple(self.stop_token_ids)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", ids)
         checks = (
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "in [0, 100]"),
-            ("top_k", self.top_k >= -1, "-1 or 0 (off), or at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("seed", self.seed is None or abs(self.seed) <= MAX_SEED, "a 64-bit integer"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
+            ("max_tokens", self.max_tokens is None or is_int(self.max_tokens, 1), "at least 1"),
+            ("temperature", is_number(self.temperature) and 0 <= self.temperature <= 100, "in [0, 100]"),
+            ("top_k", is_int(self.top_k, -1, MAX_SEED), "-1 or 0 (off), or at least 1"),
+            ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", self.seed is None or is_int(self.seed, -MAX_SEED, MAX_SEED), "a 64-bit integer"),
+            ("logprobs", self.logprobs is None or is_int(self.logprobs, 0), "at least 0"),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
-            ("stop_token_ids", all(isinstance(t, int) for t in self.stop_token_ids), "token ids"),
+            ("stop_token_ids", all(is_int(t, 0) for t in ids), "token ids"),
         )
         for name, ok, what in checks:
             if not ok:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
+
+
+def as_tuple(value: object) -> tuple[object, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_int(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True)

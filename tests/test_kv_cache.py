@@ -88,10 +88,10 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
         owners = [r for r in range(n) if batches[r].slot_mapping[i] >= 0]
         assert owners == [pos % n]
         where = batches[owners[0]].slot_mapping[i]
-        assert caches[owners[0]][where] == -1, "a cached token would be overwritten"
-        caches[owners[0]][where] = 1000 * slot + pos
+        assert caches[owners[0]][where.item()] == -1, "a cached token would be overwritten"
+        caches[owners[0]][where.item()] = 1000 * slot + pos
     assert batches[0].positions.tolist() == [pos for _, pos in expected]
-    assert batches[0].token_ids[d:].tolist() == plan.tokens
+    assert batches[0].prefill_tokens.tolist() == plan.tokens
 
     for row in range(d):
         seen = []

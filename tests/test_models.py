@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STYLES, Oracle, make_checkpoint
+from checkpoints import STYLES, Oracle, make_checkpoint
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_STEPS, Oracle, make_checkpoint
+from checkpoints import NUM_STEPS, Oracle, make_checkpoint
 
 from minidcp import LLM, RequestOutput, SamplingParams
 from minidcp.attention.reference import ReferenceBackend

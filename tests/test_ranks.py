@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Oracle
+from checkpoints import Oracle
 
 from minidcp import LLM, SamplingParams
 

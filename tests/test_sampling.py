@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_demo_checkpoint import EOS, make_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from minidcp.batch import SampleColumns
 from minidcp.engine.detokenizer import Detokenizer
 from minidcp.engine.sampler import gumbel_noise, mask_unlikely, sample
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from make_demo_checkpoint import EOS, make_tokenizer
 
 N = 20_000
 

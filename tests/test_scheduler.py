@@ -6,7 +6,7 @@ import random
 from collections import deque
 
 import pytest
-from conftest import Oracle
+from checkpoints import Oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minidcp.config import EngineConfig, ModelConfig, find_model, require
+from minidcp.config import EngineConfig, ModelConfig, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
 from minidcp.engine.executor import start_executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.models.weights import find_model
 from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, Status, TokenLogprobs
 
 logger = logging.getLogger("minidcp")
@@ -125,6 +126,10 @@ class LLMEngine:
         """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS)."""
         if self.tokenizer is None:
             raise ValueError("prompt: the checkpoint has no tokenizer; give token ids instead of text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can express
+            raise ValueError(f"prompt: is not valid Unicode ({error.reason})") from None
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         return ids
 
@@ -237,7 +242,11 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         require(world == config.tp_size, f"--tp-size {config.tp_size}: torchrun started {world} processes")
         ranks = "torchrun"
     elif ranks == "auto":
-        ranks = "threads" if config.tp_size == 1 else "processes"
+        ranks = "threads" if config.tp_size == 1 and device == "cpu" else "processes"
+    require(
+        ranks != "threads" or device == "cpu" or config.tp_size == 1,
+        "--ranks threads: several ranks on GPUs are processes; use --ranks processes",
+    )
     batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
     return (
         replace(
@@ -246,8 +255,34 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
             device=device,
             dtype=dtype,
             ranks=ranks,
+            comm=choose_comm(config, device),
             max_model_len=max_model_len,
             max_num_batched_tokens=batched,
         ),
         model_config,
     )
+
+
+def choose_comm(config: EngineConfig, device: str) -> str:
+    """Collectives for `--comm auto`: symmetric memory where all ranks can read each other's GPU."""
+    if device == "cpu":
+        require(config.comm in ("auto", "gloo"), f"--comm {config.comm}: needs GPUs; CPUs use gloo")
+        return "gloo"
+    if config.tp_size == 1:
+        return "nccl" if config.comm == "auto" else config.comm
+    gpus = torch.cuda.device_count()
+    one_node = not under_torchrun() or int(os.environ["LOCAL_WORLD_SIZE"]) == config.tp_size
+    used = range(min(gpus, config.tp_size))
+    peers = all(torch.cuda.can_device_access_peer(a, b) for a in used for b in used if a != b)
+    why = (
+        "" if one_node and peers else "the ranks are on several nodes" if peers else "the GPUs are not peers"
+    )
+    require(config.comm != "symmetric" or not why, f"--comm symmetric: {why}; use nccl")
+    comm = ("nccl" if why else "symmetric") if config.comm == "auto" else config.comm
+    logger.info("collectives: %s (%s)", comm, why or "one node, and every GPU can read its peers' memory")
+    if config.tp_size > gpus and one_node:
+        require(
+            comm == "symmetric", f"--tp-size {config.tp_size}: {comm} needs a GPU per rank, there are {gpus}"
+        )
+        logger.warning("%d ranks share %d GPUs: right for tests, not for speed", config.tp_size, gpus)
+    return comm

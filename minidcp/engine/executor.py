@@ -255,7 +255,7 @@ class TorchrunExecutor(ConnectedExecutor):
                     0,
                     config,
                     model_config,
-                    lambda device: init_process_state(config.parallel, device),
+                    lambda device: init_process_state(config.parallel, config.comm, device),
                     self.inbox.get,
                     self.reports.put,
                 )

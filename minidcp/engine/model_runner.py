@@ -1,25 +1,27 @@
 """One rank's model, cache and step: a StepPlan in, sampled tokens out.
 
-How plans arrive and what happens when a rank fails is `worker.py`'s.
+How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are `cuda_graph.py`'s.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minidcp.attention import make_backend
-from minidcp.batch import BlockTables, ForwardBatch, StepPlan
+from minidcp.batch import BlockTables, ForwardBatch, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
-from minidcp.engine.sampler import sample
+from minidcp.engine.cuda_graph import DecodeGraphs
+from minidcp.engine.sampler import Sampled, list_logprobs, sample
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
-from minidcp.models.weights import CheckpointSource, RecordingSource, Weights, WeightSource
+from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState
 from minidcp.request import TokenLogprobs
@@ -27,6 +29,7 @@ from minidcp.request import TokenLogprobs
 logger = logging.getLogger("minidcp")
 
 CPU_KV_BYTES = 2 << 30  # of all ranks together; pages are taken only when tokens are written
+GRAPH_BYTES = 1 << 30  # left free for CUDA graphs and what libraries take later
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,49 @@ class StepResult:
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
-    seconds: float = 0.0  # from the plan's arrival on rank 0 to its tokens
+    seconds: float = 0.0  # of the step on rank 0, without waiting for it to begin
+
+
+class PendingResult:
+    """A step that rank 0's device may still be working on; `wait` gives its result.
+
+    The copy to the host is started here, so that nothing else has to wait for the device.
+    """
+
+    def __init__(
+        self, sampled: Sampled | None, columns: SampleColumns, begin: float | torch.cuda.Event
+    ) -> None:
+        self.columns, self.begin = columns, begin
+        self.sampled = sampled
+        if isinstance(begin, torch.cuda.Event):
+            self.end = torch.cuda.Event(enable_timing=True)
+            if sampled is not None:
+                optional = (sampled.own, sampled.top_ids, sampled.top_values)
+                on_host = [None if x is None else to_host(x) for x in optional]
+                self.sampled = Sampled(to_host(sampled.tokens), sampled.rows, *on_host)
+            self.end.record()
+
+    def wait(self) -> StepResult:
+        if isinstance(self.begin, torch.cuda.Event):
+            self.end.synchronize()
+            seconds = self.begin.elapsed_time(self.end) * 1e-3
+        else:
+            seconds = time.perf_counter() - self.begin
+        if self.sampled is None:
+            return StepResult([], None, seconds)
+        tokens = self.sampled.tokens.tolist()
+        return StepResult(tokens, list_logprobs(self.sampled, tokens, self.columns), seconds)
+
+
+def to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class ModelRunner:
     """Runs steps on one rank. Every rank gets the same plans in the same order.
 
     Raises:
-        ValueError: the checkpoint does not fit its config.json.
+        ValueError: the checkpoint does not fit its config.json, or the back-end cannot run here.
     """
 
     def __init__(
@@ -57,17 +95,42 @@ class ModelRunner:
         self.device, self.dtype = device, getattr(torch, config.dtype)
         self.max_model_len = config.max_model_len
         self.interleave = Interleave(config.dcp_size, config.block_size)
-        self.attention = make_backend(config.attention_backend, model_config.softmax_scale)
-        source = CheckpointSource(Path(config.model), self.dtype, device, progress=state.rank == 0)
+        self.attention = make_backend(
+            config.attention_backend,
+            model_config,
+            model_config.num_attention_heads * config.dcp_size // config.tp_size,
+            config.block_size,
+            device,
+            self.dtype,
+        )
+        if state.rank == 0:
+            logger.info(
+                "attention: %s; groups: %s; exchange: %s, %s",
+                type(self.attention).__name__,
+                type(state.tp).__name__,
+                config.dcp_comm_backend if config.dcp_size > 1 else "none",
+                config.exchange_policy,
+            )
+        self.model, self.bytes_read = self.load()
+        self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
+        # By slot; the last place is for the padded rows of CUDA graphs.
+        self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.cache: LatentCache | None = None
+        self.graphs: DecodeGraphs | None = None
+
+    def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
+        """The model and how many bytes of weights were read for it."""
+        if self.config.load_format == "dummy":
+            random = RandomSource(self.dtype, self.device)
+            return self.build(random), random.bytes_read
+        path = Path(self.config.model)
+        source = CheckpointSource(path, self.dtype, self.device, progress=self.state.rank == 0)
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
-        self.model = self.build(source)
+        model = self.build(source)
         source.close()
-        self.bytes_read = source.bytes_read
-        self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
-        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        self.cache: LatentCache | None = None
+        return model, source.bytes_read
 
     def build(self, source: WeightSource) -> DeepseekV2ForCausalLM:
         return DeepseekV2ForCausalLM(
@@ -81,36 +144,99 @@ class ModelRunner:
         )
 
     def measure_kv_bytes(self) -> int:
-        """How much memory this rank's cache may take."""
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            return free - int(total * (1 - self.config.gpu_memory_utilization))
-        return CPU_KV_BYTES // self.state.tp.size
-
-    def allocate_cache(self, num_blocks: int) -> None:
-        layers, width = self.model_config.num_hidden_layers, self.model_config.latent_dim
-        self.cache = LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
+        """How much memory this rank's cache may take: what a step of the largest size leaves over."""
+        if self.device.type == "cpu":
+            return CPU_KV_BYTES // self.state.tp.size
+        self.run_largest_prefill()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserve = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
+        return free - reserve  # the allocator keeps what the step needed, so it is not free any more
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step; the result on rank 0, None elsewhere."""
-        assert self.cache is not None
-        start = time.perf_counter()
-        self.tables.update(plan)
+    def run_largest_prefill(self) -> None:
+        """A step of max_num_batched_tokens new tokens that stores nothing."""
+        left = self.config.max_num_batched_tokens or 0
+        plan = StepPlan()
+        while left and len(plan.slots) < self.config.max_num_seqs:
+            length = min(left, self.max_model_len)
+            plan.sample.rows.append(len(plan.slots))
+            plan.slots.append(len(plan.slots))
+            plan.starts.append(0)
+            plan.lengths.append(length)
+            plan.tokens += [0] * length
+            left -= length
+        self.cache = LatentCache(
+            1, 1, self.config.block_size, self.model_config.latent_dim, self.dtype, self.device
+        )
+        self.cache.blocks = self.cache.blocks.expand(self.model_config.num_hidden_layers, -1, -1, -1)
+        batch = self.build_batch(plan)
+        self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
+        torch.cuda.synchronize(self.device)
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Allocate the cache and capture the decode graphs over it."""
+        layers, width = self.model_config.num_hidden_layers, self.model_config.latent_dim
+        self.cache = LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
+        if self.device.type == "cuda" and self.config.cuda_graph:
+            start = time.perf_counter()
+            with torch.inference_mode():
+                self.graphs = DecodeGraphs(
+                    self.forward,
+                    self.config.exchanges_narrow,
+                    self.config.max_num_seqs,
+                    self.tables.table.shape[1],
+                    self.interleave,
+                    self.state.dcp.rank,
+                    self.device,
+                )
+            if self.state.rank == 0:
+                seconds = time.perf_counter() - start
+                logger.info("captured %d CUDA graphs in %.1f s", len(self.graphs.sizes), seconds)
+
+    def build_batch(self, plan: StepPlan) -> ForwardBatch:
         narrow = self.config.exchanges_narrow(plan.num_decode)
-        batch = ForwardBatch.build(
+        return ForwardBatch.build(
             plan, self.tables, self.interleave, self.state.dcp.rank, narrow, self.device
         )
-        d = plan.num_decode
-        batch.token_ids[:d] = self.last_tokens[batch.decode_slots]
-        logits = self.model(batch.token_ids, self.cache, batch)
-        if not plan.sample.rows:
-            return StepResult([], None, time.perf_counter() - start) if self.state.rank == 0 else None
-        # Rank 0 samples for all: two ranks that round differently must not go separate ways.
-        sampled = sample(logits, plan.sample) if self.state.rank == 0 else None
-        own = sampled.tokens if sampled is not None else torch.empty_like(batch.sample_slots)
-        tokens = self.state.tp.broadcast(own)
-        self.last_tokens[batch.sample_slots] = tokens
-        if sampled is None:
-            return None
-        return StepResult(tokens.tolist(), sampled.logprobs, time.perf_counter() - start)
+
+    def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """A step up to logits [S, vocab] and their best tokens [S], which become the slots' last ones."""
+        assert self.cache is not None
+        self.state.begin_step()
+        decode_tokens = self.last_tokens[batch.decode_slots]
+        token_ids = torch.cat([decode_tokens, batch.prefill_tokens.long()])
+        logits = self.model(token_ids, self.cache, batch)
+        return logits, self.share_tokens(logits.argmax(-1), batch.sample_slots)
+
+    def share_tokens(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Rank 0 decides for all: two ranks that round differently must not go separate ways."""
+        if len(tokens):
+            tokens = self.state.tp.broadcast(tokens)
+            self.last_tokens[slots] = tokens
+        return tokens
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingResult | None:
+        """Start one step; its result on rank 0, None elsewhere. On a GPU the host does not wait for it."""
+        begin: float | torch.cuda.Event = time.perf_counter()
+        if self.device.type == "cuda":
+            begin = torch.cuda.Event(enable_timing=True)
+            begin.record()
+        self.tables.update(plan)
+        if self.graphs is not None and plan.num_decode == len(plan.slots):
+            logits, tokens = self.graphs.replay(plan, self.tables)
+            slots = self.graphs.inputs[2, : plan.num_decode]
+        else:
+            batch = self.build_batch(plan)
+            logits, tokens = self.forward(batch)
+            slots = batch.sample_slots
+        columns = plan.sample
+        sampled = None
+        if columns.rows:
+            if self.state.rank == 0:
+                sampled = sample(logits, columns, tokens)
+                tokens = sampled.tokens
+            if any(columns.temperature):
+                self.state.begin_step()  # these collectives are in no graph
+                tokens = self.share_tokens(tokens, slots)
+        return PendingResult(sampled, columns, begin) if self.state.rank == 0 else None

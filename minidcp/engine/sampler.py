@@ -16,33 +16,45 @@ from minidcp.request import TokenLogprobs
 
 
 @dataclass
-class SampleResult:
-    """Sampled tokens [S] on the device, and where asked for the log-probabilities behind them."""
+class Sampled:
+    """Device tensors: a token per row, and for `rows` of them the log-probabilities behind the choice."""
 
-    tokens: Tensor
-    logprobs: list[TokenLogprobs | None] | None = None
+    tokens: Tensor  # [S]
+    rows: list[int]
+    own: Tensor | None = None  # [len(rows)] of the sampled tokens
+    top_ids: Tensor | None = None  # [len(rows), K] the most likely ones, best first
+    top_values: Tensor | None = None
 
 
-def sample(logits: Tensor, columns: SampleColumns) -> SampleResult:
-    """Choose one token per row of logits [S, vocab] (float32) as `columns` say."""
-    greedy = logits.argmax(-1)
-    tokens = greedy
+def sample(logits: Tensor, columns: SampleColumns, greedy: Tensor | None = None) -> Sampled:
+    """Choose one token per row of logits [S, vocab] (float32) as `columns` say.
+
+    Args:
+        greedy: the rows' best tokens, where they are known already.
+    """
+    tokens = logits.argmax(-1) if greedy is None else greedy
     if any(columns.temperature):
         temperature = column(columns.temperature, torch.float32, logits)
         scaled = logits / temperature.clamp(min=1e-5)[:, None]
         if any(columns.top_k) or any(p < 1 for p in columns.top_p):
             scaled = mask_unlikely(scaled, columns)
-        noise = gumbel_noise(
-            column(columns.seed, torch.int64, logits),
-            column(columns.position, torch.int64, logits),
-            logits.shape[1],
-        )
-        tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), greedy)
-    return SampleResult(tokens, gather_logprobs(logits, tokens, columns.logprobs))
+        seeds, positions = (column(c, torch.int64, logits) for c in (columns.seed, columns.position))
+        noise = gumbel_noise(seeds, positions, logits.shape[1])
+        tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
+    rows = [row for row, count in enumerate(columns.logprobs) if count >= 0]
+    if not rows:
+        return Sampled(tokens, rows)
+    index = column(rows, torch.int64, logits)
+    logprobs = logits[index].log_softmax(-1)
+    top_values, top_ids = logprobs.topk(min(max(columns.logprobs), logits.shape[1]), -1)
+    own = logprobs.gather(1, tokens[index][:, None])[:, 0]
+    return Sampled(tokens, rows, own, top_ids, top_values)
 
 
 def column(values: list[int] | list[float], dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device)
+    """On the device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
 
 
 def mask_unlikely(logits: Tensor, columns: SampleColumns) -> Tensor:
@@ -55,7 +67,7 @@ def mask_unlikely(logits: Tensor, columns: SampleColumns) -> Tensor:
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs  # of the more likely tokens; 0 for the first, which always stays
     top_p = column(columns.top_p, torch.float32, logits)[:, None]
-    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
+    ordered = ordered.masked_fill((rank > 0) & (before >= top_p) & (top_p < 1), -torch.inf)
     return torch.empty_like(ordered).scatter_(1, ids, ordered)
 
 
@@ -67,7 +79,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """
     stream = mix64(mix64(seeds) + positions)
     bits = mix64(stream[:, None] + torch.arange(vocab, device=seeds.device))
-    uniform = (shift_right(bits, 40).float() + 0.5) * 2.0**-24  # 24 bits, in (0, 1)
+    # 23 bits, in (0, 1): with 24, + 0.5 rounds the largest to 1.0, whose noise is infinite.
+    uniform = (shift_right(bits, 41).float() + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
 
 
@@ -87,20 +100,21 @@ def signed64(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def gather_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[TokenLogprobs | None] | None:
-    """For rows with counts[i] >= 0: the sampled token's log-probability and the counts[i] highest."""
-    rows = [row for row, count in enumerate(counts) if count >= 0]
-    if not rows:
+def list_logprobs(
+    sampled: Sampled, tokens: list[int], columns: SampleColumns
+) -> list[TokenLogprobs | None] | None:
+    """Per row what was asked for, from tensors that are on the host by now."""
+    if sampled.own is None or sampled.top_ids is None or sampled.top_values is None:
         return None
-    logprobs = logits[rows].log_softmax(-1)
-    chosen = tokens[rows]
-    most = min(max(counts), logits.shape[1])
-    values, ids = logprobs.topk(most, -1)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    out: list[TokenLogprobs | None] = [None] * len(counts)
-    for row, token, lp, top_ids, top_values in zip(
-        rows, chosen.tolist(), own, ids.tolist(), values.tolist(), strict=True
-    ):
-        top = tuple(zip(top_ids[: counts[row]], top_values[: counts[row]], strict=True))
-        out[row] = TokenLogprobs(token, lp, top)
+    out: list[TokenLogprobs | None] = [None] * len(tokens)
+    entries = zip(
+        sampled.rows,
+        sampled.own.tolist(),
+        sampled.top_ids.tolist(),
+        sampled.top_values.tolist(),
+        strict=True,
+    )
+    for row, own, ids, values in entries:
+        count = columns.logprobs[row]
+        out[row] = TokenLogprobs(tokens[row], own, tuple(zip(ids[:count], values[:count], strict=True)))
     return out

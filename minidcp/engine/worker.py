@@ -18,7 +18,7 @@ import torch
 
 from minidcp.batch import StepPlan
 from minidcp.config import EngineConfig, ModelConfig
-from minidcp.engine.model_runner import ModelRunner, StepResult
+from minidcp.engine.model_runner import ModelRunner, PendingResult, StepResult
 from minidcp.parallel.state import ParallelState, init_process_state
 
 
@@ -59,24 +59,50 @@ def run_rank(
     report: Callable[[Report], None],
 ) -> bool:
     """Serve commands until told to stop (True) or until something fails, which is reported (False)."""
+    loading = True
     try:
         device = torch.device(config.device)
+        if device.type == "cuda":
+            # Ranks beyond the number of GPUs share them, which symmetric memory allows for tests.
+            local_rank = int(os.environ.get("LOCAL_RANK", rank))
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
         if device.type == "cpu" and config.tp_size > 1:
             # Threads of many ranks on few cores wait for each other: one core's worth per rank.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tp_size))
         runner = ModelRunner(config, model_config, join(device), device)
         report((rank, Ready(runner.measure_kv_bytes(), runner.bytes_read)))
+        loading = False  # from here on a ValueError is a defect of ours: requests are checked before
+        report_result = report_from_thread(rank, report) if device.type == "cuda" else None
         while (command := receive()) is not None:
             if isinstance(command, InitCache):
                 runner.allocate_cache(command.num_blocks)
                 report((rank, Ready()))
-            elif (result := runner.execute(command)) is not None:
-                report((rank, result))
+            elif (pending := runner.execute(command)) is not None:
+                if report_result is None:
+                    report((rank, pending.wait()))
+                else:
+                    report_result(pending)
     except Exception as error:
-        is_user_error = isinstance(error, ValueError)
+        is_user_error = loading and isinstance(error, ValueError)
         report((rank, Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error)))
         return False
     return True
+
+
+def report_from_thread(rank: int, report: Callable[[Report], None]) -> Callable[[PendingResult], None]:
+    """A thread waits for the device, so that the next step can be launched while this one runs."""
+    pending: queue.SimpleQueue[PendingResult] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            while True:
+                report((rank, pending.get().wait()))
+        except Exception:
+            report((rank, Failed(traceback.format_exc())))
+
+    threading.Thread(target=run, name="results", daemon=True).start()
+    return pending.put
 
 
 def serve_connection(connection: Connection, rank: int) -> int:
@@ -100,7 +126,7 @@ def serve_connection(connection: Connection, rank: int) -> int:
         rank,
         config,
         model_config,
-        lambda device: init_process_state(config.parallel, device),
+        lambda device: init_process_state(config.parallel, config.comm, device),
         commands.get,
         connection.send,
     )

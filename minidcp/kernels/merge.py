@@ -12,36 +12,38 @@ import triton.language as tl
 from torch import Tensor
 
 
-def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Attention over the union of N shards.
 
     Args:
         outs: [N, T, H, D] partial outputs, any strides with a contiguous D.
         lses: [N, T, H] float32, any strides.
+        dtype: of the result; outs' by default.
 
     Returns:
-        out [T, H, D] in outs' dtype (0 where every shard is empty) and lse [T, H] float32.
+        out [T, H, D] (0 where every shard is empty) and lse [T, H] float32.
     """
-    return merge_partials_triton(outs, lses) if outs.is_cuda else merge_partials_ref(outs, lses)
+    return (merge_partials_triton if outs.is_cuda else merge_partials_ref)(outs, lses, dtype or outs.dtype)
 
 
-def merge_partials_ref(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_partials_ref(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lse = lses.logsumexp(0)
     weights = (lses - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # [N, T, H]
     parts = outs.float().masked_fill((lses == -torch.inf)[..., None], 0.0)
-    return torch.einsum("nth,nthd->thd", weights, parts).to(outs.dtype), lse
+    return torch.einsum("nth,nthd->thd", weights, parts).to(dtype), lse
 
 
-def merge_partials_triton(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     size, tokens, heads, dim = outs.shape
     assert outs.stride(3) == 1
-    out = torch.empty(tokens, heads, dim, dtype=outs.dtype, device=outs.device)
+    out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device)
     if tokens:
         merge_kernel[(tokens, heads)](
             outs, lses, out, lse,
             *outs.stride()[:3], *lses.stride(), *out.stride()[:2], lse.stride(0),
             size, dim, SIZE=triton.next_power_of_2(size), DIM=triton.next_power_of_2(dim),
+            CHUNK=min(8, triton.next_power_of_2(size)), num_warps=2 if dim <= 256 else 4,
         )  # fmt: skip
     return out, lse
 
@@ -50,9 +52,9 @@ def merge_partials_triton(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def merge_kernel(
     outs, lses, out, lse,
     outs_n, outs_t, outs_h, lses_n, lses_t, lses_h, out_t, out_h, lse_t,
-    size, dim, SIZE: tl.constexpr, DIM: tl.constexpr,
+    size, dim, SIZE: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the N partials of one token and head."""
+    """One program merges the N partials of one token and head, CHUNK of them at a time."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.arange(0, SIZE)
     d = tl.arange(0, DIM)
@@ -61,10 +63,16 @@ def merge_kernel(
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.exp(part_lse - top), 0)
     merged = tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)) + top, -float("inf"))
-    weight = tl.exp(part_lse - tl.where(total > 0, merged, 0.0))
-    mask = (part_lse > -float("inf"))[:, None] & (d < dim)[None, :]  # an empty shard is not even read
-    part = tl.load(outs + n[:, None] * outs_n + t * outs_t + h * outs_h + d[None, :], mask=mask, other=0.0)
-    acc = tl.sum(part.to(tl.float32) * weight[:, None], 0)
+    acc = tl.zeros([DIM], tl.float32)
+    for first in tl.static_range(0, SIZE, CHUNK):
+        n = first + tl.arange(0, CHUNK)
+        part_lse = tl.load(lses + n * lses_n + t * lses_t + h * lses_h, mask=n < size, other=-float("inf"))
+        weight = tl.exp(part_lse - tl.where(total > 0, merged, 0.0))
+        mask = (part_lse > -float("inf"))[:, None] & (d < dim)[None, :]  # an empty shard is not even read
+        part = tl.load(
+            outs + n[:, None] * outs_n + t * outs_t + h * outs_h + d[None, :], mask=mask, other=0.0
+        )
+        acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
     tl.store(out + t * out_t + h * out_h + d, acc.to(out.dtype.element_ty), mask=d < dim)
     tl.store(lse + t * lse_t + h, merged)
 

@@ -14,9 +14,10 @@ from minidcp.batch import ForwardBatch
 from minidcp.config import ModelConfig
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
+from minidcp.kernels.rope import rotate
 from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding
-from minidcp.models.rope import RotaryEmbedding, rotate
+from minidcp.models.rope import RotaryEmbedding
 from minidcp.models.weights import Shard, Weights
 from minidcp.parallel.exchange import Exchange, gather_heads
 from minidcp.parallel.state import ParallelState
@@ -91,16 +92,16 @@ class MLAAttention:
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_pe = rotate(q_pe, cos_sin)
 
-        kv_c, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        kv_c, k_pe = self.kv_a_layernorm(kv_c), rotate(k_pe, cos_sin)
-        store_latents(kv_c, k_pe, kv, batch.slot_mapping)
+        norm = self.kv_a_layernorm
+        new = self.kv_a_proj_with_mqa(x)
+        latents = store_latents(new, norm.weight, norm.eps, cos_sin, kv, batch.slot_mapping)
 
         parts = []
         if d:
             parts.append(self.decode(q_nope[:d], q_pe[:d], kv, batch))
         if batch.prefill is not None:
             q_new = torch.cat([q_nope[d:], q_pe[d:]], -1)
-            parts.append(self.prefill(q_new, kv_c[d:], k_pe[d:], kv, batch))
+            parts.append(self.prefill(q_new, latents[d:], kv, batch))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(out.flatten(1))
 
@@ -128,21 +129,21 @@ class MLAAttention:
             out, lse = self.exchange(out, lse, dcp)
         return torch.einsum("thc,hvc->thv", out, self.w_uv)
 
-    def prefill(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
+    def prefill(self, q: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """MHA form, this rank's heads: new tokens among themselves, and what they find in the cache
         (gathered from all shards), merged by LSE -> [T, H, v]."""
         assert batch.prefill is not None
-        out, lse = self.attention.prefill(q, *self.decompress(kv_c, k_pe), batch.prefill)
+        out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
         if batch.context is None:
             return out
         shard = kv.flatten(0, 1)[batch.context.slots]  # [S, C + rope]
-        latents = self.state.dcp.all_gather(shard).flatten(0, 1)[batch.context.index]  # [P, C + rope]
-        kv_c, k_pe = latents.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        seen, seen_lse = self.attention.prefill(q, *self.decompress(kv_c, k_pe), batch.context.varlen)
+        context = self.state.dcp.all_gather(shard).flatten(0, 1)[batch.context.index]  # [P, C + rope]
+        seen, seen_lse = self.attention.prefill(q, *self.decompress(context), batch.context.varlen)
         return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
 
-    def decompress(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [T, C] and shared keys [T, rope] -> k [T, H, nope + rope] and v [T, H, v]."""
+    def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads."""
+        kv_c, k_pe = latents.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         k_nope = torch.einsum("tc,hnc->thn", kv_c, self.w_uk)
         v = torch.einsum("tc,hvc->thv", kv_c, self.w_uv)
         return torch.cat([k_nope, k_pe[:, None].expand(-1, self.num_heads, -1)], -1), v
@@ -170,9 +171,14 @@ class DecoderLayer:
         else:
             self.mlp = MLP(config, config.intermediate_size, state, weights.scope("mlp"))
 
-    def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        x = x + self.tp.all_reduce(self.self_attn(self.input_layernorm(x), cos_sin, kv, batch))
-        return x + self.tp.all_reduce(self.mlp(self.post_attention_layernorm(x)))
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's last summand and the residual stream without it, so that the next norm adds both."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.tp.all_reduce(self.self_attn(x, cos_sin, kv, batch))
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.tp.all_reduce(self.mlp(x)), residual
 
 
 class DeepseekV2ForCausalLM:
@@ -208,7 +214,10 @@ class DeepseekV2ForCausalLM:
         """token_ids [T] -> float32 logits [S, vocab] of the batch's sampled tokens, on every rank."""
         self.attention.plan(batch)
         cos_sin = self.rotary.at(batch.positions)
-        x = self.embed_tokens(token_ids)
+        x, residual = self.embed_tokens(token_ids), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos_sin, cache.layer(i), batch)
-        return self.lm_head(self.norm(x[batch.sample_index]))
+            x, residual = layer(x, residual, cos_sin, cache.layer(i), batch)
+        assert residual is not None
+        if not len(batch.sample_index):  # chunks that end before their prompts do
+            return x.new_empty(0, self.lm_head.vocab_size, dtype=torch.float32)
+        return self.lm_head(self.norm.add(x[batch.sample_index], residual[batch.sample_index])[0])

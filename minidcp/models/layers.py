@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidcp.config import ModelConfig
+from minidcp.kernels.norm import rms_norm
 from minidcp.models.weights import Shard, Weights, deinterleave_rope_rows
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
@@ -19,16 +20,18 @@ GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes: 8 elements of
 
 
 class RMSNorm:
-    """x / rms(x) · weight, computed in float32 and rounded before the product, as the original does."""
+    """x / rms(x) · weight."""
 
     def __init__(self, dim: int, weights: Weights, eps: float) -> None:
         self.weight = weights.read("weight", dim)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)[0]
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normed sum of x and the residual stream, and the sum itself."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Linear:

@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN scaling, in the rotate-half layout.
+"""Rotary position embedding with YaRN scaling: the angles. `kernels/rope.py` rotates, in halves.
 
 The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after
 which rotating halves gives bit for bit the same scores.
@@ -47,12 +47,3 @@ class RotaryEmbedding:
     def at(self, positions: Tensor) -> Tensor:
         """[T, dim] for positions [T]; once per step, shared by all layers."""
         return self.cos_sin[positions]
-
-
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate x [T, dim] or [T, H, dim] by cos_sin [T, dim], in float32; same dtype out."""
-    if x.dim() == 3:
-        cos_sin = cos_sin[:, None]
-    cos, sin = cos_sin.chunk(2, -1)
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -7,6 +7,7 @@ that lacks some or holds others is refused with a list before a byte is read.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+
+from minidcp.config import require
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,52 @@ class CheckpointSource:
         self.files.clear()
 
 
+class RandomSource:
+    """Random weights of the right shapes, for measuring without a checkpoint: std 0.02, norms 1.
+
+    With all but equal weights the router would send every token to the same experts, and steps would
+    look faster than they are.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.bytes_read = 0
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        sizes, part = list(shape), 0
+        if shard is not None:
+            sizes[shard.dim], part = shard.bounds(shape[shard.dim])[2], shard.index
+        if len(sizes) == 1:
+            return torch.ones(sizes, dtype=self.dtype, device=self.device)
+        # Seeded by name and part, so that what is replicated is equal on all ranks.
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {part}".encode()))
+        out = torch.empty(sizes, dtype=self.dtype, device=self.device).normal_(0, 0.02, generator=generator)
+        self.bytes_read += out.nbytes
+        return out
+
+
+def find_model(model: str) -> Path:
+    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress).
+
+    Raises:
+        ValueError: neither a directory nor a hub name that can be downloaded.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists()
+    require(not looks_like_path, f"--model-path {model!r}: no such directory")
+    from huggingface_hub import snapshot_download  # imports slowly, and a local model never needs it
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+    except Exception as error:
+        raise ValueError(
+            f"--model-path {model!r}: no such directory, and it could not be downloaded from the "
+            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from None
+
+
 def find_tensors(path: Path) -> dict[str, str]:
     """The file of every tensor: from the index where there is one, else of the single file."""
     index = path / "model.safetensors.index.json"
@@ -179,7 +228,7 @@ def preview(names: list[str], most: int = 8) -> str:
 
 def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:
     """Reorder the last `rope_dim` of each head's rows, in a weight [rows, in] or bias [rows], from pairs
-    (0, 1, 2, 3, …) to halves (0, 2, …, 1, 3, …), so that `rope.rotate` computes what the checkpoint means."""
+    (0, 1, 2, 3, …) to halves (0, 2, …, 1, 3, …), which is what `kernels/rope.py` rotates."""
     by_head = x.unflatten(0, (num_heads, -1))
     keep, rope = by_head.split([by_head.shape[1] - rope_dim, rope_dim], 1)
     return torch.cat([keep, rope[:, 0::2], rope[:, 1::2]], 1).flatten(0, 1)

@@ -21,6 +21,9 @@ class Group(Protocol):
     rank: int
     size: int
 
+    def begin_step(self) -> None:
+        """To be called by every rank before a step's (and a CUDA graph's) first collective."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of x [...]."""
 
@@ -41,6 +44,9 @@ class SingleGroup:
     """The group of one rank: nothing moves."""
 
     rank, size = 0, 1
+
+    def begin_step(self) -> None:
+        pass
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -66,6 +72,9 @@ class TorchGroup:
         self.rank = group.rank()
         self.size = group.size()
         self.root = dist.get_global_rank(group, 0)
+
+    def begin_step(self) -> None:
+        pass
 
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
@@ -128,6 +137,9 @@ class ThreadGroup:
         except threading.BrokenBarrierError:
             raise RuntimeError("another rank of this engine failed") from None
         return [place for place in places if place is not None]
+
+    def begin_step(self) -> None:
+        pass
 
     def all_reduce(self, x: Tensor) -> Tensor:
         # Summed by every rank in the same order, hence the same bits everywhere.

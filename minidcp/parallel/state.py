@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from minidcp.config import ParallelConfig
 from minidcp.parallel.group import Group, Rendezvous, SingleGroup, ThreadGroup, TorchGroup
+from minidcp.parallel.symmetric import SymmetricGroup
 
 # A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -25,6 +26,12 @@ class ParallelState:
 
     tp: Group
     dcp: Group
+
+    def begin_step(self) -> None:
+        """To be called before a step's first collective."""
+        self.tp.begin_step()
+        if self.dcp is not self.tp:
+            self.dcp.begin_step()
 
     @property
     def rank(self) -> int:
@@ -48,13 +55,18 @@ def build_thread_states(config: ParallelConfig) -> tuple[list[ParallelState], li
     return states, [tp, *dcp]
 
 
-def init_process_state(config: ParallelConfig, device: torch.device) -> ParallelState:
+def init_process_state(config: ParallelConfig, comm: str, device: torch.device) -> ParallelState:
     """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own
-    launcher has set, and build this rank's groups."""
+    launcher has set, and build this rank's groups.
+
+    Args:
+        comm: "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers.
+    """
+    if comm == "symmetric" and config.tp_size > torch.cuda.device_count():
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # ranks share GPUs: for tests
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend,
+            "nccl" if comm == "nccl" else "gloo",
             init_method="env://",
             rank=int(os.environ["RANK"]),
             world_size=config.tp_size,
@@ -63,9 +75,18 @@ def init_process_state(config: ParallelConfig, device: torch.device) -> Parallel
     rank, size = dist.get_rank(), config.dcp_size
     world = dist.group.WORLD
     assert world is not None
+
+    def wrap(group: dist.ProcessGroup) -> Group:
+        if group.size() == 1:
+            return SingleGroup()
+        return SymmetricGroup(group, device) if comm == "symmetric" else TorchGroup(group)
+
+    tp = wrap(world)
+    if size == config.tp_size:
+        return ParallelState(tp, tp)
     dcp: Group = SingleGroup()
     for first in range(0, config.tp_size, size):  # every process must take part in every new_group
         group = dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT)
-        if first <= rank < first + size and size > 1:
-            dcp = TorchGroup(group)
-    return ParallelState(TorchGroup(world) if config.tp_size > 1 else SingleGroup(), dcp)
+        if first <= rank < first + size:
+            dcp = wrap(group)
+    return ParallelState(tp, dcp)

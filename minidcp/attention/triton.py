@@ -1,0 +1,41 @@
+"""Attention in our own Triton kernels: for any GPU with bf16, and the second opinion on FA3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minidcp.batch import ForwardBatch, Varlen
+from minidcp.kernels.mha_prefill import mha_prefill
+from minidcp.kernels.mla_decode import mla_decode
+
+
+class TritonBackend:
+    """`softmax_scale` multiplies the scores; `rope_dim` is the width of a key's rotary part."""
+
+    def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
+        self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
+        self.num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def plan(self, batch: ForwardBatch) -> None:
+        pass
+
+    def decode(
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        return mla_decode(
+            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.num_programs
+        )
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+        return mha_prefill(
+            q,
+            k,
+            v,
+            varlen.cu_seqlens_q,
+            varlen.cu_seqlens_k,
+            max(varlen.lens_q),
+            self.softmax_scale,
+            varlen.causal,
+            self.rope_dim,
+        )

@@ -1,0 +1,73 @@
+"""RMSNorm, alone or with the residual added first: a Triton kernel and its torch twin."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y = x + residual (or x), normalised: y / rms(y) · weight.
+
+    Computed in float32 and rounded before the product with the weight, as DeepSeek's code does.
+
+    Args:
+        x: [T, D], contiguous D.
+        weight: [D].
+        eps: added to the mean square.
+        residual: [T, D] or None.
+
+    Returns:
+        The normalised rows and y (x itself without a residual), both [T, D] in x's dtype.
+    """
+    return (rms_norm_triton if x.is_cuda else rms_norm_ref)(x, weight, eps, residual)
+
+
+def rms_norm_ref(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype), x
+
+
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    tokens, dim = x.shape
+    assert x.stride(1) == 1
+    out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(out)
+    if tokens:
+        width = triton.next_power_of_2(dim)
+        rms_norm_kernel[(tokens,)](
+            x, x if residual is None else residual, weight, out, total,
+            x.stride(0), x.stride(0) if residual is None else residual.stride(0), dim, eps,
+            HAS_RESIDUAL=residual is not None, DIM=width, num_warps=4 if width <= 2048 else 8,
+        )  # fmt: skip
+    return out, total
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, residual, weight, out, total, x_t, residual_t, dim, eps,
+    HAS_RESIDUAL: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """One program normalises one token."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    mask = d < dim
+    row = tl.load(x + t * x_t + d, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        row += tl.load(residual + t * residual_t + d, mask=mask, other=0.0).to(tl.float32)
+        rounded = row.to(total.dtype.element_ty)
+        tl.store(total + t * dim + d, rounded, mask=mask)
+        row = rounded.to(tl.float32)
+    normed = row * tl.rsqrt(tl.sum(row * row, 0) / dim + eps)
+    scale = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    normed = normed.to(out.dtype.element_ty).to(tl.float32) * scale
+    tl.store(out + t * dim + d, normed.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,48 @@
+"""GPU tests: `pytest -m gpu tests/gpu` on one Hopper GPU. Many ranks share it under MPS."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Oracle, make_checkpoint, make_prompt
+
+# What FA3 is compiled for, and the rest tiny.
+GPU_DIMS = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "hidden_size": 256,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+    "initializer_range": 0.08,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """NVIDIA's multi-process service: without it eight ranks on one GPU take turns of milliseconds."""
+    folder = tmp_path_factory.mktemp("mps")
+    os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(folder / "pipe")
+    os.environ["CUDA_MPS_LOG_DIRECTORY"] = str(folder / "log")
+    for name in ("pipe", "log"):
+        (folder / name).mkdir()
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+    yield
+    subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False, timeout=60)
+
+
+@pytest.fixture(scope="session", params=["v2", "v2-lite"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """A bf16 checkpoint that FA3 takes, and prompts around the block edges."""
+    path: Path = tmp_path_factory.mktemp(f"gpu-{request.param}")
+    model = make_checkpoint(path, request.param, seed=1, **GPU_DIMS)
+    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="5MB")
+    prompts = [make_prompt(n, 512) for n in (1, 3, 7, 16, 17, 127, 128, 129, 300, 700)]
+    return Oracle(path, model.float(), prompts, [], [])
