@@ -15,7 +15,7 @@ class TritonBackend:
 
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
         self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
-        self.num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        self.num_programs = torch.cuda.get_device_properties(device).multi_processor_count
 
     def plan(self, batch: ForwardBatch) -> None:
         pass
