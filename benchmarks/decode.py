@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py demo-checkpoint --device cpu --ranks threads --tp-size 8 --dcp-size 8
 
-The last line is JSON.
+Every batch ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_engine_flags(parser)
-    parser.add_argument("--batch", type=int, default=8, help="requests that decode together")
+    parser.add_argument("--batch", default="8", help="requests that decode together; several by commas")
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens of each")
     parser.add_argument("--output-len", type=int, default=64, help="decode steps to measure")
     args = parser.parse_args()
     engine = LLMEngine(engine_config(args))
     try:
-        measure(engine, args.batch, args.input_len, args.output_len)
+        for batch in args.batch.split(","):
+            measure(engine, int(batch), args.input_len, args.output_len)
     finally:
         engine.close()
 

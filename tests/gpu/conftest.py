@@ -38,11 +38,19 @@ def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False, timeout=60)
 
 
-@pytest.fixture(scope="session", params=["v2", "v2-lite"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_gpu_checkpoint("v2", tmp_path_factory.mktemp("gpu-v2"))
+
+
+@pytest.fixture(scope="session")
+def lite_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_gpu_checkpoint("v2-lite", tmp_path_factory.mktemp("gpu-v2-lite"))
+
+
+def make_gpu_checkpoint(style: str, path: Path) -> Oracle:
     """A bf16 checkpoint that FA3 takes, and prompts around the block edges."""
-    path: Path = tmp_path_factory.mktemp(f"gpu-{request.param}")
-    model = make_checkpoint(path, request.param, seed=1, **GPU_DIMS)
+    model = make_checkpoint(path, style, seed=1, **GPU_DIMS)
     model.to(torch.bfloat16).save_pretrained(path, max_shard_size="5MB")
     prompts = [make_prompt(n, 512) for n in (1, 3, 7, 16, 17, 127, 128, 129, 300, 700)]
     return Oracle(path, model.float(), prompts, [], [])

@@ -11,9 +11,9 @@ from minidcp import LLM, RequestOutput, SamplingParams
 
 pytestmark = pytest.mark.gpu
 STEPS = 48
-# bf16 noise in a log-probability of these checkpoints: configurations differ by up to this much (measured:
-# see NOISE in the assertion's message), so two candidates nearer than it may change places.
-NOISE = 0.15
+# Configurations of the same random checkpoint differ in a log-probability by up to 0.2 in bf16 (measured; a
+# token whose experts are as good as equal takes others). Two candidates nearer than NOISE may change places.
+NOISE = 0.4
 
 
 @functools.cache
@@ -65,6 +65,11 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_tokens_equal_one_rank_with_graphs_and_fa3(checkpoint: Oracle, name: str) -> None:
     compare(checkpoint, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["eager", "triton", "8x8"])
+def test_without_q_lora(lite_checkpoint: Oracle, name: str) -> None:
+    compare(lite_checkpoint, **OPTIONS[name])
 
 
 def test_sampling_is_the_same_on_all_ranks(checkpoint: Oracle) -> None:

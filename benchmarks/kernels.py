@@ -1,0 +1,133 @@
+"""Our kernels on a GPU against their bandwidth floors, and Triton decode beside FlashAttention-3.
+
+    python benchmarks/kernels.py
+
+Shapes are those of one rank of DeepSeek-V2 at tp=dcp=8. Each figure is the time of a call within a CUDA
+graph that goes through many sets of inputs, so that the L2 cache does not hold them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.merge import merge_partials, rescale_partial
+from minidcp.kernels.mla_decode import mla_decode
+from minidcp.kernels.norm import rms_norm
+from minidcp.kernels.rope import rotate
+
+BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
+CALLS = 64
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def seconds_per_call(calls: Sequence[Callable[[], object]]) -> float:
+    """Median over replays of a graph that makes every call once."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(9):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    median: float = sorted(times[2:])[3]
+    return median / len(calls)
+
+
+def make_calls(kernel: str, tokens: int) -> tuple[list[Callable[[], object]], float]:
+    """CALLS calls on fresh inputs, and the bytes that one must move."""
+    weight, latent_weight = normal(5120), normal(512)
+    calls: list[Callable[[], object]] = []
+    moved = 0.0
+    for _ in range(CALLS):
+        if kernel == "rms_norm + residual 5120":
+            x, r = normal(tokens, 5120), normal(tokens, 5120)
+            calls.append(lambda x=x, r=r: rms_norm(x, weight, 1e-6, r))  # type: ignore[misc]
+            moved = 4 * x.nbytes
+        elif kernel == "norm + rope + store 576":
+            kv, cos_sin = normal(tokens, 576), torch.randn(tokens, 64, device="cuda")
+            cache = normal(tokens // 16 + 1, 16, 576)
+            slots = torch.randperm(tokens, device="cuda").to(torch.int32)
+            calls.append(
+                lambda kv=kv, s=slots, cs=cos_sin, c=cache: store_latents(kv, latent_weight, 1e-6, cs, c, s)  # type: ignore[misc]
+            )
+            moved = 3 * kv.nbytes + cos_sin.nbytes
+        elif kernel == "rope 16 x 64":
+            q, cos_sin = normal(tokens, 16, 192), torch.randn(tokens, 64, device="cuda")
+            calls.append(lambda q=q, cs=cos_sin: rotate(q[..., 128:], cs))  # type: ignore[misc]
+            moved = 2 * tokens * 16 * 64 * 2 + cos_sin.nbytes
+        elif kernel.startswith("merge 8 x 16"):
+            dim = int(kernel.split()[-1])
+            outs, lses = normal(8, tokens, 16, dim), torch.randn(8, tokens, 16, device="cuda")
+            calls.append(lambda o=outs, ls=lses: merge_partials(o, ls))  # type: ignore[misc]
+            moved = outs.nbytes * 9 / 8 + lses.nbytes * 9 / 8
+        else:
+            out, lses = normal(tokens, 128, 512), torch.randn(8, tokens, 128, device="cuda")
+            calls.append(lambda o=out, ls=lses: rescale_partial(o, ls, 3))  # type: ignore[misc]
+            moved = 2 * out.nbytes + lses.nbytes * 9 / 8
+    return calls, moved
+
+
+def compare_decode(tokens: int, context: int) -> None:
+    """Triton and FA3 on the same case: 128 heads, blocks of 16."""
+    blocks = -(-context // 16)
+    kv = normal(tokens * blocks, 16, 576)
+    table = torch.randperm(tokens * blocks, device="cuda").view(tokens, blocks).to(torch.int32)
+    lens = torch.full((tokens,), context, dtype=torch.int32, device="cuda")
+    q, q_pe, scale = normal(tokens, 128, 512), normal(tokens, 128, 64), 192**-0.5
+    ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale)] * 8)
+    line = f"{tokens:5} x {context:6}: Triton {ours * 1e6:8.1f} µs"
+    try:
+        from minidcp.attention.fa3 import load_kernels
+
+        fa3 = load_kernels()
+        plan = fa3.plan(lens, blocks * 16, 128, 16)
+        theirs = seconds_per_call([lambda: fa3.decode(q, q_pe, kv, table, lens, scale, plan)] * 8)
+        line += f"   FA3 {theirs * 1e6:8.1f} µs   ratio {ours / theirs:.2f}"
+    except ImportError as error:
+        line += f"   (no FA3: {error})"
+    floor = max(tokens * context * 576 * 2 / BANDWIDTH, 2 * tokens * context * 128 * 1088 / FLOPS)
+    print(f"{line}   floor {floor * 1e6:.1f}")
+
+
+def main() -> None:
+    print(torch.cuda.get_device_name())
+    kernels = (
+        "rms_norm + residual 5120",
+        "norm + rope + store 576",
+        "rope 16 x 64",
+        "merge 8 x 16 x 512",
+        "merge 8 x 16 x 128",
+        "rescale 128 x 512",
+    )
+    for kernel, tokens in itertools.product(kernels, (1, 32, 128, 512, 4096)):
+        if tokens > 512 and "norm" not in kernel:
+            continue
+        calls, moved = make_calls(kernel, tokens)
+        seconds = seconds_per_call(calls)
+        floor = moved / BANDWIDTH
+        rate = moved / seconds / 1e9
+        print(
+            f"{kernel:26} batch {tokens:4}: {seconds * 1e6:7.2f} µs  {rate:6.0f} GB/s"
+            f"   floor {floor * 1e6:7.2f}   ratio {seconds / floor:6.2f}"
+        )
+    for tokens, context in ((1, 594), (32, 594), (128, 594), (512, 594), (8, 16384), (1, 131072)):
+        compare_decode(tokens, context)
+
+
+if __name__ == "__main__":
+    main()
