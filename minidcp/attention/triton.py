@@ -15,7 +15,8 @@ class TritonBackend:
 
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
         self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
-        self.num_programs = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        self.limits = properties.multi_processor_count, properties.shared_memory_per_block_optin
 
     def plan(self, batch: ForwardBatch) -> None:
         pass
@@ -24,7 +25,7 @@ class TritonBackend:
         self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
     ) -> tuple[Tensor, Tensor]:
         return mla_decode(
-            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.num_programs
+            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, *self.limits
         )
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ torchrun. What a rank does is in `worker.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import subprocess
@@ -211,6 +212,7 @@ class ProcessExecutor(ConnectedExecutor):
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "GLOO_SOCKET_IFNAME": "lo",
+                "MINIDCP_LOG_LEVEL": str(logging.getLogger("minidcp").getEffectiveLevel()),
             }
             start = "from minidcp.engine.worker import main; main()"
             command = [sys.executable, "-c", start, str(theirs.fileno())]

@@ -4,6 +4,7 @@ under torchrun; `executor.py` starts it.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -136,6 +137,9 @@ def serve_connection(connection: Connection, rank: int) -> int:
 def main() -> None:
     """A process of ProcessExecutor's; its argument is the inherited file descriptor of the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    # Rank 0 speaks for all, as loudly as the driver; the others only of what goes wrong.
+    level = int(os.environ["MINIDCP_LOG_LEVEL"]) if os.environ["RANK"] == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     code = serve_connection(Connection(int(sys.argv[1])), int(os.environ["RANK"]))
     sys.stdout.flush()
     os._exit(code)  # without the tear-down of process groups, which waits for peers

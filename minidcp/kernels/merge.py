@@ -43,7 +43,7 @@ def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tup
             outs, lses, out, lse,
             *outs.stride()[:3], *lses.stride(), *out.stride()[:2], lse.stride(0),
             size, dim, SIZE=triton.next_power_of_2(size), DIM=triton.next_power_of_2(dim),
-            CHUNK=min(8, triton.next_power_of_2(size)), num_warps=2 if dim <= 256 else 4,
+            CHUNK=min(8, triton.next_power_of_2(size)), num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -63,16 +63,17 @@ def merge_kernel(
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.exp(part_lse - top), 0)
     merged = tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)) + top, -float("inf"))
+    base = tl.where(total > 0, merged, 0.0)
     acc = tl.zeros([DIM], tl.float32)
-    for first in tl.static_range(0, SIZE, CHUNK):
-        n = first + tl.arange(0, CHUNK)
-        part_lse = tl.load(lses + n * lses_n + t * lses_t + h * lses_h, mask=n < size, other=-float("inf"))
-        weight = tl.exp(part_lse - tl.where(total > 0, merged, 0.0))
-        mask = (part_lse > -float("inf"))[:, None] & (d < dim)[None, :]  # an empty shard is not even read
-        part = tl.load(
-            outs + n[:, None] * outs_n + t * outs_t + h * outs_h + d[None, :], mask=mask, other=0.0
-        )
-        acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
+    for first in range(0, size, CHUNK):
+        for i in tl.static_range(CHUNK):  # unrolled: CHUNK rows are on their way at once
+            shard = first + i
+            shard_lse = tl.load(
+                lses + shard * lses_n + t * lses_t + h * lses_h, mask=shard < size, other=-float("inf")
+            )
+            seen = d < tl.where(shard_lse > -float("inf"), dim, 0)  # an empty shard is not even read
+            part = tl.load(outs + shard * outs_n + t * outs_t + h * outs_h + d, mask=seen, other=0.0)
+            acc += part.to(tl.float32) * tl.exp(shard_lse - base)
     tl.store(out + t * out_t + h * out_h + d, acc.to(out.dtype.element_ty), mask=d < dim)
     tl.store(lse + t * lse_t + h, merged)
 
@@ -109,7 +110,7 @@ def rescale_partial_triton(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor
             out, lses, scaled, lse,
             *out.stride()[:2], *lses.stride(), *scaled.stride()[:2], lse.stride(0),
             rank, lses.shape[0], dim,
-            SIZE=triton.next_power_of_2(lses.shape[0]), DIM=triton.next_power_of_2(dim),
+            SIZE=triton.next_power_of_2(lses.shape[0]), DIM=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
     return scaled, lse
 
