@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from minidcp.batch import ForwardBatch, Varlen
@@ -15,8 +16,8 @@ class TritonBackend:
 
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
         self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
-        properties = torch.cuda.get_device_properties(device)
-        self.limits = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+        self.limits = properties["multiprocessor_count"], properties["max_shared_mem"]
 
     def plan(self, batch: ForwardBatch) -> None:
         pass
