@@ -1,0 +1,80 @@
+"""What users type: the seed's launch commands, vLLM's spellings, and `minidcp generate` as a program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidcp.cli import build_parser, engine_config
+from minidcp.config import EngineConfig
+from minidcp.engine.cuda_graph import ladder
+
+SEED = "--enable-symm-mem --disable-radix-cache --trust-remote-code"
+
+
+def parse(command: str) -> EngineConfig:
+    return engine_config(build_parser().parse_args(command.split()))
+
+
+@pytest.mark.parametrize("comm", ["a2a", "ag_rs"])
+def test_the_launch_commands_of_the_seed(comm: str) -> None:
+    config = parse(
+        "serve --model-path deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8 "
+        f"--dcp-comm-backend {comm} --attention-backend fa3 {SEED}"
+    )
+    assert config == EngineConfig(
+        "deepseek-ai/DeepSeek-V2",
+        tp_size=8,
+        dcp_size=8,
+        dcp_comm_backend=comm,
+        attention_backend="fa3",
+        comm="symmetric",
+        prefix_cache=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "MODEL --tp-size 8 --dcp-size 4",
+        "--model MODEL -tp 8 -dcp 4",
+        "--model-path MODEL --tensor-parallel-size 8 --decode-context-parallel-size 4",
+    ],
+)
+def test_spellings(flags: str) -> None:
+    assert parse(f"serve {flags}") == EngineConfig("MODEL", tp_size=8, dcp_size=4)
+
+
+def test_defaults_are_the_config_s() -> None:
+    assert parse("serve MODEL") == EngineConfig("MODEL")
+    assert parse("serve MODEL --enforce-eager") == EngineConfig("MODEL", cuda_graph=False)
+    assert parse("serve MODEL --no-prefix-cache") == EngineConfig("MODEL", prefix_cache=False)
+
+
+def test_generate_prints_the_completion_and_the_rate(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    maker = str(root / "examples" / "make_demo_checkpoint.py")
+    subprocess.run([sys.executable, maker, str(tmp_path)], check=True, capture_output=True)
+    flags = f"--tp-size 2 --dcp-size 2 --device cpu --ranks threads {SEED.replace('--enable-symm-mem', '')}"
+    command = [sys.executable, "-m", "minidcp", "generate", str(tmp_path), *flags.split()]
+    command += ["--prompt", "Once upon a time", "--max-tokens", "5", "--ignore-eos"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Once upon a time")
+    assert "5 tokens in" in run.stderr and "tokens/s" in run.stderr and "100%" in run.stderr
+    assert "in all (dcp 2)" in run.stderr
+
+
+@given(st.integers(1, 1024))
+def test_ladder(most: int) -> None:
+    """Every batch finds a graph, and little of it is padding."""
+    sizes = ladder(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most and sizes[0] == 1
+    for size, following in pairwise(sizes):
+        assert following <= (2 * size if size <= 8 else 1.5 * size)
