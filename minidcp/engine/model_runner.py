@@ -20,7 +20,7 @@ from minidcp.engine.cuda_graph import DecodeGraphs
 from minidcp.engine.sampler import Sampled, list_logprobs, sample
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import LatentCache
-from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
+from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState
@@ -133,15 +133,14 @@ class ModelRunner:
         return model, source.bytes_read
 
     def build(self, source: WeightSource) -> DeepseekV2ForCausalLM:
-        return DeepseekV2ForCausalLM(
+        blueprint = Blueprint(
             self.model_config,
             self.state,
-            Weights(source),
             self.attention,
             EXCHANGES[self.config.dcp_comm_backend],
             self.config.may_exchange_narrow,
-            self.max_model_len,
         )
+        return DeepseekV2ForCausalLM(blueprint, Weights(source), self.max_model_len)
 
     def measure_kv_bytes(self) -> int:
         """How much memory this rank's cache may take: what a step of the largest size leaves over."""

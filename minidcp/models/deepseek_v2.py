@@ -6,6 +6,8 @@ kernel does is in `kernels/`, who holds which token in `kv_cache/interleave.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,17 @@ from minidcp.parallel.state import ParallelState
 LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """What every layer of one rank is built from. `narrow`: whether any step may exchange narrow."""
+
+    config: ModelConfig
+    state: ParallelState
+    attention: AttentionBackend
+    exchange: Exchange
+    narrow: bool
+
+
 class MLAAttention:
     """Multi-head latent attention (arXiv:2405.04434 §2.1) for this rank's heads.
 
@@ -32,17 +45,11 @@ class MLAAttention:
     for the group's heads if `narrow` exchanges can occur, else for this rank's.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        state: ParallelState,
-        weights: Weights,
-        attention: AttentionBackend,
-        exchange: Exchange,
-        narrow: bool,
-    ) -> None:
-        c, tp = config, state.tp
-        self.config, self.state, self.attention, self.exchange = config, state, attention, exchange
+    def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
+        c, state, narrow = blueprint.config, blueprint.state, blueprint.narrow
+        tp = state.tp
+        self.config, self.state = c, state
+        self.attention, self.exchange = blueprint.attention, blueprint.exchange
         self.num_heads = c.num_attention_heads // tp.size
         own_heads = Shard(0, tp.rank, tp.size)
         if c.q_lora_rank is None:
@@ -150,21 +157,13 @@ class MLAAttention:
 
 
 class DecoderLayer:
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        state: ParallelState,
-        weights: Weights,
-        attention: AttentionBackend,
-        exchange: Exchange,
-        narrow: bool,
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, index: int, weights: Weights) -> None:
+        config, state = blueprint.config, blueprint.state
         self.tp = state.tp
         norm = (config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(norm[0], weights.scope("input_layernorm"), norm[1])
         self.post_attention_layernorm = RMSNorm(norm[0], weights.scope("post_attention_layernorm"), norm[1])
-        self.self_attn = MLAAttention(config, state, weights.scope("self_attn"), attention, exchange, narrow)
+        self.self_attn = MLAAttention(blueprint, weights.scope("self_attn"))
         self.mlp: MoE | MLP
         if config.is_moe_layer(index):
             self.mlp = MoE(config, state, weights.scope("mlp"))
@@ -182,24 +181,15 @@ class DecoderLayer:
 
 
 class DeepseekV2ForCausalLM:
-    """The whole model on one rank. `narrow`: whether any step may exchange narrow."""
+    """The whole model on one rank, for positions below `max_model_len`."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        state: ParallelState,
-        weights: Weights,
-        attention: AttentionBackend,
-        exchange: Exchange,
-        narrow: bool,
-        max_model_len: int,
-    ) -> None:
-        self.attention = attention
+    def __init__(self, blueprint: Blueprint, weights: Weights, max_model_len: int) -> None:
+        config, state = blueprint.config, blueprint.state
+        self.attention = blueprint.attention
         model = weights.scope("model")
         self.embed_tokens = VocabParallelEmbedding(config, state.tp, model.scope("embed_tokens"))
         self.layers = [
-            DecoderLayer(config, i, state, model.scope(f"layers.{i}"), attention, exchange, narrow)
-            for i in range(config.num_hidden_layers)
+            DecoderLayer(blueprint, i, model.scope(f"layers.{i}")) for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, model.scope("norm"), config.rms_norm_eps)
         head = self.embed_tokens.weight
