@@ -33,7 +33,7 @@ HELP = {
     "narrow_threshold": "decode rows from which auto exchanges narrow",
     "device": "cpu, cuda, or auto",
     "dtype": "of weights and cache; auto is bfloat16 on GPUs, float32 on CPUs",
-    "ranks": "how ranks are started; auto is processes, or torchrun's under torchrun",
+    "ranks": "how ranks are started; auto is processes, or a thread for one rank on a CPU",
     "block_size": "tokens per block and rank",
     "num_blocks": "KV cache blocks; default: what memory allows",
     "max_model_len": "longest prompt + completion in tokens; default: the model's",

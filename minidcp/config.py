@@ -1,6 +1,6 @@
 """What the user asked for and what the checkpoint is, checked before anything starts.
 
-Every error about a flag or about config.json is raised here, as a ValueError that names it.
+Every error that needs no machine to be found is raised here, as a ValueError that names its flag.
 Nothing here touches a tensor. Read `request.py` next.
 """
 
@@ -19,6 +19,7 @@ CHOICES = {
     "comm": ("auto", "symmetric", "nccl", "gloo"),
     "load_format": ("auto", "dummy"),
     "exchange_policy": ("auto", "wide", "narrow"),
+    "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
     "ranks": ("auto", "threads", "processes", "torchrun"),
 }
@@ -113,10 +114,6 @@ class EngineConfig:
             f"--block-size {self.block_size}: must be one of {', '.join(map(str, BLOCK_SIZES))}",
         )
         require(
-            self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),
-            f"--device {self.device!r}: must be auto, cpu or cuda",
-        )
-        require(
             0 < self.gpu_memory_utilization <= 1,
             f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be in (0, 1]",
         )
@@ -143,7 +140,7 @@ class EngineConfig:
 
     @property
     def may_exchange_narrow(self) -> bool:
-        return self.exchanges_narrow(max(self.narrow_threshold, self.max_num_seqs))
+        return self.exchanges_narrow(self.max_num_seqs)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

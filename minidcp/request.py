@@ -141,8 +141,8 @@ class Request:
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0  # blocks that the prefix cache knows, or knows the like of
     cached_tokens: int = 0
-    preemptions: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
 

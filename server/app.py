@@ -283,6 +283,7 @@ def serve(config: EngineConfig, host: str, port: int, model_name: str | None) ->
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         server = uvicorn.Server(settings)
+        listening.listen()  # so that nobody who reads the address is refused
         address = f"http://{host}:{listening.getsockname()[1]}"
         body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
         print(

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError
-from minidcp.request import FinishReason, OutputDelta, SamplingParams
+from minidcp.request import OutputDelta, SamplingParams
 
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
 
@@ -99,8 +99,6 @@ class AsyncEngine:
                 if isinstance(item, EngineDeadError):
                     raise item
                 finished = item.finish_reason is not None
-                if item.finish_reason is FinishReason.ABORT:
-                    raise EngineDeadError("the request was aborted by the server")
                 yield item
         finally:
             del self.streams[request_id]

@@ -16,6 +16,8 @@ class AttentionBackend(Protocol):
     output may then be anything. A back-end that computes otherwise converts at its own edge.
     """
 
+    graphs: bool  # whether CUDA graphs can capture it: it never waits for the device
+
     def plan(self, batch: ForwardBatch) -> None:
         """Prepare what every layer of this step shares; called once per step."""
 

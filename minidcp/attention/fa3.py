@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidcp.batch import ForwardBatch, Varlen
 
-LATENT_DIM, ROPE_DIM, HEAD_DIMS = 512, 64, (192, 128)  # what FA3 is compiled for
+LATENT_DIM, ROPE_DIM = 512, 64  # what FA3 is compiled for, with 192 and 128 in prefill
 
 
 class Kernels(Protocol):
@@ -163,6 +163,8 @@ class FA3Backend:
 
     `num_heads` are those of the DCP group, which attend over this rank's shard.
     """
+
+    graphs = True
 
     def __init__(self, kernels: Kernels, softmax_scale: float, num_heads: int, block_size: int) -> None:
         self.kernels, self.softmax_scale = kernels, softmax_scale

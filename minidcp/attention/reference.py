@@ -14,6 +14,8 @@ from minidcp.batch import ForwardBatch, Varlen
 class ReferenceBackend:
     """`softmax_scale` multiplies the scores; sums and softmax are in fp32."""
 
+    graphs = False
+
     def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
         self.slots = self.empty = torch.empty(0)

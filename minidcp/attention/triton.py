@@ -14,6 +14,8 @@ from minidcp.kernels.mla_decode import mla_decode
 class TritonBackend:
     """`softmax_scale` multiplies the scores; `rope_dim` is the width of a key's rotary part."""
 
+    graphs = True
+
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
         self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
         properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)

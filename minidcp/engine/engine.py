@@ -172,7 +172,8 @@ class LLMEngine:
             self.in_flight.append(planned)
         if not self.in_flight or (planned is not None and len(self.in_flight) == 1):
             return []
-        return self.take_in(self.in_flight.popleft(), self.executor.collect())
+        result = self.executor.collect()  # if this is interrupted, the step is still in flight
+        return self.take_in(self.in_flight.popleft(), result)
 
     def take_in(self, step: PlannedStep, result: StepResult) -> list[OutputDelta]:
         requests = self.scheduler.update(step, result.tokens)
@@ -237,9 +238,11 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}"
     )
     ranks = config.ranks
+    require(ranks != "torchrun" or under_torchrun(), "--ranks torchrun: start the program with torchrun")
     if under_torchrun():
         world = int(os.environ["WORLD_SIZE"])
         require(world == config.tp_size, f"--tp-size {config.tp_size}: torchrun started {world} processes")
+        require(ranks in ("auto", "torchrun"), f"--ranks {ranks}: under torchrun its processes are the ranks")
         ranks = "torchrun"
     elif ranks == "auto":
         ranks = "threads" if config.tp_size == 1 and device == "cpu" else "processes"
@@ -268,6 +271,7 @@ def choose_comm(config: EngineConfig, device: str) -> str:
     if device == "cpu":
         require(config.comm in ("auto", "gloo"), f"--comm {config.comm}: needs GPUs; CPUs use gloo")
         return "gloo"
+    require(config.comm != "gloo", "--comm gloo: is for CPUs; use symmetric or nccl")
     if config.tp_size == 1:
         return "nccl" if config.comm == "auto" else config.comm
     gpus = torch.cuda.device_count()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from multiprocessing.connection import Client, Connection, Listener, Pipe
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ class Executor(ABC):
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         self.config, self.model_config = config, model_config
         self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.held: deque[Report] = deque()  # taken from `reports`, but not yet asked for
         self.failure: str | None = None
 
     @abstractmethod
@@ -60,7 +62,7 @@ class Executor(ABC):
             EngineDeadError: a rank ended.
         """
         self.check()
-        _, report = self.reports.get()
+        _, report = self.held.popleft() if self.held else self.reports.get()
         if isinstance(report, Failed):
             self.fail(report)
         assert isinstance(report, StepResult)
@@ -90,14 +92,11 @@ class Executor(ABC):
         """Raise EngineDeadError if a rank has ended; for moments when no result is awaited."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        waiting = []
         while not self.reports.empty():
-            rank, report = self.reports.get()
-            if isinstance(report, Failed):
-                self.fail(report)
-            waiting.append((rank, report))
-        for item in waiting:
-            self.reports.put(item)
+            item = self.reports.get()
+            if isinstance(item[1], Failed):
+                self.fail(item[1])
+            self.held.append(item)
 
     def fail(self, first: Failed) -> NoReturn:
         """One rank's end makes its peers fail too: find the cause among the reports, end all, raise."""

@@ -6,6 +6,7 @@ How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class StepResult:
 
 
 class PendingResult:
-    """A step that rank 0's device may still be working on; `wait` gives its result.
+    """A step that the device may still be working on; `wait` gives its result.
 
     The copy to the host is started here, so that nothing else has to wait for the device.
     """
@@ -149,7 +150,8 @@ class ModelRunner:
         self.run_largest_prefill()
         free, total = torch.cuda.mem_get_info(self.device)
         reserve = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
-        ranks_here = -(-self.state.tp.size // torch.cuda.device_count())  # above 1 in tests only
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.state.tp.size))
+        ranks_here = -(-local_ranks // torch.cuda.device_count())  # above 1 when ranks share GPUs, in tests
         # What the step needed stays with the allocator, so it is not free any more.
         return (free - reserve) // ranks_here
 
@@ -178,7 +180,10 @@ class ModelRunner:
         """Allocate the cache and capture the decode graphs over it."""
         layers, width = self.model_config.num_hidden_layers, self.model_config.latent_dim
         self.cache = LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
-        if self.device.type == "cuda" and self.config.cuda_graph:
+        wanted = self.device.type == "cuda" and self.config.cuda_graph
+        if wanted and not self.attention.graphs and self.state.rank == 0:
+            logger.warning("no CUDA graphs: %s cannot be captured", type(self.attention).__name__)
+        if wanted and self.attention.graphs:
             start = time.perf_counter()
             with torch.inference_mode():
                 self.graphs = DecodeGraphs(
@@ -217,8 +222,8 @@ class ModelRunner:
         return tokens
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> PendingResult | None:
-        """Start one step; its result on rank 0, None elsewhere. On a GPU the host does not wait for it."""
+    def execute(self, plan: StepPlan) -> PendingResult:
+        """Start one step; only rank 0's result has tokens. On a GPU the host does not wait for it."""
         begin: float | torch.cuda.Event = time.perf_counter()
         if self.device.type == "cuda":
             begin = torch.cuda.Event(enable_timing=True)
@@ -240,4 +245,4 @@ class ModelRunner:
             if any(columns.temperature):
                 self.state.begin_step()  # these collectives are in no graph
                 tokens = self.share_tokens(tokens, slots)
-        return PendingResult(sampled, columns, begin) if self.state.rank == 0 else None
+        return PendingResult(sampled, columns, begin)

@@ -103,7 +103,8 @@ class Scheduler:
             return False
         size = self.blocks.tokens_per_block
         usable = (len(request.tokens) - 1) // size
-        self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
+        if self.blocks.prefix_cache:
+            self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.match(request.block_hashes[:usable])
         self.blocks.share(shared)
         fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared))
@@ -114,6 +115,7 @@ class Scheduler:
         request.slot = heapq.heappop(self.free_slots)
         request.num_computed = len(shared) * size
         request.prefill_end = len(request.tokens)
+        request.num_published = len(shared)
         if not request.num_outputs:
             request.cached_tokens = request.num_computed
         self.hand_over(request, shared + fresh, step)
@@ -160,10 +162,12 @@ class Scheduler:
         if not self.blocks.prefix_cache:
             return
         # A step still in flight may compute the last of them; no later plan can read it too early.
-        done = min(request.num_computed, len(request.tokens))
-        full = done // self.blocks.tokens_per_block
-        self.blocks.hash_blocks(request.tokens, request.block_hashes, done)
-        self.blocks.publish(request.blocks[:full], request.block_hashes[:full])
+        size = self.blocks.tokens_per_block
+        first, full = request.num_published, min(request.num_computed, len(request.tokens)) // size
+        if full > first:
+            self.blocks.hash_blocks(request.tokens, request.block_hashes, full * size)
+            self.blocks.publish(request.blocks[first:full], request.block_hashes[first:full])
+            request.num_published = full
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
@@ -179,7 +183,6 @@ class Scheduler:
         self.leave(request)
         request.status = Status.WAITING
         request.num_computed = 0
-        request.preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
@@ -187,6 +190,7 @@ class Scheduler:
         self.running.remove(request)
         self.blocks.release(request.blocks)
         request.blocks = []
+        request.num_published = 0
         heapq.heappush(self.free_slots, request.slot)
         request.slot = -1
 

@@ -79,11 +79,12 @@ def run_rank(
             if isinstance(command, InitCache):
                 runner.allocate_cache(command.num_blocks)
                 report((rank, Ready()))
-            elif (pending := runner.execute(command)) is not None:
-                if report_result is None:
-                    report((rank, pending.wait()))
-                else:
-                    report_result(pending)
+                continue
+            pending = runner.execute(command)
+            if report_result is not None:
+                report_result(pending)
+            elif rank == 0:
+                report((rank, pending.wait()))
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
         report((rank, Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error)))
@@ -92,13 +93,18 @@ def run_rank(
 
 
 def report_from_thread(rank: int, report: Callable[[Report], None]) -> Callable[[PendingResult], None]:
-    """A thread waits for the device, so that the next step can be launched while this one runs."""
+    """A thread waits for the device, so that the next step can be launched while this one runs.
+
+    Rank 0 reports results; the others wait too, because only so does a rank learn that its device failed.
+    """
     pending: queue.SimpleQueue[PendingResult] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             while True:
-                report((rank, pending.get().wait()))
+                result = pending.get().wait()
+                if rank == 0:
+                    report((rank, result))
         except Exception:
             report((rank, Failed(traceback.format_exc())))
 
@@ -114,13 +120,21 @@ def serve_connection(connection: Connection, rank: int) -> int:
     """
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     config, model_config = connection.recv()
+    sending = threading.Lock()
 
     def read() -> None:
+        told_to_stop = False
         try:
             while True:
-                commands.put(connection.recv())
+                commands.put(command := connection.recv())
+                told_to_stop = command is None
         except (EOFError, OSError):
-            os._exit(1)  # nobody is left to report to, and peers may hold the main thread
+            # Nobody is left to report to, and peers may hold the main thread.
+            os._exit(0 if told_to_stop else 1)
+
+    def report(what: Report) -> None:
+        with sending:  # results come from a thread of their own
+            connection.send(what)
 
     threading.Thread(target=read, daemon=True).start()
     ok = run_rank(
@@ -129,7 +143,7 @@ def serve_connection(connection: Connection, rank: int) -> int:
         model_config,
         lambda device: init_process_state(config.parallel, config.comm, device),
         commands.get,
-        connection.send,
+        report,
     )
     return 0 if ok else 1
 

@@ -99,8 +99,6 @@ class BlockManager:
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Make the content of live, fully written blocks known. Of two equal blocks the first stays."""
-        if not self.prefix_cache:
-            return
         for block, digest in zip(blocks, hashes, strict=True):
             if digest not in self.block_of and block not in self.hash_of:
                 self.block_of[digest] = block
