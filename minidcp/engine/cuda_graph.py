@@ -17,7 +17,7 @@ from torch import Tensor
 from minidcp.batch import BlockTables, ForwardBatch, StepPlan, upload
 from minidcp.kv_cache.interleave import Interleave
 
-# (last tokens by slot, batch) -> logits [S, vocab] and their best tokens [S], which are also written back.
+# batch -> logits [S, vocab] and their best tokens [S], which also become their slots' last ones.
 Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
 
 
