@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+from minidcp import RequestOutput
+
 BASE = dict(
     vocab_size=128,
     hidden_size=64,
@@ -71,7 +73,7 @@ def make_prompt(length: int, vocab: int, salt: int = 0) -> list[int]:
     return torch.randint(2, vocab, (length,), generator=generator).tolist()
 
 
-@dataclass
+@dataclass(eq=False)
 class Oracle:
     """A checkpoint directory, its model in Hugging Face's code, and that model's greedy completions."""
 
@@ -124,3 +126,15 @@ def build_oracle(style: str, make_directory: Callable[[str], Path]) -> Oracle:
         assert margins.min() > 1e-4, "choose another seed"
         ORACLES[style] = built
     return ORACLES[style]
+
+
+@torch.no_grad()
+def measure_errors(model: torch.nn.Module, output: RequestOutput, steps: int | None = None) -> torch.Tensor:
+    """How far the two best log-probabilities of each step, as the engine reported them, are from
+    transformers' in fp32 on the same tokens: [steps, 2]."""
+    prompt, completion = output.prompt_token_ids, output.outputs[0]
+    logits = model(torch.tensor([prompt + completion.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+    expected = logits.log_softmax(-1)
+    top = [entry.top for entry in completion.logprobs[:steps]]
+    ids, values = (torch.tensor([[pair[i] for pair in step] for step in top]) for i in (0, 1))
+    return (values - expected[: len(top)].gather(1, ids)).abs()

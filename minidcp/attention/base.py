@@ -16,6 +16,7 @@ class AttentionBackend(Protocol):
     output may then be anything. A back-end that computes otherwise converts at its own edge.
     """
 
+    name: str  # for the log
     graphs: bool  # whether CUDA graphs can capture it: it never waits for the device
 
     def plan(self, batch: ForwardBatch) -> None:

@@ -167,6 +167,7 @@ class FA3Backend:
     graphs = True
 
     def __init__(self, kernels: Kernels, softmax_scale: float, num_heads: int, block_size: int) -> None:
+        self.name = f"fa3 from {kernels.source}"
         self.kernels, self.softmax_scale = kernels, softmax_scale
         self.num_heads, self.block_size = num_heads, block_size
         self.metadata = torch.empty(0)

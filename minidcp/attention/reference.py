@@ -14,6 +14,7 @@ from minidcp.batch import ForwardBatch, Varlen
 class ReferenceBackend:
     """`softmax_scale` multiplies the scores; sums and softmax are in fp32."""
 
+    name = "reference"
     graphs = False
 
     def __init__(self, softmax_scale: float) -> None:

@@ -14,6 +14,7 @@ from minidcp.kernels.mla_decode import mla_decode
 class TritonBackend:
     """`softmax_scale` multiplies the scores; `rope_dim` is the width of a key's rotary part."""
 
+    name = "triton"
     graphs = True
 
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:

@@ -107,7 +107,7 @@ class ModelRunner:
         if state.rank == 0:
             logger.info(
                 "attention: %s; groups: %s; exchange: %s, %s",
-                type(self.attention).__name__,
+                self.attention.name,
                 type(state.tp).__name__,
                 config.dcp_comm_backend if config.dcp_size > 1 else "none",
                 config.exchange_policy,
@@ -182,7 +182,7 @@ class ModelRunner:
         self.cache = LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
         wanted = self.device.type == "cuda" and self.config.cuda_graph
         if wanted and not self.attention.graphs and self.state.rank == 0:
-            logger.warning("no CUDA graphs: %s cannot be captured", type(self.attention).__name__)
+            logger.warning("no CUDA graphs: %s cannot be captured", self.attention.name)
         if wanted and self.attention.graphs:
             start = time.perf_counter()
             with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Every layer in bf16 on the GPU against the same layer in fp32 on the CPU, fed the same inputs."""
+"""One rank by itself: its layers against fp32 on the CPU, and that its steps never wait for the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import Oracle
 
-from minidcp.batch import StepPlan
+from minidcp.batch import SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
 from minidcp.parallel.group import SingleGroup
@@ -15,7 +15,7 @@ from minidcp.parallel.state import ParallelState
 pytestmark = pytest.mark.gpu
 
 
-def make_runner(oracle: Oracle, device: str, dtype: str) -> ModelRunner:
+def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> ModelRunner:
     config = EngineConfig(
         str(oracle.path),
         device=device,
@@ -23,7 +23,7 @@ def make_runner(oracle: Oracle, device: str, dtype: str) -> ModelRunner:
         max_model_len=1024,
         max_num_seqs=8,
         max_num_batched_tokens=512,
-        cuda_graph=False,
+        **({"cuda_graph": False} | options),
     )
     state = ParallelState(SingleGroup(), SingleGroup())
     runner = ModelRunner(config, ModelConfig.from_hf(oracle.path), state, torch.device(device))
@@ -62,3 +62,30 @@ def test_layers(checkpoint: Oracle) -> None:
                 # A token whose two best experts are as good as equal may take the other one in bf16.
                 assert error.median() < 1.5e-2, f"layer {i}, {name}: {error.median():.3e}"
                 assert (error > 4e-2).float().mean() < 0.05, f"layer {i}, {name}: {error.max():.3e}"
+
+
+@pytest.mark.parametrize("attention", ["fa3", "triton"])
+def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str) -> None:
+    """Prefill, a chunk on top of a context, a mixed step, and decode steps in graphs, greedy and sampled."""
+    runner = make_runner(checkpoint, "cuda", "bfloat16", cuda_graph=True, attention_backend=attention)
+    plans = make_plans()
+    plans += [StepPlan(2, [0, 1], [300 + i, 17 + i], [1, 1]) for i in range(2)]
+    for temperature, plan in zip([0.0, 0.0, 0.7, 0.7, 0.0], plans, strict=True):
+        rows = len(plan.slots)
+        plan.sample = SampleColumns(
+            list(range(rows)),
+            [temperature] * rows,
+            [5] * rows,
+            [0.9] * rows,
+            [1] * rows,
+            [9] * rows,
+            [2] * rows,
+        )
+    for plan in plans:  # kernels are compiled and libraries start up
+        runner.execute(plan).wait()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = [runner.execute(plan) for plan in plans]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(p.wait().tokens) for p in pending] == [1, 1, 2, 2, 2]

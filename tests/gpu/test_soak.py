@@ -8,14 +8,13 @@ import signal
 import time
 
 import pytest
-from checkpoints import Oracle, make_prompt
+from checkpoints import Oracle, make_prompt, measure_errors
 
 from minidcp import LLM, EngineConfig, SamplingParams
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError, ProcessExecutor
 
 pytestmark = pytest.mark.gpu
-NOISE = 0.4  # see test_engine.py
 OPTIONS = dict(device="cuda", max_model_len=512, max_num_batched_tokens=512)
 
 
@@ -61,10 +60,11 @@ def test_a_thousand_requests_with_aborts(checkpoint: Oracle) -> None:
             for i in sampled
         ]
         alone = llm.generate([prompts[i] for i in sampled], params)
+    noise = max(float(measure_errors(checkpoint.model, output).max()) for output in alone)
     for request_id, output in zip(sampled, alone, strict=True):
         for ours, entry in zip(tokens[request_id], output.outputs[0].logprobs, strict=True):
             if ours != entry.token_id:
-                assert entry.top[0][1] - entry.top[1][1] < NOISE, f"request {request_id}"
+                assert entry.top[0][1] - entry.top[1][1] < 2 * noise, f"request {request_id}"
                 break
 
 
