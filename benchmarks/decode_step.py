@@ -32,7 +32,7 @@ BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf
 CONFIGS = Path(__file__).parent / "configs"
 
 
-class EmulatedGroup:
+class EmulatedGroup(Group):
     """Rank 0 of `size`, alone: what peers would send is a copy of the own data."""
 
     rank = 0
@@ -40,17 +40,14 @@ class EmulatedGroup:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def begin_step(self) -> None:
-        pass
-
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.clone()
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return x.expand(self.size, *x.shape).contiguous()
+        return x[:, None].expand(-1, self.size, *x.shape[1:]).contiguous()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        return x.sum(0)
+        return x.sum(1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return x.clone()
@@ -233,6 +230,7 @@ def main() -> None:
         str(path),
         tp_size=n,
         dcp_size=n,
+        dcp_comm_backend="a2a",
         device="cuda",
         dtype="bfloat16",
         load_format="dummy",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minidcp.attention.triton import TritonBackend
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials, rescale_partial
 from minidcp.kernels.mla_decode import mla_decode
@@ -68,7 +69,7 @@ def make_calls(kernel: str, tokens: int) -> tuple[list[Callable[[], object]], fl
             moved = 3 * kv.nbytes + cos_sin.nbytes
         elif kernel == "rope 16 x 64":
             q, cos_sin = normal(tokens, 16, 192), torch.randn(tokens, 64, device="cuda")
-            calls.append(lambda q=q, cs=cos_sin: rotate(q[..., 128:], cs))  # type: ignore[misc]
+            calls.append(lambda q=q, cs=cos_sin: rotate(q[..., 128:], cs, q[..., 128:]))  # type: ignore[misc]
             moved = 2 * tokens * 16 * 64 * 2 + cos_sin.nbytes
         elif kernel.startswith("merge 8 x 16"):
             dim = int(kernel.split()[-1])
@@ -89,7 +90,8 @@ def compare_decode(tokens: int, context: int) -> None:
     table = torch.randperm(tokens * blocks, device="cuda").view(tokens, blocks).to(torch.int32)
     lens = torch.full((tokens,), context, dtype=torch.int32, device="cuda")
     q, q_pe, scale = normal(tokens, 128, 512), normal(tokens, 128, 64), 192**-0.5
-    ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale)] * 8)
+    limits = TritonBackend(scale, 64, torch.device("cuda")).limits
+    ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale, limits)] * 8)
     line = f"{tokens:5} x {context:6}: Triton {ours * 1e6:8.1f} µs"
     try:
         from minidcp.attention.fa3 import load_kernels

@@ -82,7 +82,7 @@ class ContextGather:
     """How the cached context of the prefill rows becomes one packed tensor on every rank.
 
     Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused);
-    row j of the packed context is row `index[j]` of the N gathered parts laid end to end.
+    row j of the packed context is row `index[j]` of the gathered [S · N] rows.
     """
 
     slots: Tensor  # [S] int32
@@ -181,7 +181,7 @@ def plan_context_gather(cached: Array, table: Array, interleave: Interleave) -> 
     first = offsets(shard_lens)[:-1]  # where a request's shard begins within a rank's part
     row = np.repeat(np.arange(len(cached)), cached)
     positions = ranges(cached)
-    index = interleave.owner_of(positions) * len(slots) + first[row] + interleave.local_slot(positions)
+    index = (first[row] + interleave.local_slot(positions)) * interleave.size + interleave.owner_of(positions)
     return slots, index
 
 

@@ -30,6 +30,7 @@ HELP = {
     "attention_backend": "attention kernels; auto is fa3, else triton, and reference on a CPU",
     "comm": "collectives: symmetric memory (one node) or nccl; gloo on CPUs",
     "exchange_policy": "where W_UK and W_UV are applied: wide, narrow, or by batch size",
+    "q_proj": "sharded, or replicated: all heads of the DCP group on each rank, and no q is gathered",
     "narrow_threshold": "decode rows from which auto exchanges narrow",
     "device": "cpu, cuda, or auto",
     "dtype": "of weights and cache; auto is bfloat16 on GPUs, float32 on CPUs",

@@ -14,11 +14,12 @@ from typing import Any, get_args, get_type_hints
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32)  # FA3 lets NaN of unused slots leak from larger blocks
 CHOICES = {
-    "dcp_comm_backend": ("a2a", "ag_rs"),
+    "dcp_comm_backend": ("auto", "p2p", "a2a", "ag_rs"),
     "attention_backend": ("auto", "fa3", "triton", "reference"),
     "comm": ("auto", "symmetric", "nccl", "gloo"),
     "load_format": ("auto", "dummy"),
     "exchange_policy": ("auto", "wide", "narrow"),
+    "q_proj": ("sharded", "replicated"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
     "ranks": ("auto", "threads", "processes", "torchrun"),
@@ -74,11 +75,12 @@ class EngineConfig:
     model: str
     tp_size: int = 1
     dcp_size: int = 1
-    dcp_comm_backend: str = "a2a"
+    dcp_comm_backend: str = "auto"
     attention_backend: str = "auto"
     comm: str = "auto"
     exchange_policy: str = "auto"
     narrow_threshold: int = 16  # decode rows from which "auto" exchanges narrow
+    q_proj: str = "sharded"
     device: str = "auto"
     dtype: str = "auto"
     ranks: str = "auto"
@@ -139,8 +141,14 @@ class EngineConfig:
         return self.exchange_policy == "narrow" or num_decode >= self.narrow_threshold
 
     @property
-    def may_exchange_narrow(self) -> bool:
-        return self.exchanges_narrow(self.max_num_seqs)
+    def replicates_q(self) -> bool:
+        """Whether every rank computes the decode rows' q for all heads of its DCP group, and gathers none."""
+        return self.dcp_size > 1 and self.q_proj == "replicated"
+
+    @property
+    def needs_group_heads(self) -> bool:
+        """Whether W_UK and W_UV of all the DCP group's heads are ever used, and so must be held."""
+        return self.replicates_q or self.exchanges_narrow(self.max_num_seqs)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

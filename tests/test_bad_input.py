@@ -86,7 +86,7 @@ WRONG_OPTIONS = [
     (dict(tp_size=2, dcp_size=4), "--dcp-size 4", "--tp-size 2", "1, 2"),
     (dict(block_size=0), "--block-size 0", "1, 2, 4, 8, 16, 32"),
     (dict(block_size=64), "--block-size 64", "1, 2, 4, 8, 16, 32"),
-    (dict(dcp_comm_backend="nccl"), "--dcp-comm-backend 'nccl'", "a2a, ag_rs"),
+    (dict(dcp_comm_backend="nccl"), "--dcp-comm-backend 'nccl'", "p2p, a2a, ag_rs"),
     (dict(attention_backend="fa2"), "--attention-backend 'fa2'", "auto"),
     (dict(comm="mpi"), "--comm 'mpi'", "gloo"),
     (dict(comm="nccl"), "--comm nccl", "CPUs use gloo"),

@@ -102,7 +102,8 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
         assert sorted(seen) == [1000 * slot + pos for pos in range(start + 1)]
 
     if batches[0].context is not None:
-        parts = torch.cat([cache[b.context.slots] for b, cache in zip(batches, caches, strict=True)])
+        shards = [cache[b.context.slots] for b, cache in zip(batches, caches, strict=True)]
+        parts = torch.stack(shards, 1).flatten()
         rows = list(zip(plan.slots, plan.starts, strict=True))[d:]
         assert batches[0].context.varlen.lens_k == [start for _, start in rows]
         assert parts[batches[0].context.index].tolist() == [

@@ -18,24 +18,36 @@ from minidcp.models.rope import inverse_frequencies
 from minidcp.models.weights import Weights
 
 
-@pytest.mark.parametrize(("policy", "dcp"), [("wide", 8), ("narrow", 8), ("narrow", 4), ("narrow", 1)])
-def test_a_rank_reads_its_share_only(tmp_path: Path, policy: str, dcp: int) -> None:
-    """At tp=8 a rank reads an eighth of what is sharded plus what is replicated; narrow exchanges add
-    kv_b_proj for the heads of its DCP group."""
+@pytest.mark.parametrize(
+    ("policy", "q_proj", "dcp"),
+    [
+        ("wide", "sharded", 8),
+        ("narrow", "sharded", 8),
+        ("narrow", "sharded", 4),
+        ("narrow", "replicated", 1),
+        ("wide", "replicated", 4),
+        ("narrow", "replicated", 8),
+    ],
+)
+def test_a_rank_reads_its_share_only(tmp_path: Path, policy: str, q_proj: str, dcp: int) -> None:
+    """At tp=8 a rank reads an eighth of what is sharded plus what is replicated. Narrow exchanges add
+    kv_b_proj for the heads of its DCP group, a replicated q projection that and itself."""
     make_checkpoint(tmp_path, "v2", moe_intermediate_size=64, intermediate_size=128)
-    sharded = ("q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+    sharded = ("o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
     share = 0.0
     for file in tmp_path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 size = tensors.get_tensor(name).nbytes
+                replicated = q_proj == "replicated"
                 if "kv_b_proj" in name:
-                    share += size * (dcp if policy == "narrow" else 1) / 8
+                    share += size * (dcp if policy == "narrow" or replicated else 1) / 8
+                elif "q_b_proj" in name:
+                    share += size * (dcp if replicated else 1) / 8
                 else:
                     share += size / 8 if any(part in name for part in sharded) else size
-    with LLM(
-        str(tmp_path), tp_size=8, dcp_size=dcp, exchange_policy=policy, ranks="threads", device="cpu"
-    ) as llm:
+    options = dict(exchange_policy=policy, q_proj=q_proj, ranks="threads", device="cpu")
+    with LLM(str(tmp_path), tp_size=8, dcp_size=dcp, **options) as llm:
         assert llm.engine.weight_bytes == share
 
 

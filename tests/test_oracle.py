@@ -70,7 +70,8 @@ def test_chunked_prompts(oracle: Oracle, tp: int, dcp: int, comm: str, policy: s
 
 @pytest.mark.parametrize(("tp", "dcp", "comm", "policy"), CONFIGS)
 def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -> None:
-    """Room for half of what six prompts want: requests lose their blocks and are computed anew."""
+    """Room for half of what six prompts want: requests lose their blocks and are computed anew. With the q
+    projection replicated, so that every exchange and policy is tried with both."""
     some = slice(2, None, 3)
     few = replace(
         oracle, prompts=oracle.prompts[some], tokens=oracle.tokens[some], logprobs=oracle.logprobs[some]
@@ -85,6 +86,7 @@ def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -
         block_size=block_size,
         num_blocks=sum(len(p) + NUM_STEPS for p in few.prompts) // 2 // (block_size * dcp),
         prefix_cache=False,
+        q_proj="replicated",
         max_model_len=400,
         max_num_batched_tokens=64,
         max_num_seqs=32,

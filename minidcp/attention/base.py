@@ -23,7 +23,7 @@ class AttentionBackend(Protocol):
         """Prepare what every layer of this step shares; called once per step."""
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Absorbed attention of the decode rows over this rank's shard.
 
@@ -31,6 +31,8 @@ class AttentionBackend(Protocol):
             q_latent: [num_decode, H, kv_lora_rank] queries with W_UK absorbed.
             q_pe: [num_decode, H, rope] their rotated parts.
             kv: [num_blocks, block_size, kv_lora_rank + rope] one layer's cache.
+            out: [num_decode, H, kv_lora_rank], where the output would best be; a back-end that cannot
+                write there returns another tensor.
 
         Returns:
             out [num_decode, H, kv_lora_rank], before W_UV, and lse.

@@ -36,8 +36,9 @@ class Kernels(Protocol):
         lens: Tensor,
         scale: float,
         plan: Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """out [B, H, 512] and lse [B, H]."""
+        """out [B, H, 512], in `out` if the package can write there, and lse [B, H]."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
         """out [T, H, 128] and lse [H, T]."""
@@ -67,13 +68,14 @@ class OfficialKernels:
         lens: Tensor,
         scale: float,
         plan: Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = self.module.flash_attn_with_kvcache(
+        result, lse, *_ = self.module.flash_attn_with_kvcache(
             q_pe[:, None], kv[:, :, None, LATENT_DIM:], kv[:, :, None, :LATENT_DIM], qv=q_latent[:, None],
             cache_seqlens=lens, page_table=table, softmax_scale=scale, causal=False,
             scheduler_metadata=plan, return_softmax_lse=True,
         )  # fmt: skip
-        return out[:, 0], lse[..., 0]
+        return result[:, 0], lse[..., 0]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self.module.flash_attn_varlen_func(
@@ -113,18 +115,21 @@ class VllmKernels:
         lens: Tensor,
         scale: float,
         plan: Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         k, v = kv[:, :, None, LATENT_DIM:], kv[:, :, None, :LATENT_DIM]
         max_len = table.shape[1] * kv.shape[1]
-        out, lse = self.run(
-            q_pe[:, None], k, v, q_latent[:, None], None, None, lens, 1, max_len, table, scale, False, plan
-        )
-        return out[:, 0], lse[..., 0]
+        into = None if out is None else out[:, None]
+        result, lse = self.run(
+            q_pe[:, None], k, v, q_latent[:, None], into, None, None, lens, 1, max_len, table, scale, False,
+            plan,
+        )  # fmt: skip
+        return result[:, 0], lse[..., 0]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
         longest = max(varlen.lens_q), max(varlen.lens_k)
         cu_q, cu_k = varlen.cu_seqlens_q, varlen.cu_seqlens_k
-        return self.run(q, k, v, None, cu_q, cu_k, None, *longest, None, scale, varlen.causal, None)
+        return self.run(q, k, v, None, None, cu_q, cu_k, None, *longest, None, scale, varlen.causal, None)
 
     def run(
         self,
@@ -132,6 +137,7 @@ class VllmKernels:
         k: Tensor,
         v: Tensor,
         qv: Tensor | None,
+        out: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
         lens_k: Tensor | None,
@@ -143,12 +149,12 @@ class VllmKernels:
         plan: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         none = (None,) * 3
-        out, lse, *_ = self.ops.fwd(
-            q, k, v, None, None, qv, None, cu_seqlens_q, cu_seqlens_k, None, None, lens_k, max_q, max_k,
+        result, lse, *_ = self.ops.fwd(
+            q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None, None, lens_k, max_q, max_k,
             table, None, None, *none, *none, scale, causal, -1, -1, 0.0, True, plan, 0, None, 0, None,
             1, 0, None,
         )  # fmt: skip
-        return out, lse
+        return result, lse
 
 
 def load_kernels() -> Kernels:
@@ -178,10 +184,10 @@ class FA3Backend:
             self.metadata = self.kernels.plan(batch.local_lens, max_len, self.num_heads, self.block_size)
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return self.kernels.decode(
-            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.metadata
+            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.metadata, out
         )
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class ReferenceBackend:
         self.slots = slots
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         block_size = kv.shape[1]
         rows = batch.block_table.long()[:, self.slots // block_size] * block_size + self.slots % block_size

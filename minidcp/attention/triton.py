@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minidcp.batch import ForwardBatch, Varlen
 from minidcp.kernels.mha_prefill import mha_prefill
-from minidcp.kernels.mla_decode import mla_decode
+from minidcp.kernels.mla_decode import DeviceLimits, mla_decode
 
 
 class TritonBackend:
@@ -20,16 +20,20 @@ class TritonBackend:
     def __init__(self, softmax_scale: float, rope_dim: int, device: torch.device) -> None:
         self.softmax_scale, self.rope_dim = softmax_scale, rope_dim
         properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-        self.limits = properties["multiprocessor_count"], properties["max_shared_mem"]
+        self.limits = DeviceLimits(
+            properties["multiprocessor_count"],
+            properties["max_shared_mem"],
+            hopper=torch.cuda.get_device_capability(device)[0] == 9,
+        )
 
     def plan(self, batch: ForwardBatch) -> None:
         pass
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return mla_decode(
-            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, *self.limits
+            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.limits
         )
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:

@@ -250,6 +250,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         ranks != "threads" or device == "cpu" or config.tp_size == 1,
         "--ranks threads: several ranks on GPUs are processes; use --ranks processes",
     )
+    comm = choose_comm(config, device)
     batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
     return (
         replace(
@@ -258,7 +259,8 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
             device=device,
             dtype=dtype,
             ranks=ranks,
-            comm=choose_comm(config, device),
+            comm=comm,
+            dcp_comm_backend=choose_exchange(config, comm),
             max_model_len=max_model_len,
             max_num_batched_tokens=batched,
         ),
@@ -290,3 +292,18 @@ def choose_comm(config: EngineConfig, device: str) -> str:
         )
         logger.warning("%d ranks share %d GPUs: right for tests, not for speed", config.tp_size, gpus)
     return comm
+
+
+def choose_exchange(config: EngineConfig, comm: str) -> str:
+    """The exchange for `--dcp-comm-backend auto`: p2p where ranks can read each other's memory, else a2a."""
+    symmetric = comm == "symmetric"
+    require(
+        symmetric or config.dcp_comm_backend != "p2p" or config.dcp_size == 1,
+        f"--dcp-comm-backend p2p: needs symmetric memory (GPUs of one node), not --comm {comm}; use a2a",
+    )
+    if config.dcp_comm_backend != "auto":
+        return config.dcp_comm_backend
+    exchange = "p2p" if symmetric else "a2a"
+    if config.dcp_size > 1:
+        logger.info("exchange: %s (because collectives are %s)", exchange, comm)
+    return exchange

@@ -6,7 +6,6 @@ How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
-from minidcp.parallel.state import ParallelState
+from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
 from minidcp.request import TokenLogprobs
 
 logger = logging.getLogger("minidcp")
@@ -113,6 +112,13 @@ class ModelRunner:
                 config.exchange_policy,
             )
         self.model, self.bytes_read = self.load()
+        extra = sum(layer.self_attn.peer_head_bytes for layer in self.model.layers)
+        if state.rank == 0 and extra:
+            logger.info(
+                "weights for other ranks' heads, so that %s: %.1f MB per rank",
+                "no q is gathered" if config.replicates_q else "exchanges can be narrow",
+                extra / 1e6,
+            )
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -139,7 +145,8 @@ class ModelRunner:
             self.state,
             self.attention,
             EXCHANGES[self.config.dcp_comm_backend],
-            self.config.may_exchange_narrow,
+            self.config.needs_group_heads,
+            self.config.replicates_q,
         )
         return DeepseekV2ForCausalLM(blueprint, Weights(source), self.max_model_len)
 
@@ -150,10 +157,8 @@ class ModelRunner:
         self.run_largest_prefill()
         free, total = torch.cuda.mem_get_info(self.device)
         reserve = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.state.tp.size))
-        ranks_here = -(-local_ranks // torch.cuda.device_count())  # above 1 when ranks share GPUs, in tests
         # What the step needed stays with the allocator, so it is not free any more.
-        return (free - reserve) // ranks_here
+        return (free - reserve) // count_ranks_per_gpu(self.state.tp.size)
 
     @torch.inference_mode()
     def run_largest_prefill(self) -> None:

@@ -39,43 +39,60 @@ def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tup
     out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device)
     if tokens:
-        merge_kernel[(tokens, heads)](
-            outs, lses, out, lse,
-            *outs.stride()[:3], *lses.stride(), *out.stride()[:2], lse.stride(0),
-            size, dim, SIZE=triton.next_power_of_2(size), DIM=triton.next_power_of_2(dim),
-            CHUNK=min(8, triton.next_power_of_2(size)), num_warps=1,
+        width = triton.next_power_of_2(dim)
+        rows = max(1, min(2048 // width, triton.next_power_of_2(tokens * heads // 1024)))
+        merge_kernel[(triton.cdiv(tokens * heads, rows),)](
+            outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
+            ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)),
+            num_warps=max(1, rows * width // 512),
         )  # fmt: skip
     return out, lse
 
 
 @triton.jit
 def merge_kernel(
-    outs, lses, out, lse,
-    outs_n, outs_t, outs_h, lses_n, lses_t, lses_h, out_t, out_h, lse_t,
-    size, dim, SIZE: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    outs, lses, out, lse, outs_n, outs_t, outs_h, lses_n, lses_t, lses_h, size, tokens, heads, dim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the N partials of one token and head, CHUNK of them at a time."""
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n = tl.arange(0, SIZE)
-    d = tl.arange(0, DIM)
-    part_lse = tl.load(lses + n * lses_n + t * lses_t + h * lses_h, mask=n < size, other=-float("inf"))
-    top = tl.max(part_lse, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp(part_lse - top), 0)
-    merged = tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)) + top, -float("inf"))
-    base = tl.where(total > 0, merged, 0.0)
-    acc = tl.zeros([DIM], tl.float32)
+    """One program merges the N partials of ROWS (token, head) pairs."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < tokens * heads
+    t, h = (row // heads).to(tl.int64), row % heads
+    d = tl.arange(0, DIM)[None, :]
+    limit = tl.where(there, size, 0)  # of shards that a row has
+    outs += (t * outs_t + h * outs_h)[:, None] + d
+    lses += t * lses_t + h * lses_h
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
     for first in range(0, size, CHUNK):
         for i in tl.static_range(CHUNK):  # unrolled: CHUNK rows are on their way at once
-            shard = first + i
-            shard_lse = tl.load(
-                lses + shard * lses_n + t * lses_t + h * lses_h, mask=shard < size, other=-float("inf")
-            )
-            seen = d < tl.where(shard_lse > -float("inf"), dim, 0)  # an empty shard is not even read
-            part = tl.load(outs + shard * outs_n + t * outs_t + h * outs_h + d, mask=seen, other=0.0)
-            acc += part.to(tl.float32) * tl.exp(shard_lse - base)
-    tl.store(out + t * out_t + h * out_h + d, acc.to(out.dtype.element_ty), mask=d < dim)
-    tl.store(lse + t * lse_t + h, merged)
+            shard, live = tl.cast(first + i, tl.int64), first + i < limit
+            part_lse = tl.load(lses + shard * lses_n, mask=live, other=-float("inf"))
+            part = tl.load(outs + shard * outs_n, mask=live[:, None] & (d < dim), other=0.0)
+            top, total, acc = add_partial(top, total, acc, part_lse, part)
+    store_merged(top, total, acc, out, lse, row, there, d, dim)
+
+
+@triton.jit
+def add_partial(top, total, acc, lse, part):
+    """Add a shard's partial, part [ROWS, DIM] with lse [ROWS], to the sums over the shards before it, which
+    are scaled by exp(-top), the largest lse among them."""
+    new_top = tl.maximum(top, lse)
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    decay, weight = tl.exp(top - base), tl.exp(lse - base)
+    part = tl.where(weight[:, None] > 0, part.to(tl.float32), 0.0)  # an empty shard may hold NaN
+    return new_top, total * decay + weight, acc * decay[:, None] + part * weight[:, None]
+
+
+@triton.jit
+def store_merged(top, total, acc, out, lse, row, there, d, dim):
+    """Write the sums of `add_partial` to rows `row` of contiguous out [rows, dim] and lse [rows]."""
+    some = tl.where(total > 0, total, 1.0)
+    tl.store(lse + row, tl.where(total > 0, tl.log(some) + top, -float("inf")), mask=there)
+    dst = out + row.to(tl.int64)[:, None] * dim + d
+    merged = acc * (1.0 / some)[:, None]
+    tl.store(dst, merged.to(out.dtype.element_ty), mask=there[:, None] & (d < dim))
 
 
 def rescale_partial(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:

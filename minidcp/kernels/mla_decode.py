@@ -1,9 +1,12 @@
-"""Absorbed MLA decode over a paged latent cache, split over the context: our own Triton kernel.
+"""Absorbed MLA decode over a paged latent cache, split over the context: our own kernels.
 
-Its torch twin is `attention/reference.py`. The splits are put together by `merge.py`.
+This one is Triton for any GPU; for Hopper there is `mla_decode_hopper.py`. Their torch twin is
+`attention/reference.py`. The splits are put together by `merge.py`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,9 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels.merge import merge_partials
+from minidcp.kernels.mla_decode_hopper import TILE, hopper_kernel, shared_memory_needed
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a GPU offers a kernel; by default as little as any that runs bf16."""
+
+    multiprocessors: int = 64
+    shared_memory: int = 99 << 10  # bytes of one program
+    hopper: bool = False
 
 
 def mla_decode(
@@ -23,58 +36,54 @@ def mla_decode(
     block_table: Tensor,
     local_lens: Tensor,
     softmax_scale: float,
-    num_programs: int = 132,
-    shared_memory: int = 227 << 10,
+    limits: DeviceLimits = DeviceLimits(),  # noqa: B008: it is frozen
 ) -> tuple[Tensor, Tensor]:
     """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens.
 
-    Slots beyond a row's length are never read. The context is split so that about `num_programs` run,
-    by default one for each multiprocessor of a Hopper GPU, whose shared memory is the default too.
+    Slots beyond a row's length are never read. The context is split so that about one program runs on
+    each multiprocessor.
 
     Args:
         q_latent: [B, H, C]; q_pe: [B, H, R]; both with a contiguous last dim.
         kv: [num_blocks, block_size, C + R], contiguous.
         block_table: [B, W] int32; local_lens: [B] int32.
+        softmax_scale: positive.
 
     Returns:
         out [B, H, C] in q's dtype (0 where a row is empty) and lse [B, H] float32.
     """
     batch, heads, latent = q_latent.shape
     rope = q_pe.shape[2]
-    block_h, block_n, warps, stages = choose_tiles(heads, shared_memory)
-    tiles = batch * triton.cdiv(heads, block_h)
+    kernel, block_h, options = choose_kernel(heads, latent + rope, limits)
+    head_tiles = triton.cdiv(heads, block_h)
     capacity = block_table.shape[1] * kv.shape[1]
-    wanted = min(num_programs // max(tiles, 1), triton.cdiv(capacity, 64), MAX_SPLITS)
+    wanted = min(limits.multiprocessors // max(batch * head_tiles, 1), triton.cdiv(capacity, 64), MAX_SPLITS)
     splits = 1 << max(wanted, 1).bit_length() - 1  # a power of two: few variants to compile in merge
     out_dtype = q_latent.dtype if splits == 1 else torch.float32
     outs = torch.empty(splits, batch, heads, latent, dtype=out_dtype, device=kv.device)
     lses = torch.empty(splits, batch, heads, dtype=torch.float32, device=kv.device)
     if batch:
-        mla_decode_kernel[(batch, triton.cdiv(heads, block_h), splits)](
+        kernel[(head_tiles, batch, splits)](
             q_latent, q_pe, kv, block_table, local_lens, outs, lses, softmax_scale * LOG2E,
             *q_latent.stride()[:2], *q_pe.stride()[:2], block_table.stride(0), *outs.stride()[:2],
             *lses.stride()[:2], heads, splits,
-            BLOCK_SIZE=kv.shape[1], LATENT=latent, ROPE=rope, BLOCK_H=block_h, BLOCK_N=block_n,
-            num_warps=warps, num_stages=stages,
+            BLOCK_SIZE=kv.shape[1], LATENT=latent, ROPE=rope, BLOCK_H=block_h, **options,
         )  # fmt: skip
     if splits == 1:
         return outs[0], lses[0]
     return merge_partials(outs, lses, q_latent.dtype)
 
 
-def choose_tiles(heads: int, shared_memory: int) -> tuple[int, int, int, int]:
-    """(heads and tokens per tile, warps, stages), the fastest of those tried on an H200 that fit.
-
-    Of the stages half go to the block ids, which the rows' addresses wait for.
-    """
-    block_h = min(64, max(16, triton.next_power_of_2(heads)))
+def choose_kernel(heads: int, width: int, limits: DeviceLimits):
+    """(kernel, heads per tile, its other options): the fastest of those tried that fit."""
+    block_h = max(16, triton.next_power_of_2(heads))
+    if limits.hopper and block_h >= TILE and shared_memory_needed(width) <= limits.shared_memory:
+        return hopper_kernel, TILE, {"BLOCK_N": TILE, "num_warps": 8}
     if block_h == 16:
-        return 16, 64, 4, 4  # 95 KiB
-    if block_h == 64 and shared_memory >= 192 << 10:
-        return 64, 32, 8, 5  # 185 KiB
-    if shared_memory >= 144 << 10:
-        return (64, 32, 8, 3) if block_h == 64 else (32, 64, 8, 4)  # 144 and 115 KiB on Hopper
-    return 32, 32, 4, 4  # 76 KiB
+        return mla_decode_kernel, 16, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 4}  # 95 KiB for 576
+    if limits.shared_memory >= 144 << 10:
+        return mla_decode_kernel, 32, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 4}  # 115 KiB
+    return mla_decode_kernel, 32, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 4}  # 76 KiB
 
 
 @triton.jit
@@ -85,8 +94,8 @@ def mla_decode_kernel(
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program attends with BLOCK_H heads of one row over one split of its context."""
-    b = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    b = tl.program_id(1).to(tl.int64)
     s = tl.program_id(2)
     c = tl.arange(0, LATENT)
     r = tl.arange(0, ROPE)

@@ -1,54 +1,198 @@
-"""Reading the same place in every peer's memory: what collectives over NVLink memory consist of.
+"""Collectives by reading peers' memory: each kernel meets the other ranks' and then reads what they hold.
 
-`parallel/symmetric.py` says when it is safe to read. No torch twin: a CPU has no peer memory.
+`parallel/symmetric.py` says when that is safe. No torch twins: a CPU has no peer memory.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
+from minidcp.kernels.merge import add_partial, store_merged
+
+MAX_PROGRAMS = tl.constexpr(256)  # of a kernel that meets
 
 
-def read_peers(pointers: Tensor, offset: int, count: int, out: Tensor) -> None:
-    """out [N, count] = elements [offset, offset + count) of every peer's buffer.
+@dataclass(frozen=True)
+class Meeting:
+    """What kernels need to wait for each other: program p of a rank goes on when program p of every peer
+    has come as far. So all of a rank's programs must be able to run at once: `programs` is the most.
+
+    Attributes:
+        pads: [N] int64, addresses of every rank's [N, MAX_PROGRAMS] int32, zero at first. Entry [n, p] is
+            how many meetings program p of rank n has come to; rank n itself writes it everywhere.
+        epochs: [MAX_PROGRAMS] int32, how many meetings this rank's program p has been through.
+    """
+
+    rank: int
+    pads: Tensor
+    epochs: Tensor
+    programs: int
+
+    def __post_init__(self) -> None:
+        assert self.programs <= MAX_PROGRAMS.value
+
+    def launch(self, kernel, tiles: int, *args, tile: int, **constants) -> None:
+        """Run a kernel over `tiles` tiles of `tile` elements."""
+        peers = len(self.pads)
+        kernel[(max(1, min(self.programs, tiles)),)](
+            self.pads, self.epochs, self.rank, tiles, *args, **constants,
+            PEERS=peers, LANES=triton.next_power_of_2(peers),
+            num_warps=max(4, min(16, tile // 512)),
+        )  # fmt: skip
+
+
+@triton.jit
+def meet(pads, epochs, rank, PEERS: tl.constexpr, LANES: tl.constexpr):
+    """Tell program p of every peer that this one is here, and wait until all are."""
+    p = tl.program_id(0)
+    n = tl.arange(0, LANES)
+    epoch = tl.load(epochs + p) + 1
+    tl.debug_barrier()  # every thread has read the epoch and written what peers may read
+    theirs = tl.load(pads + n, mask=n < PEERS, other=0).to(tl.pointer_type(tl.int32))
+    here = tl.zeros([LANES], tl.int32) + epoch
+    tl.atomic_xchg(theirs + rank * MAX_PROGRAMS + p, here, mask=n < PEERS, sem="release", scope="sys")
+    own = tl.load(pads + rank).to(tl.pointer_type(tl.int32)) + n * MAX_PROGRAMS + p
+    missing = PEERS
+    while missing > 0:
+        seen = tl.atomic_add(own, tl.zeros([LANES], tl.int32), mask=n < PEERS, sem="acquire", scope="sys")
+        missing = tl.sum(((seen - here < 0) & (n < PEERS)).to(tl.int32), 0)  # differences survive overflow
+    tl.debug_barrier()
+    tl.store(epochs + p, epoch)
+
+
+@triton.jit
+def peer_pointer(pointers, n, like):
+    """Rank n's buffer, as a pointer to the elements that `like` points to."""
+    return tl.multiple_of(tl.load(pointers + n).to(tl.pointer_type(like.dtype.element_ty)), 16)
+
+
+def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out: Tensor) -> None:
+    """out[t, n] = elements [offset, offset + W) of row t of rank n's buffer, for all ranks in `pointers`.
 
     Args:
-        pointers: [N] int64, the buffers' addresses, elements of out's dtype.
+        pointers: [M] int64, addresses of [T, stride] elements of out's dtype, multiples of 16.
+        out: [T, M, W], contiguous.
     """
-    peers = pointers.shape[0]
-    read_kernel[(triton.cdiv(count, BLOCK), peers)](pointers, out, offset, count, BLOCK_N=BLOCK)
-
-
-def sum_peers(pointers: Tensor, offset: int, count: int, out: Tensor) -> None:
-    """out [count] = the sum over the peers, in order and in float32: the same bits on every rank."""
-    block = 1024 if count <= 1 << 20 else BLOCK
-    sum_kernel[(triton.cdiv(count, block),)](
-        pointers, out, offset, count, PEERS=pointers.shape[0], BLOCK_N=block
+    rows, peers, width = out.shape
+    tile = choose_tile(rows * width)
+    tiles = triton.cdiv(rows * width, tile) * peers
+    meeting.launch(
+        read_kernel, tiles, pointers, out, peers, rows * width, width, stride, offset, tile=tile, TILE=tile
     )
 
 
 @triton.jit
-def read_kernel(pointers, out, offset, count, BLOCK_N: tl.constexpr):
-    peer = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = tl.load(pointers + peer).to(tl.pointer_type(out.dtype.element_ty))
-    value = tl.load(source + offset + i, mask=i < count)
-    tl.store(out + peer * count + i, value, mask=i < count)
+def read_kernel(
+    pads, epochs, rank, tiles, pointers, out, sources, count, width, stride, offset,
+    TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    meet(pads, epochs, rank, PEERS, LANES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        n = tile % sources
+        i = tl.cast(tile // sources, tl.int64) * TILE + tl.arange(0, TILE)
+        row, column = i // width, i % width
+        source = peer_pointer(pointers, n, out)
+        value = tl.load(source + row * stride + offset + column, mask=i < count)
+        tl.store(out + (row * sources + n) * width + column, value, mask=i < count)
+
+
+def sum_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out: Tensor) -> None:
+    """out[t] = the sum over the ranks of elements [offset, offset + W) of row t of their buffers, added in
+    their order and in float32: the same bits on every rank. As `read_peers`, with out [T, W]."""
+    rows, width = out.shape
+    tile = choose_tile(rows * width)
+    tiles = triton.cdiv(rows * width, tile)
+    meeting.launch(
+        sum_kernel, tiles, pointers, out, rows * width, width, stride, offset, tile=tile, TILE=tile
+    )
 
 
 @triton.jit
-def sum_kernel(pointers, out, offset, count, PEERS: tl.constexpr, BLOCK_N: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for peer in tl.static_range(PEERS):
-        source = tl.load(pointers + peer).to(tl.pointer_type(out.dtype.element_ty))
-        total += tl.load(source + offset + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
+def sum_kernel(
+    pads, epochs, rank, tiles, pointers, out, count, width, stride, offset,
+    TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    meet(pads, epochs, rank, PEERS, LANES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
+        place = i // width * stride + offset + i % width
+        total = tl.zeros([TILE], tl.float32)
+        for n in tl.static_range(PEERS):
+            part = tl.load(peer_pointer(pointers, n, out) + place, mask=i < count, other=0.0)
+            total += part.to(tl.float32)
+        tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
 
 
-def device_pointers(addresses: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+def merge_peers(
+    meeting: Meeting, pointers: Tensor, staged_lse: Tensor, lse: Tensor, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
+
+    Every rank's buffer holds its partial outputs [T, N * H, dim] of `dtype` at its begin. Their LSEs are
+    put behind them here, because attention back-ends write them where they like.
+
+    Args:
+        staged_lse: [T, N * H] float32 in this rank's buffer; on every rank at the same place.
+        lse: [T, N * H] float32, this rank's, to be copied there.
+
+    Returns:
+        out [T, H, dim] and lse [T, H] float32.
+    """
+    tokens, heads = lse.shape
+    own = heads // len(meeting.pads)
+    out = torch.empty(tokens, own, dim, dtype=dtype, device=lse.device)
+    merged = torch.empty(tokens, own, dtype=torch.float32, device=lse.device)
+    width = triton.next_power_of_2(dim)
+    rows = max(1, min(8192 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
+    meeting.launch(
+        merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged,
+        tokens, heads, own, dim, *lse.stride(), tokens * heads * dim * out.element_size() // 4,
+        tile=rows * width, ROWS=rows, DIM=width,
+    )  # fmt: skip
+    return out, merged
+
+
+@triton.jit
+def merge_kernel(
+    pads, epochs, rank, tiles, pointers, staged_lse, lse, out, merged, tokens, heads, own, dim,
+    lse_t, lse_h, lse_offset,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A tile is ROWS (token, own head) pairs; program p of every rank does the same tiles."""
+    n = tl.arange(0, LANES)[None, :]
+    d = tl.arange(0, DIM)[None, :]
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        t, h = row // own, row % own
+        head = n * own + h[:, None]  # those that rank n's program p will read
+        mask = (n < PEERS) & (row < tokens * own)[:, None]
+        value = tl.load(lse + t[:, None] * lse_t + head * lse_h, mask=mask)
+        tl.store(staged_lse + t[:, None] * heads + head, value, mask=mask)
+    meet(pads, epochs, rank, PEERS, LANES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        there = row < tokens * own
+        place = row // own * heads + rank * own + row % own  # in the peers' [T, N * H]
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        for i in tl.static_range(PEERS):
+            part_lse = tl.load(
+                peer_pointer(pointers, i, merged) + lse_offset + place, mask=there, other=-float("inf")
+            )
+            source = peer_pointer(pointers, i, out) + place.to(tl.int64)[:, None] * dim + d
+            part = tl.load(source, mask=there[:, None] & (d < dim), other=0.0)
+            top, total, acc = add_partial(top, total, acc, part_lse, part)
+        store_merged(top, total, acc, out, merged, row, there, d, dim)
+
+
+def choose_tile(count: int) -> int:
+    """Elements: few for a small tensor, so that many programs share it, and many for a large one, so that
+    a thread has several loads under way."""
+    tile: int = triton.next_power_of_2(count) // 128
+    return min(16384, max(1024, tile))

@@ -8,17 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate every head of x.
+def rotate(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
+    """Rotate every head of x; computed in float32.
 
     Args:
         x: [T, H, R], contiguous R; may be a slice of a wider tensor.
         cos_sin: [T, R] float32, the cosines of R / 2 angles and then their sines.
-
-    Returns:
-        [T, H, R] contiguous, in x's dtype; computed in float32.
+        out: as x, to be written; may be x itself.
     """
-    return rotate_triton(x, cos_sin) if x.is_cuda else rotate_ref(x, cos_sin)
+    if x.is_cuda:
+        rotate_triton(x, cos_sin, out)
+    else:
+        out.copy_(rotate_ref(x, cos_sin))
 
 
 def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -27,21 +28,21 @@ def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
-def rotate_triton(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rotate_triton(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
     tokens, heads, dim = x.shape
-    assert x.stride(2) == 1 and cos_sin.is_contiguous()
-    out = torch.empty(tokens, heads, dim, dtype=x.dtype, device=x.device)
+    assert x.stride(2) == 1 and out.stride(2) == 1 and cos_sin.is_contiguous()
     if tokens:
         block = triton.next_power_of_2(heads)
         rotate_kernel[(tokens,)](
-            x, cos_sin, out, x.stride(0), x.stride(1), heads, dim // 2,
+            x, cos_sin, out, *x.stride()[:2], *out.stride()[:2], heads, dim // 2,
             HEADS=block, HALF=triton.next_power_of_2(dim // 2),
         )  # fmt: skip
-    return out
 
 
 @triton.jit
-def rotate_kernel(x, cos_sin, out, x_t, x_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def rotate_kernel(
+    x, cos_sin, out, x_t, x_h, out_t, out_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
+):
     """One program rotates all heads of one token."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, HEADS)[:, None]
@@ -52,6 +53,6 @@ def rotate_kernel(x, cos_sin, out, x_t, x_h, heads, half, HEADS: tl.constexpr, H
     row = x + t * x_t + h * x_h + i
     first = tl.load(row, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(row + half, mask=mask, other=0.0).to(tl.float32)
-    dst = out + (t * heads + h) * 2 * half + i
+    dst = out + t * out_t + h * out_h + i
     tl.store(dst, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
     tl.store(dst + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)

@@ -21,7 +21,7 @@ from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding
 from minidcp.models.rope import RotaryEmbedding
 from minidcp.models.weights import Shard, Weights
-from minidcp.parallel.exchange import Exchange, gather_heads
+from minidcp.parallel.exchange import Exchange, empty_partial, gather_heads
 from minidcp.parallel.state import ParallelState
 
 LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
@@ -29,29 +29,31 @@ LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What every layer of one rank is built from. `narrow`: whether any step may exchange narrow."""
+    """What every layer of one rank is built from. `group_heads`: whether it needs W_UK and W_UV of all
+    heads of its DCP group; `replicated_q`: whether it computes their q, too."""
 
     config: ModelConfig
     state: ParallelState
     attention: AttentionBackend
     exchange: Exchange
-    narrow: bool
+    group_heads: bool
+    replicated_q: bool
 
 
 class MLAAttention:
     """Multi-head latent attention (arXiv:2405.04434 §2.1) for this rank's heads.
 
-    H heads are this rank's, G those of its DCP group. W_UK and W_UV are the halves of kv_b_proj, held
-    for the group's heads if `narrow` exchanges can occur, else for this rank's.
+    H heads are this rank's, G those of its DCP group. W_UK and W_UV are the halves of kv_b_proj.
     """
 
     def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
-        c, state, narrow = blueprint.config, blueprint.state, blueprint.narrow
-        tp = state.tp
-        self.config, self.state = c, state
+        c, state = blueprint.config, blueprint.state
+        tp, dcp = state.tp, state.dcp
+        self.config, self.state, self.replicated_q = c, state, blueprint.replicated_q
         self.attention, self.exchange = blueprint.attention, blueprint.exchange
         self.num_heads = c.num_attention_heads // tp.size
         own_heads = Shard(0, tp.rank, tp.size)
+        group_heads = Shard(0, state.dcp_group_index, tp.size // dcp.size)
         if c.q_lora_rank is None:
             self.q_a_proj = None
             q_in, q_name = c.hidden_size, "q_proj"
@@ -61,10 +63,17 @@ class MLAAttention:
             )
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
             q_in, q_name = c.q_lora_rank, "q_b_proj"
-        self.q_b_proj = Linear(
-            q_in, c.num_attention_heads * c.qk_head_dim, weights.scope(q_name), own_heads
-        )  # q_proj where there is no q_lora
-        self.q_b_proj.reorder_rope(self.num_heads, c.qk_rope_head_dim)
+        self.q_b_proj = Linear(  # q_proj where there is no q_lora
+            q_in,
+            c.num_attention_heads * c.qk_head_dim,
+            weights.scope(q_name),
+            group_heads if self.replicated_q else own_heads,
+        )
+        q_heads = self.num_heads * (dcp.size if self.replicated_q else 1)
+        self.q_b_proj.reorder_rope(q_heads, c.qk_rope_head_dim)
+        first = dcp.rank * self.num_heads  # of this rank's heads among the group's
+        rows = slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim)
+        self.own_q_b_proj = self.q_b_proj.part(rows) if self.replicated_q else self.q_b_proj
 
         self.kv_a_proj_with_mqa = Linear(
             c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=c.attention_bias
@@ -72,15 +81,16 @@ class MLAAttention:
         self.kv_a_proj_with_mqa.reorder_rope(1, c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS)
 
-        rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-        group_heads = Shard(0, state.dcp_group_index, tp.size // state.dcp.size)
-        shard = group_heads if narrow else own_heads
-        kv_b_proj = weights.read("kv_b_proj.weight", rows, c.kv_lora_rank, shard=shard)
+        kv_b_proj = weights.read(
+            "kv_b_proj.weight",
+            c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim),
+            c.kv_lora_rank,
+            shard=group_heads if blueprint.group_heads else own_heads,
+        )
         by_head = kv_b_proj.view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
         w_uk, w_uv = by_head.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self.group_w_uk, self.group_w_uv = w_uk, w_uv  # [G or H, nope, C], [G or H, v, C]
-        first = state.dcp.rank * self.num_heads if narrow else 0
-        own = slice(first, first + self.num_heads)
+        own = slice(first, first + self.num_heads) if blueprint.group_heads else slice(None)
         self.w_uk, self.w_uv = w_uk[own], w_uv[own]  # [H, nope, C], [H, v, C]; views, no second copy
 
         self.o_proj = Linear(
@@ -91,55 +101,69 @@ class MLAAttention:
             bias=c.attention_bias,
         )
 
+    @property
+    def peer_head_bytes(self) -> int:
+        """How much of this layer's weights belongs to heads of other ranks."""
+        held = (self.q_b_proj.weight, self.group_w_uk, self.group_w_uv)
+        own = (self.own_q_b_proj.weight, self.w_uk, self.w_uv)
+        return sum(w.nbytes for w in held) - sum(w.nbytes for w in own)
+
     def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden], replicated -> this rank's summand of the output [T, hidden]."""
-        c, d = self.config, batch.num_decode
-        q = x if self.q_a_proj is None else self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_b_proj(q).view(-1, self.num_heads, c.qk_head_dim)
-        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_pe = rotate(q_pe, cos_sin)
-
+        d = batch.num_decode
+        q_in = x if self.q_a_proj is None else self.q_a_layernorm(self.q_a_proj(x))
         norm = self.kv_a_layernorm
         new = self.kv_a_proj_with_mqa(x)
         latents = store_latents(new, norm.weight, norm.eps, cos_sin, kv, batch.slot_mapping)
 
         parts = []
         if d:
-            parts.append(self.decode(q_nope[:d], q_pe[:d], kv, batch))
+            parts.append(self.decode(q_in[:d], cos_sin[:d], kv, batch))
         if batch.prefill is not None:
-            q_new = torch.cat([q_nope[d:], q_pe[d:]], -1)
-            parts.append(self.prefill(q_new, latents[d:], kv, batch))
+            parts.append(self.prefill(q_in[d:], cos_sin[d:], latents[d:], kv, batch))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(out.flatten(1))
 
-    def decode(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """Absorbed form over the sharded cache -> [T, H, v].
+    def decode(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
+        """Absorbed form over the sharded cache; x [T, q's input] -> [T, H, v].
 
         Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can
         stand on either side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per
-        head. Narrow: the group's heads, 192 and 128 cross.
+        head. Narrow: the group's heads, 192 and 128 cross. What crosses is written where peers read it.
         """
-        dcp = self.state.dcp
-        if batch.narrow:
-            q = gather_heads(torch.cat([q_nope, q_pe], -1), dcp)  # [T, G, nope + rope]
-            q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-            q_latent = torch.einsum("thn,hnc->thc", q_nope, self.group_w_uk)
-            out, lse = self.attention.decode(q_latent, q_pe, kv, batch)
-            out = torch.einsum("thc,hvc->thv", out, self.group_w_uv)
-            return self.exchange(out, lse, dcp)[0]
-        q_latent = torch.einsum("thn,hnc->thc", q_nope, self.w_uk)
-        if dcp.size > 1:
-            q = gather_heads(torch.cat([q_latent, q_pe], -1), dcp)  # [T, G, C + rope]
-            q_latent, q_pe = q.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        out, lse = self.attention.decode(q_latent, q_pe, kv, batch)
-        if dcp.size > 1:
-            out, lse = self.exchange(out, lse, dcp)
-        return torch.einsum("thc,hvc->thv", out, self.w_uv)
+        c, dcp, tokens = self.config, self.state.dcp, len(x)
+        if batch.narrow or self.replicated_q:
+            if self.replicated_q:
+                q = self.project_q(self.q_b_proj, x, cos_sin)  # [T, G, nope + rope]
+            else:
+                out = dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
+                q = gather_heads(self.project_q(self.q_b_proj, x, cos_sin, out), dcp)
+            q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+            q_latent = multiply_by_head(q_nope, self.group_w_uk)
+        else:
+            q_nope, q_pe = self.split_heads(self.q_b_proj(x))
+            wide = dcp.empty((tokens, self.num_heads, c.latent_dim), x)
+            q_latent, rotated = wide.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+            multiply_by_head(q_nope, self.w_uk, q_latent)
+            rotate(q_pe, cos_sin, rotated)
+            q = gather_heads(wide, dcp)  # [T, G, C + rope]
+            q_latent, q_pe = q.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
 
-    def prefill(self, q: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
+        dim = c.v_head_dim if batch.narrow else c.kv_lora_rank
+        partial = empty_partial(self.exchange, (tokens, q_pe.shape[1], dim), x, dcp)
+        if batch.narrow:
+            latent, lse = self.attention.decode(q_latent, q_pe, kv, batch)
+            return self.exchange(multiply_by_head(latent, self.group_w_uv.mT, partial), lse, dcp)[0]
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, batch, partial)
+        if dcp.size > 1:
+            latent, _ = self.exchange(latent, lse, dcp)
+        return multiply_by_head(latent, self.w_uv.mT)
+
+    def prefill(self, x: Tensor, cos_sin: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """MHA form, this rank's heads: new tokens among themselves, and what they find in the cache
-        (gathered from all shards), merged by LSE -> [T, H, v]."""
+        (gathered from all shards), merged by LSE; x [T, q's input] -> [T, H, v]."""
         assert batch.prefill is not None
+        q = self.project_q(self.own_q_b_proj, x, cos_sin)
         out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
         if batch.context is None:
             return out
@@ -148,12 +172,33 @@ class MLAAttention:
         seen, seen_lse = self.attention.prefill(q, *self.decompress(context), batch.context.varlen)
         return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
 
+    def project_q(self, proj: Linear, x: Tensor, cos_sin: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, q's input] -> [T, heads of proj, nope + rope], rotated."""
+        q = proj(x, out)
+        q_pe = self.split_heads(q)[1]
+        rotate(q_pe, cos_sin, q_pe)
+        return q.view(len(x), -1, self.config.qk_head_dim)
+
+    def split_heads(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, heads · (nope + rope)] -> views [T, heads, nope] and [T, heads, rope]."""
+        c = self.config
+        q_nope, q_pe = q.unflatten(1, (-1, c.qk_head_dim)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return q_nope, q_pe
+
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads."""
         kv_c, k_pe = latents.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         k_nope = torch.einsum("tc,hnc->thn", kv_c, self.w_uk)
         v = torch.einsum("tc,hvc->thv", kv_c, self.w_uv)
         return torch.cat([k_nope, k_pe[:, None].expand(-1, self.num_heads, -1)], -1), v
+
+
+def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, H, I], weight [H, I, O] -> [T, H, O], written to `out` if one is given."""
+    if out is None:
+        out = x.new_empty(len(x), x.shape[1], weight.shape[2])
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
+    return out
 
 
 class DecoderLayer:

@@ -6,6 +6,8 @@ rank's part. `deepseek_v2.py` puts them together.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,8 +55,20 @@ class Linear:
         if self.bias is not None:
             self.bias = deinterleave_rope_rows(self.bias, num_heads, rope_dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def part(self, rows: slice) -> Linear:
+        """The same for some of the outputs; the weights are shared."""
+        part = copy.copy(self)
+        part.weight = self.weight[rows]
+        part.bias = None if self.bias is None else self.bias[rows]
+        return part
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Into `out`, if one is given."""
+        if out is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight.T, out=out)
+        return torch.addmm(self.bias, x, self.weight.T, out=out)
 
 
 class VocabParallelEmbedding:
@@ -79,8 +93,8 @@ class LMHead:
         self.weight, self.vocab_size, self.tp = weight, vocab_size, tp
 
     def __call__(self, x: Tensor) -> Tensor:
-        by_rank = self.tp.all_gather(F.linear(x, self.weight))  # [N, T, V / N], the last part padded
-        return by_rank.transpose(0, 1).flatten(1)[:, : self.vocab_size].float()
+        by_rank = self.tp.all_gather(F.linear(x, self.weight))  # [T, N, V / N], the last part padded
+        return by_rank.flatten(1)[:, : self.vocab_size].float()
 
 
 class MLP:

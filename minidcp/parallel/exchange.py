@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidcp.kernels.merge import merge_partials, rescale_partial
 from minidcp.parallel.group import Group
+from minidcp.parallel.symmetric import SymmetricGroup
 
 # (out [T, N * H, D], lse [T, N * H] fp32, natural log, -inf where the shard is empty; group of N ranks)
 # -> (out [T, H, D], lse [T, H]) over the union of the shards, for this rank's H heads.
@@ -21,27 +22,39 @@ Exchange = Callable[[Tensor, Tensor, Group], tuple[Tensor, Tensor]]
 
 def gather_heads(q: Tensor, group: Group) -> Tensor:
     """[T, H, D] of this rank's heads -> [T, N * H, D] of the group's, in rank order."""
-    return group.all_gather(q).transpose(0, 1).flatten(1, 2)
+    return group.all_gather(q).flatten(1, 2)
 
 
 def exchange_ag_rs(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """All-gather the LSEs, rescale the own partial by exp(lse - lse of the union), reduce-scatter it."""
-    tokens, heads = lse.shape
-    scaled, merged_lse = rescale_partial(out, group.all_gather(lse), group.rank)
-    by_rank = scaled.view(tokens, group.size, heads // group.size, -1).transpose(0, 1)
+    tokens, dim = len(out), out.shape[2]
+    lses = group.all_gather(lse).transpose(0, 1)
+    scaled, merged_lse = rescale_partial(out, lses, group.rank)
     own = merged_lse.view(tokens, group.size, -1)[:, group.rank]
-    return group.reduce_scatter(by_rank), own
+    return group.reduce_scatter(scaled.view(tokens, group.size, -1, dim)), own
 
 
 def exchange_a2a(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """One all-to-all of outputs and LSEs packed in one buffer, then the LSE-weighted merge."""
     tokens, heads, dim = out.shape
     lanes = lse.element_size() // out.element_size()  # of out's dtype that hold one LSE: 1 or 2
-    packed = out.new_empty(group.size, tokens, heads // group.size, dim + lanes)
-    packed[..., :dim] = out.view(tokens, group.size, -1, dim).transpose(0, 1)
-    packed[..., dim:].view(torch.float32)[..., 0] = lse.view(tokens, group.size, -1).transpose(0, 1)
-    received = group.all_to_all(packed)
+    packed = group.empty((tokens, heads, dim + lanes), out)
+    packed[..., :dim] = out
+    packed[..., dim:].view(torch.float32)[..., 0] = lse
+    received = group.all_to_all(packed.view(tokens, group.size, -1, dim + lanes)).transpose(0, 1)
     return merge_partials(received[..., :dim], received[..., dim:].view(torch.float32)[..., 0])
 
 
-EXCHANGES: dict[str, Exchange] = {"ag_rs": exchange_ag_rs, "a2a": exchange_a2a}
+def exchange_p2p(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """One kernel that waits for the peers, reads their partials where they lie, and merges them."""
+    assert isinstance(group, SymmetricGroup)  # config.py has seen to it
+    return group.merge(out, lse)
+
+
+def empty_partial(exchange: Exchange, shape: tuple[int, ...], like: Tensor, group: Group) -> Tensor:
+    """Where partial attention is best written for this exchange: p2p's peers read it where it lies, the
+    others read it themselves while they fill the group's memory."""
+    return group.empty(shape, like) if exchange is exchange_p2p else like.new_empty(shape)
+
+
+EXCHANGES: dict[str, Exchange] = {"ag_rs": exchange_ag_rs, "a2a": exchange_a2a, "p2p": exchange_p2p}

@@ -1,61 +1,74 @@
 """Collectives between ranks: one contract, and its implementations for processes and for threads.
 
-All of them put the ranks in a leading dim, so no call needs a dim argument. Which ranks form which
-group is `state.py`'s; what is exchanged, `exchange.py`'s.
+Where a collective takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as
+the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Group(Protocol):
+class Group(ABC):
     """`size` ranks that call the same collectives in the same order. Results are equal on all ranks,
     bit for bit, where the contract says they are the same tensor. Inputs are never changed."""
 
     rank: int
     size: int
+    received_bytes = 0  # from other ranks, since the start; what a CUDA graph replays is counted once
 
     def begin_step(self) -> None:
         """To be called by every rank before a step's (and a CUDA graph's) first collective."""
+        return
 
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of like's dtype and device for the very next collective's input, which may then find it
+        where it must be and copy nothing."""
+        return like.new_empty(shape)
+
+    def count(self, x: Tensor, peers: float = 1) -> None:
+        """Note that as many bytes as x has came from each of so many other ranks."""
+        self.received_bytes += int(x.nbytes * peers)
+
+    @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of x [...]."""
+        """The sum over the ranks of x [T, D]."""
 
+    @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
-        """[size, ...]: every rank's x [...]."""
+        """[T, size, ...]: every rank's x [T, ...]; any strides."""
 
+    @abstractmethod
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[...]: the sum over the ranks of their x[rank], from x [size, ...]."""
+        """[T, ...]: the sum over the ranks of their x[:, rank], from x [T, size, ...]."""
 
+    @abstractmethod
     def all_to_all(self, x: Tensor) -> Tensor:
-        """[size, ...]: entry i is what rank i had at x[rank], from x [size, ...]."""
+        """[T, size, ...]: entry [:, i] is rank i's x[:, rank], from x [T, size, ...]; any strides."""
 
+    @abstractmethod
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x [...]; the others pass a tensor of the same shape and dtype."""
+        """Rank 0's x [T]; the others pass a tensor of the same shape and dtype."""
 
 
-class SingleGroup:
+class SingleGroup(Group):
     """The group of one rank: nothing moves."""
 
     rank, size = 0, 1
 
-    def begin_step(self) -> None:
-        pass
-
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return x[None]
+        return x[:, None]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        return x[0]
+        return x[:, 0]
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return x
@@ -64,8 +77,9 @@ class SingleGroup:
         return x
 
 
-class TorchGroup:
-    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs."""
+class TorchGroup(Group):
+    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has
+    them in dim 1 is transposed before and after."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -73,32 +87,35 @@ class TorchGroup:
         self.size = group.size()
         self.root = dist.get_global_rank(group, 0)
 
-    def begin_step(self) -> None:
-        pass
-
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self.group)
+        self.count(x, 2 * (self.size - 1) / self.size)  # at least, by any algorithm
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
         all_gather_into(out.view(-1), x.reshape(-1), group=self.group)  # Gloo wants equal dims
-        return out
+        self.count(x, self.size - 1)
+        return out.transpose(0, 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[1:])
-        reduce_scatter_into(out.view(-1), x.reshape(-1), group=self.group)
+        out = x.new_empty(len(x), *x.shape[2:])
+        reduce_scatter_into(out.view(-1), x.transpose(0, 1).reshape(-1), group=self.group)
+        self.count(out, self.size - 1)
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, x.contiguous(), group=self.group)
-        return out
+        by_rank = x.transpose(0, 1).contiguous()
+        out = torch.empty_like(by_rank)
+        dist.all_to_all_single(out, by_rank, group=self.group)
+        self.count(out[0], self.size - 1)
+        return out.transpose(0, 1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
         dist.broadcast(out, src=self.root, group=self.group)
+        self.count(x, self.rank > 0)
         return out
 
 
@@ -118,19 +135,19 @@ class Rendezvous:
         self.places: list[list[Tensor | None]] = [[None] * size, [None] * size]
 
 
-class ThreadGroup:
+class ThreadGroup(Group):
     """Ranks are threads of one process: for the CPU, where eight ranks then start in a moment."""
 
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
         self.rendezvous = rendezvous
         self.rank = rank
         self.size = rendezvous.barrier.parties
-        self.count = 0
+        self.calls = 0
 
     def publish(self, x: Tensor) -> list[Tensor]:
         """Every rank's x. A copy is published: its owner may go on and overwrite x before all have read."""
-        places = self.rendezvous.places[self.count % 2]
-        self.count += 1
+        places = self.rendezvous.places[self.calls % 2]
+        self.calls += 1
         places[self.rank] = x.clone()
         try:
             self.rendezvous.barrier.wait()
@@ -138,21 +155,23 @@ class ThreadGroup:
             raise RuntimeError("another rank of this engine failed") from None
         return [place for place in places if place is not None]
 
-    def begin_step(self) -> None:
-        pass
-
     def all_reduce(self, x: Tensor) -> Tensor:
+        self.count(x, self.size - 1)
         # Summed by every rank in the same order, hence the same bits everywhere.
         return torch.stack(self.publish(x)).sum(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self.publish(x))
+        self.count(x, self.size - 1)
+        return torch.stack(self.publish(x), 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        return torch.stack([part[self.rank] for part in self.publish(x)]).sum(0)
+        self.count(x[:, 0], self.size - 1)
+        return torch.stack([part[:, self.rank] for part in self.publish(x)]).sum(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        return torch.stack([part[self.rank] for part in self.publish(x)])
+        self.count(x[:, 0], self.size - 1)
+        return torch.stack([part[:, self.rank] for part in self.publish(x)], 1)
 
     def broadcast(self, x: Tensor) -> Tensor:
+        self.count(x, self.rank > 0)
         return self.publish(x)[0].clone()

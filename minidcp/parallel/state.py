@@ -62,8 +62,9 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
     Args:
         comm: "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers.
     """
-    if comm == "symmetric" and config.tp_size > torch.cuda.device_count():
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # ranks share GPUs: for tests
+    sharing = count_ranks_per_gpu(config.tp_size) if device.type == "cuda" else 1
+    if sharing > 1:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if comm == "nccl" else "gloo",
@@ -79,7 +80,7 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
     def wrap(group: dist.ProcessGroup) -> Group:
         if group.size() == 1:
             return SingleGroup()
-        return SymmetricGroup(group, device) if comm == "symmetric" else TorchGroup(group)
+        return SymmetricGroup(group, device, sharing) if comm == "symmetric" else TorchGroup(group)
 
     tp = wrap(world)
     if size == config.tp_size:
@@ -90,3 +91,9 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
         if first <= rank < first + size:
             dcp = wrap(group)
     return ParallelState(tp, dcp)
+
+
+def count_ranks_per_gpu(tp_size: int) -> int:
+    """Above 1 when there are more ranks on this node than GPUs, which is meant for tests."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tp_size))
+    return -(-local_ranks // torch.cuda.device_count())

@@ -7,96 +7,140 @@ addresses. The contract is in `group.py`, the kernels are in `kernels/peer.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from minidcp.kernels.peer import device_pointers, read_peers, sum_peers
+from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers, read_peers, sum_peers
+from minidcp.parallel.group import Group
 
 BUFFER_BYTES = 64 << 20  # one half; larger tensors go in pieces
 ONE_SHOT_BYTES = 512 << 10  # above it an all-reduce reads every value twice instead of N times
 
 
-class SymmetricGroup:
+class SymmetricGroup(Group):
     """Ranks whose GPUs can read each other's memory (several may share one GPU, for tests).
 
-    A collective stages its input in the rank's own buffer, waits for the others, and reads theirs. Two
-    halves are used in turn, so one barrier per collective is enough: a rank that stages for collective
-    n + 2 has passed the barrier of n + 1, which all reach only after they have read what n staged.
+    A collective has its input in this rank's buffer, put there by `empty`'s user or else by a copy, and
+    one kernel that waits for the peers and reads theirs. Two halves are used in turn, so that one meeting
+    per collective is enough: a rank that writes for collective n + 2 has met all peers in n + 1, and they
+    came there only after their kernels of n had read what n's half held.
     A CUDA graph repeats the halves it was captured with, so every step begins with `begin_step`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, ranks_per_gpu: int = 1) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.buffer = symm_mem.empty(2 * BUFFER_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
-        self.pointers = [
-            device_pointers([address + half * BUFFER_BYTES for address in self.handle.buffer_ptrs], device)
+        self.halves = [
+            to_device([address + half * BUFFER_BYTES for address in self.handle.buffer_ptrs], device)
             for half in (0, 1)
         ]
-        self.count = 0
+        most = MAX_PROGRAMS.value
+        self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
+        pads = symm_mem.rendezvous(self.pads, group)
+        # Kernels that wait must leave room for those that they wait for.
+        programs = torch.cuda.get_device_properties(device).multi_processor_count // ranks_per_gpu
+        self.meeting = Meeting(
+            self.rank,
+            to_device(pads.buffer_ptrs, device),
+            torch.zeros(most, dtype=torch.int32, device=device),
+            min(programs, most),
+        )
+        self.calls = 0
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # nobody comes to a meeting before all pads are zero
 
     def begin_step(self) -> None:
         """Wait until all ranks have read all that earlier steps staged, and start with the first half."""
         self.handle.barrier(channel=0)
-        self.count = 0
+        self.calls = 0
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        nbytes = math.prod(shape) * like.element_size()
+        if nbytes > BUFFER_BYTES:
+            return super().empty(shape, like)
+        return self.own_half()[:nbytes].view(like.dtype).view(shape)
+
+    def own_half(self) -> Tensor:
+        return self.buffer[self.calls % 2 * BUFFER_BYTES :][:BUFFER_BYTES]
 
     def stage(self, x: Tensor) -> Tensor:
-        """Put flat x where the peers can read it; their buffers' addresses once all have done so."""
-        half = self.count % 2
-        self.count += 1
-        own = self.buffer[half * BUFFER_BYTES :][: x.nbytes].view(x.dtype)
-        own.copy_(x)
-        self.handle.barrier(channel=0)
-        return self.pointers[half]
+        """See that x is where the peers look for it; the addresses of their buffers."""
+        half = self.own_half()
+        if x.data_ptr() != half.data_ptr() or not x.is_contiguous():
+            half[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        self.calls += 1
+        return self.halves[(self.calls - 1) % 2]
+
+    def stage_pieces(self, x: Tensor, row_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of x's rows that fit into a half, `row_bytes` each, and where they then are."""
+        rows = BUFFER_BYTES // row_bytes
+        for first in range(0, len(x), rows):
+            piece = slice(first, first + rows)
+            yield piece, self.stage(x[piece])
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if x.nbytes > ONE_SHOT_BYTES:
-            flat = x.flatten()
-            padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size))
-            parts = self.all_gather(self.reduce_scatter(padded.view(self.size, -1)))
-            return parts.flatten()[: flat.numel()].view(x.shape)
+        if x.nbytes > ONE_SHOT_BYTES and x.shape[-1] % self.size == 0:
+            part = self.reduce_scatter(x.view(len(x), self.size, -1))
+            return self.all_gather(part).view(x.shape)
         out = x.new_empty(x.shape)
-        sum_peers(self.stage(x.flatten()), 0, x.numel(), out)
+        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
+            sum_peers(self.meeting, pointers, x.shape[1], 0, out[piece])
+        self.count(x, self.size - 1)
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
-        flat = x.flatten()
-        pieces = []
-        for piece in flat.split(BUFFER_BYTES // x.element_size()):
-            out = x.new_empty(self.size, piece.numel())
-            read_peers(self.stage(piece), 0, piece.numel(), out)
-            pieces.append(out)
-        return join(pieces).view(self.size, *x.shape)
+        width = math.prod(x.shape[1:])
+        out = x.new_empty(len(x), self.size, width)
+        for piece, pointers in self.stage_pieces(x, width * x.element_size()):
+            read_peers(self.meeting, pointers, width, 0, out[piece])
+        self.count(x, self.size - 1)
+        return out.view(len(x), self.size, *x.shape[1:])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        rows = x.reshape(self.size, -1)
-        pieces = []
-        for piece in rows.split(BUFFER_BYTES // x.element_size() // self.size, 1):
-            width = piece.shape[1]
-            out = x.new_empty(width)
-            sum_peers(self.stage(piece.flatten()), self.rank * width, width, out)
-            pieces.append(out)
-        return join(pieces).view(x.shape[1:])
+        width = math.prod(x.shape[2:])
+        out = x.new_empty(len(x), width)
+        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
+            sum_peers(self.meeting, pointers, self.size * width, self.rank * width, out[piece])
+        self.count(out, self.size - 1)
+        return out.view(len(x), *x.shape[2:])
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        rows = x.reshape(self.size, -1)
-        pieces = []
-        for piece in rows.split(BUFFER_BYTES // x.element_size() // self.size, 1):
-            width = piece.shape[1]
-            out = x.new_empty(self.size, width)
-            read_peers(self.stage(piece.flatten()), self.rank * width, width, out)
-            pieces.append(out)
-        return join(pieces).view(x.shape)
+        width = math.prod(x.shape[2:])
+        out = x.new_empty(len(x), self.size, width)
+        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
+            read_peers(self.meeting, pointers, self.size * width, self.rank * width, out[piece])
+        self.count(out[:, 0], self.size - 1)
+        return out.view(x.shape)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        assert x.nbytes <= BUFFER_BYTES
-        out = x.new_empty(x.shape)
-        read_peers(self.stage(x.flatten())[:1], 0, math.prod(x.shape), out)
-        return out
+        out = x.new_empty(1, 1, len(x))
+        read_peers(self.meeting, self.stage(x)[:1], len(x), 0, out)
+        self.count(x, self.rank > 0)
+        return out.view(x.shape)
+
+    def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The exchange in one kernel: from this rank's partial attention for the heads of all ranks
+        (out [T, N * H, D] and lse [T, N * H]) to that over all shards for its own ([T, H, D], [T, H])."""
+        heads, dim = out.shape[1:]
+        row_bytes = out[0].nbytes + lse[0].nbytes
+        merged = []
+        for piece, pointers in self.stage_pieces(out, row_bytes):
+            rows = lse[piece]
+            behind = (self.calls - 1) % 2 * BUFFER_BYTES + len(rows) * out[0].nbytes
+            staged_lse = self.buffer[behind:][: rows.nbytes].view(torch.float32).view(rows.shape)
+            merged.append(merge_peers(self.meeting, pointers, staged_lse, rows, dim, out.dtype))
+        self.count(out[:, : heads // self.size], self.size - 1)
+        self.count(lse[:, : heads // self.size], self.size - 1)
+        if len(merged) == 1:
+            return merged[0]
+        outs, lses = zip(*merged, strict=True)
+        return torch.cat(outs), torch.cat(lses)
 
 
-def join(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+def to_device(addresses: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)

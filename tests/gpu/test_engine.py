@@ -65,6 +65,8 @@ OPTIONS = {
     "4x2 ag_rs": dict(tp_size=4, dcp_size=2, dcp_comm_backend="ag_rs"),
     "4x4 narrow eager": dict(tp_size=4, dcp_size=4, exchange_policy="narrow", cuda_graph=False),
     "8x8": dict(tp_size=8, dcp_size=8),
+    "8x8 a2a": dict(tp_size=8, dcp_size=8, dcp_comm_backend="a2a"),
+    "8x8 replicated q": dict(tp_size=8, dcp_size=8, q_proj="replicated", exchange_policy="narrow"),
     "8x8 ag_rs narrow": dict(tp_size=8, dcp_size=8, dcp_comm_backend="ag_rs", exchange_policy="narrow"),
     "8x8 triton": dict(tp_size=8, dcp_size=8, attention_backend="triton", exchange_policy="wide"),
     "8x1": dict(tp_size=8, dcp_size=1),

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> ModelRunner:
     config = EngineConfig(
         str(oracle.path),
+        dcp_comm_backend="a2a",
         device=device,
         dtype=dtype,
         max_model_len=1024,

@@ -116,8 +116,12 @@ def test_rotate(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 24).to(dtype)[..., 8:]  # a slice, as q is
     cos_sin, turn = random_angles(3, 16)
-    for function in (rope.rotate_ref, rope.rotate_triton):
-        close(function(x, cos_sin), turned(x, turn[:, None]), dtype)
+    expected = turned(x, turn[:, None])
+    close(rope.rotate_ref(x, cos_sin), expected, dtype)
+    wide = torch.zeros(3, 5, 20, dtype=dtype)
+    for source, out in ((x, wide[..., 4:]), (x, x)):  # elsewhere, and in place
+        rope.rotate_triton(source, cos_sin, out)
+        close(out, expected, dtype)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -159,8 +163,9 @@ def test_mla_decode(block_size: int, programs: int) -> None:
     batch = SimpleNamespace(num_decode=4, block_table=table, local_lens=local_lens)
     backend = ReferenceBackend(0.1)
     backend.plan(batch)
+    limits = mla_decode.DeviceLimits(programs)
     expected, expected_lse = backend.decode(q_latent, q_pe, kv, batch)
-    out, lse = mla_decode.mla_decode(q_latent, q_pe, kv, table, local_lens, 0.1, programs)
+    out, lse = mla_decode.mla_decode(q_latent, q_pe, kv, table, local_lens, 0.1, limits)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()

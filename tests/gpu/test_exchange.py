@@ -1,0 +1,178 @@
+"""Collectives over symmetric memory and the p2p exchange: eight ranks that share one GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import triton
+import triton.language as tl
+from test_parallel import check_collectives, use_every_collective
+
+from minidcp.parallel.exchange import EXCHANGES
+from minidcp.parallel.symmetric import BUFFER_BYTES, SymmetricGroup
+
+pytestmark = pytest.mark.gpu
+SIZE, HEADS = 8, 16
+REPLAYS = 1000
+
+
+def spawn(*work: str) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(run_rank, (store.port, work), nprocs=SIZE)
+
+
+def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", rank % gpus)
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    group = SymmetricGroup(dist.group.WORLD, device, -(-SIZE // gpus))
+    for name in work:
+        globals()[name](group)
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
+def test_collectives_and_exchanges() -> None:
+    spawn("use_collectives", "use_exchanges")
+
+
+def use_collectives(group: SymmetricGroup) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        group.begin_step()
+        check_collectives(use_every_collective(group, dtype), group.rank, SIZE, dtype)
+    # Larger than a buffer: in pieces. And a sum that each rank makes a part of.
+    rows = BUFFER_BYTES // (1 << 20) + 3
+    x = torch.arange(rows * (1 << 18)).view(rows, -1).float() % 1000 + group.rank
+    everyone = SIZE * (x - group.rank) + sum(range(SIZE))
+    assert torch.equal(group.all_reduce(x), everyone)
+    gathered = group.all_gather(x)
+    assert all(torch.equal(gathered[:, r], x - group.rank + r) for r in range(SIZE))
+    parts = x.view(rows, SIZE, -1)
+    assert torch.equal(group.reduce_scatter(parts), everyone.view(rows, SIZE, -1)[:, group.rank])
+    swapped = group.all_to_all(parts)
+    assert all(torch.equal(swapped[:, r], parts[:, group.rank] - group.rank + r) for r in range(SIZE))
+
+
+def make_partial(rank: int, salt: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's partial attention; a third of the shards are empty and hold NaN."""
+    generator = torch.Generator("cuda").manual_seed(1000 * salt + rank)
+    out = torch.randn(tokens, HEADS, dim, generator=generator).bfloat16()
+    lse = torch.randn(tokens, HEADS, generator=generator) * 4
+    empty = torch.rand(tokens, HEADS, generator=generator) < 0.35
+    empty[0, 0] = True  # nobody has seen anything
+    return out.masked_fill(empty[..., None], torch.nan), lse.masked_fill(empty, -torch.inf)
+
+
+def merge_in_fp64(salt: int, tokens: int, dim: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    own = slice(rank * HEADS // SIZE, (rank + 1) * HEADS // SIZE)
+    parts = [make_partial(r, salt, tokens, dim) for r in range(SIZE)]
+    outs = torch.stack([out[:, own] for out, _ in parts]).double()
+    lses = torch.stack([lse[:, own] for _, lse in parts]).double()
+    lse = lses.logsumexp(0)
+    weights = (lses - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    return (outs.masked_fill((lses == -torch.inf)[..., None], 0) * weights[..., None]).sum(0), lse
+
+
+def check(result: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for actual, wanted, tolerance in zip(result, expected, (2e-2, 1e-4), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def use_exchanges(group: SymmetricGroup) -> None:
+    group.begin_step()
+    for dim in (512, 128, 48):
+        for tokens in (1, 3, 64, 513):
+            expected = merge_in_fp64(tokens, tokens, dim, group.rank)
+            out, lse = make_partial(group.rank, tokens, tokens, dim)
+            before = group.received_bytes
+            for name, exchange in EXCHANGES.items():
+                check(exchange(out, lse, group), expected)
+                if name == "p2p":
+                    own = HEADS // SIZE
+                    assert group.received_bytes - before == 7 * tokens * own * (dim * 2 + 4)
+                before = group.received_bytes
+    # More than a buffer holds.
+    tokens, dim = BUFFER_BYTES // (HEADS * 512 * 2) + 5, 512
+    out, lse = make_partial(group.rank, 1, tokens, dim)
+    check(EXCHANGES["p2p"](out, lse, group), merge_in_fp64(1, tokens, dim, group.rank))
+
+
+@triton.jit
+def spin_kernel(turns, sink):
+    x = tl.load(sink)
+    for _ in range(tl.load(turns)):
+        x = x * 0.5 + 1.0
+    tl.store(sink, x)
+
+
+@pytest.mark.timeout(200)
+def test_replays_of_delayed_ranks() -> None:
+    """Graphs of several batch sizes and widths, replayed in random order with new inputs, on ranks that are
+    late at random points: equal to eager, bit for bit, and to fp64."""
+    spawn("replay_delayed")
+
+
+def replay_delayed(group: SymmetricGroup) -> None:
+    shapes = [(1, 512), (5, 512), (16, 128), (96, 128)]
+    turns = torch.zeros(8, dtype=torch.int32)
+    sink = torch.zeros(1)
+    graphs = []
+
+    def step(out, lse, q, hidden):
+        """Two layers: q gather, exchange from the group's memory, all-reduce; each after a delay."""
+        group.begin_step()
+        results = []
+        for layer in range(2):
+            spin_kernel[(1,)](turns[4 * layer :], sink)
+            results.append(group.all_gather(group.empty(q.shape, q).copy_(q)))
+            spin_kernel[(1,)](turns[4 * layer + 1 :], sink)
+            results += EXCHANGES["p2p"](group.empty(out.shape, out).copy_(out), lse, group)
+            spin_kernel[(1,)](turns[4 * layer + 2 :], sink)
+            results.append(group.all_reduce(hidden))
+        return results
+
+    for tokens, dim in shapes:
+        out, lse = make_partial(group.rank, 0, tokens, dim)
+        inputs = out, lse, torch.zeros(tokens, 2, 192).bfloat16(), torch.zeros(tokens, 256).bfloat16()
+        step(*inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(*inputs)
+        graphs.append((graph, inputs, results))
+
+    choice = torch.Generator("cpu").manual_seed(0)  # the same on all ranks
+    late = torch.Generator("cpu").manual_seed(group.rank)
+    for i in range(REPLAYS):
+        which = int(torch.randint(len(shapes), (1,), generator=choice, device="cpu"))
+        (tokens, dim), (graph, inputs, results) = shapes[which], graphs[which]
+        out, lse, q, hidden = inputs
+        for old, new in zip((out, lse), make_partial(group.rank, i, tokens, dim), strict=True):
+            old.copy_(new)
+        q.fill_(i % 251 + group.rank / 8)
+        hidden.fill_(i % 31 + group.rank)
+        delays = torch.randint(0, 4000, (8,), generator=late, device="cpu")
+        delays *= torch.rand(8, generator=late, device="cpu") < 0.3
+        turns.copy_(delays)
+        graph.replay()
+        if i % 10 == 0:
+            torch.cuda.synchronize()
+            kept = [x.clone() for x in results]
+            eager = step(*inputs)
+            assert all(torch.equal(a, b) for a, b in zip(kept, eager, strict=True)), f"replay {i}"
+            results = kept
+        expected = merge_in_fp64(i, tokens, dim, group.rank)
+        gathered = (i % 251 + torch.arange(8) / 8).bfloat16()
+        for layer in range(2):
+            everyone, merged, merged_lse, total = results[4 * layer : 4 * layer + 4]
+            check((merged, merged_lse), expected)
+            assert torch.equal(everyone, gathered[None, :, None, None].expand_as(everyone)), f"replay {i}"
+            assert (total == 8 * (i % 31) + 28).all(), f"replay {i}"
