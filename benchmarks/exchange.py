@@ -179,7 +179,7 @@ def time_merge_alone(batch: int, dim: int, size: int = 8) -> tuple[float, float]
         0,
         torch.tensor([pad.data_ptr() for pad in pads], device="cuda"),
         torch.zeros(MAX_PROGRAMS.value, dtype=torch.int32, device="cuda"),
-        torch.cuda.get_device_properties(0).multi_processor_count,
+        torch.cuda.get_device_properties(0).multi_processor_count * 2,
     )
     pointers = [torch.tensor([b.data_ptr() for b in layer], device="cuda") for layer in buffers]
     staged = [layer[0, batch * HEADS * dim * 2 :].view(torch.float32).view(batch, HEADS) for layer in buffers]
@@ -200,7 +200,10 @@ def run_rank(rank: int, size: int, port: int, results: Any) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
-    group = SymmetricGroup(dist.group.WORLD, device, -(-size // gpus))
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    if gpus < size:
+        programs //= 2 * -(-size // gpus)  # nothing else runs here
+    group = SymmetricGroup(dist.group.WORLD, device, programs)
     for policy in WIDTHS:
         for batch in BATCHES:
             for exchange in EXCHANGES:

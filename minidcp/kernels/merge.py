@@ -40,11 +40,11 @@ def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tup
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device)
     if tokens:
         width = triton.next_power_of_2(dim)
-        rows = max(1, min(2048 // width, triton.next_power_of_2(tokens * heads // 1024)))
+        rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads // 1024)))
         merge_kernel[(triton.cdiv(tokens * heads, rows),)](
             outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
             ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)),
-            num_warps=max(1, rows * width // 512),
+            num_warps=max(1, rows * width * outs.element_size() // 1024),
         )  # fmt: skip
     return out, lse
 
@@ -57,37 +57,49 @@ def merge_kernel(
     """One program merges the N partials of ROWS (token, head) pairs."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < tokens * heads
+    limit = tl.where(there, size, 0)  # of shards that a row has
     t, h = (row // heads).to(tl.int64), row % heads
     d = tl.arange(0, DIM)[None, :]
-    limit = tl.where(there, size, 0)  # of shards that a row has
     outs += (t * outs_t + h * outs_h)[:, None] + d
     lses += t * lses_t + h * lses_h
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for first in range(0, size, CHUNK):
-        for i in tl.static_range(CHUNK):  # unrolled: CHUNK rows are on their way at once
+        parts, part_lses = (), ()
+        for i in tl.static_range(CHUNK):
             shard, live = tl.cast(first + i, tl.int64), first + i < limit
-            part_lse = tl.load(lses + shard * lses_n, mask=live, other=-float("inf"))
-            part = tl.load(outs + shard * outs_n, mask=live[:, None] & (d < dim), other=0.0)
-            top, total, acc = add_partial(top, total, acc, part_lse, part)
+            parts += (tl.load(outs + shard * outs_n, mask=live[:, None] & (d < dim), other=0.0),)  # type: ignore[assignment]
+        tl.debug_barrier()  # so that all loads are under way before one is waited for
+        for i in tl.static_range(CHUNK):
+            shard, live = tl.cast(first + i, tl.int64), first + i < limit
+            part_lses += (tl.load(lses + shard * lses_n, mask=live, other=-float("inf")),)  # type: ignore[assignment]
+        top, total, acc = add_partials(top, total, acc, parts, part_lses)
     store_merged(top, total, acc, out, lse, row, there, d, dim)
 
 
 @triton.jit
-def add_partial(top, total, acc, lse, part):
-    """Add a shard's partial, part [ROWS, DIM] with lse [ROWS], to the sums over the shards before it, which
-    are scaled by exp(-top), the largest lse among them."""
-    new_top = tl.maximum(top, lse)
+def add_partials(top, total, acc, parts, lses):
+    """Add partials, tuples of parts [ROWS, DIM] and lses [ROWS], to the sums over those before, which are
+    scaled by exp(-top), the largest lse so far."""
+    new_top = top
+    for i in tl.static_range(len(lses)):
+        new_top = tl.maximum(new_top, lses[i])
     base = tl.where(new_top == -float("inf"), 0.0, new_top)
-    decay, weight = tl.exp(top - base), tl.exp(lse - base)
-    part = tl.where(weight[:, None] > 0, part.to(tl.float32), 0.0)  # an empty shard may hold NaN
-    return new_top, total * decay + weight, acc * decay[:, None] + part * weight[:, None]
+    decay = tl.exp(top - base)
+    total *= decay
+    acc *= decay[:, None]
+    for i in tl.static_range(len(lses)):
+        weight = tl.exp(lses[i] - base)
+        total += weight
+        part = tl.where(weight[:, None] > 0, parts[i].to(tl.float32), 0.0)  # an empty shard may hold NaN
+        acc += part * weight[:, None]
+    return new_top, total, acc
 
 
 @triton.jit
 def store_merged(top, total, acc, out, lse, row, there, d, dim):
-    """Write the sums of `add_partial` to rows `row` of contiguous out [rows, dim] and lse [rows]."""
+    """Write the sums of `add_partials` to rows `row` of contiguous out [rows, dim] and lse [rows]."""
     some = tl.where(total > 0, total, 1.0)
     tl.store(lse + row, tl.where(total > 0, tl.log(some) + top, -float("inf")), mask=there)
     dst = out + row.to(tl.int64)[:, None] * dim + d

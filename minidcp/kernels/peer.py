@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidcp.kernels.merge import add_partial, store_merged
+from minidcp.kernels.merge import add_partials, store_merged
 
-MAX_PROGRAMS = tl.constexpr(256)  # of a kernel that meets
+MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def merge_peers(
     out = torch.empty(tokens, own, dim, dtype=dtype, device=lse.device)
     merged = torch.empty(tokens, own, dtype=torch.float32, device=lse.device)
     width = triton.next_power_of_2(dim)
-    rows = max(1, min(8192 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
+    rows = max(1, min(4096 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
     meeting.launch(
         merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged,
         tokens, heads, own, dim, *lse.stride(), tokens * heads * dim * out.element_size() // 4,
@@ -164,30 +164,33 @@ def merge_kernel(
     ROWS: tl.constexpr, DIM: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS (token, own head) pairs; program p of every rank does the same tiles."""
-    n = tl.arange(0, LANES)[None, :]
-    d = tl.arange(0, DIM)[None, :]
+    peer = tl.arange(0, LANES)[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
         t, h = row // own, row % own
-        head = n * own + h[:, None]  # those that rank n's program p will read
-        mask = (n < PEERS) & (row < tokens * own)[:, None]
+        head = peer * own + h[:, None]  # those that this program's like will read
+        mask = (peer < PEERS) & (row < tokens * own)[:, None]
         value = tl.load(lse + t[:, None] * lse_t + head * lse_h, mask=mask)
         tl.store(staged_lse + t[:, None] * heads + head, value, mask=mask)
     meet(pads, epochs, rank, PEERS, LANES)
+    d = tl.arange(0, DIM)[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
         there = row < tokens * own
         place = row // own * heads + rank * own + row % own  # in the peers' [T, N * H]
+        begin = place.to(tl.int64)[:, None] * dim + d
+        parts, lses = (), ()
+        for i in tl.static_range(PEERS):
+            part = peer_pointer(pointers, i, out) + begin
+            parts += (tl.load(part, mask=there[:, None] & (d < dim), other=0.0),)  # type: ignore[assignment]
+        tl.debug_barrier()  # so that all loads are under way before one is waited for
+        for i in tl.static_range(PEERS):
+            part_lse = peer_pointer(pointers, i, merged) + lse_offset + place
+            lses += (tl.load(part_lse, mask=there, other=-float("inf")),)  # type: ignore[assignment]
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM], tl.float32)
-        for i in tl.static_range(PEERS):
-            part_lse = tl.load(
-                peer_pointer(pointers, i, merged) + lse_offset + place, mask=there, other=-float("inf")
-            )
-            source = peer_pointer(pointers, i, out) + place.to(tl.int64)[:, None] * dim + d
-            part = tl.load(source, mask=there[:, None] & (d < dim), other=0.0)
-            top, total, acc = add_partial(top, total, acc, part_lse, part)
+        top, total, acc = add_partials(top, total, acc, parts, lses)
         store_merged(top, total, acc, out, merged, row, there, d, dim)
 
 

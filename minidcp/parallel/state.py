@@ -62,9 +62,12 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
     Args:
         comm: "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers.
     """
-    sharing = count_ranks_per_gpu(config.tp_size) if device.type == "cuda" else 1
-    if sharing > 1:
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    if comm == "symmetric":
+        sharing = count_ranks_per_gpu(config.tp_size)
+        programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        if sharing > 1:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+            programs //= 8 * sharing  # most multiprocessors stay free for those that are late
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if comm == "nccl" else "gloo",
@@ -80,7 +83,7 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
     def wrap(group: dist.ProcessGroup) -> Group:
         if group.size() == 1:
             return SingleGroup()
-        return SymmetricGroup(group, device, sharing) if comm == "symmetric" else TorchGroup(group)
+        return SymmetricGroup(group, device, programs) if comm == "symmetric" else TorchGroup(group)
 
     tp = wrap(world)
     if size == config.tp_size:

@@ -29,9 +29,13 @@ class SymmetricGroup(Group):
     per collective is enough: a rank that writes for collective n + 2 has met all peers in n + 1, and they
     came there only after their kernels of n had read what n's half held.
     A CUDA graph repeats the halves it was captured with, so every step begins with `begin_step`.
+
+    Args:
+        programs: at most so many of a kernel wait at once. Where ranks share a GPU they must leave room for
+            whatever they wait for.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, ranks_per_gpu: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.buffer = symm_mem.empty(2 * BUFFER_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
@@ -42,8 +46,6 @@ class SymmetricGroup(Group):
         most = MAX_PROGRAMS.value
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
         pads = symm_mem.rendezvous(self.pads, group)
-        # Kernels that wait must leave room for those that they wait for.
-        programs = torch.cuda.get_device_properties(device).multi_processor_count // ranks_per_gpu
         self.meeting = Meeting(
             self.rank,
             to_device(pads.buffer_ptrs, device),

@@ -33,7 +33,7 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
     torch.set_default_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
-    group = SymmetricGroup(dist.group.WORLD, device, -(-SIZE // gpus))
+    group = SymmetricGroup(dist.group.WORLD, device, programs=4)
     for name in work:
         globals()[name](group)
     torch.cuda.synchronize()
