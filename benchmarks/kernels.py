@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from minidcp.attention.triton import TritonBackend
+from minidcp.batch import ForwardBatch
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials, rescale_partial
 from minidcp.kernels.mla_decode import mla_decode
@@ -94,11 +97,12 @@ def compare_decode(tokens: int, context: int) -> None:
     ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale, limits)] * 8)
     line = f"{tokens:5} x {context:6}: Triton {ours * 1e6:8.1f} µs"
     try:
-        from minidcp.attention.fa3 import load_kernels
+        from minidcp.attention.fa3 import FA3Backend, load_operators
 
-        fa3 = load_kernels()
-        plan = fa3.plan(lens, blocks * 16, 128, 16)
-        theirs = seconds_per_call([lambda: fa3.decode(q, q_pe, kv, table, lens, scale, plan)] * 8)
+        fa3 = FA3Backend(load_operators(), scale, 128, 16)
+        batch = cast(ForwardBatch, SimpleNamespace(num_decode=tokens, block_table=table, local_lens=lens))
+        fa3.plan(batch)
+        theirs = seconds_per_call([lambda: fa3.decode(q, q_pe, kv, batch)] * 8)
         line += f"   FA3 {theirs * 1e6:8.1f} µs   ratio {ours / theirs:.2f}"
     except ImportError as error:
         line += f"   (no FA3: {error})"

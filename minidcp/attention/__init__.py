@@ -52,7 +52,7 @@ def make_backend(
 
 def make_fa3(config: ModelConfig, num_heads: int, block_size: int, device: torch.device) -> AttentionBackend:
     """Raises ValueError: why FA3 cannot run this model here."""
-    from minidcp.attention.fa3 import FA3Backend, load_kernels
+    from minidcp.attention.fa3 import FA3Backend, load_operators
 
     dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_head_dim, config.v_head_dim)
     require(
@@ -62,7 +62,7 @@ def make_fa3(config: ModelConfig, num_heads: int, block_size: int, device: torch
     major, minor = torch.cuda.get_device_capability(device)
     require(major == 9, f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}")
     try:
-        kernels = load_kernels()
+        operators = load_operators()
     except (ImportError, OSError) as error:
         raise ValueError(f"is not installed ({error})") from None
-    return FA3Backend(kernels, config.softmax_scale, num_heads, block_size)
+    return FA3Backend(operators, config.softmax_scale, num_heads, block_size)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from minidcp.attention import AttentionBackend
-from minidcp.attention.fa3 import FA3Backend, load_kernels
+from minidcp.attention.fa3 import FA3Backend, load_operators
 from minidcp.attention.triton import TritonBackend
-from minidcp.batch import ForwardBatch, Varlen
+from minidcp.batch import Varlen
 
 pytestmark = pytest.mark.gpu
 SCALE = 192**-0.5
@@ -17,13 +19,13 @@ LENS = [594, 0, 1, 15, 16, 17]
 
 def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
     if name == "fa3":
-        return FA3Backend(load_kernels(), SCALE, heads, block_size)
+        return FA3Backend(load_operators(), SCALE, heads, block_size)
     return TritonBackend(SCALE, 64, torch.device("cuda"))
 
 
 def make_case(
     lens: list[int], heads: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ForwardBatch]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SimpleNamespace]:
     generator = torch.Generator("cuda").manual_seed(len(lens) * heads + block_size)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -39,26 +41,17 @@ def make_case(
     kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(
         len(lens), blocks_each, block_size, 576
     )
-    none = torch.empty(0, dtype=torch.int32, device="cuda")
-    batch = ForwardBatch(
-        num_decode=len(lens),
-        narrow=False,
-        prefill_tokens=none,
-        positions=none,
-        slot_mapping=none,
-        decode_slots=none,
-        block_table=table,
-        local_lens=local_lens,
-        prefill=None,
-        context=None,
-        sample_index=none,
-        sample_slots=none,
-    )
+    batch = SimpleNamespace(num_decode=len(lens), block_table=table, local_lens=local_lens)
     return normal(len(lens), heads, 512), normal(len(lens), heads, 64), kv, batch
 
 
 def check_rows(
-    out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, batch: ForwardBatch, rows: range
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    batch: SimpleNamespace,
+    rows: range,
 ) -> None:
     for row in rows:
         length = int(batch.local_lens[row])
@@ -72,9 +65,7 @@ def check_rows(
         assert (lse[row].double() - scores.logsumexp(-1)).abs().max() < 1e-4, f"row {row} of length {length}"
 
 
-@pytest.mark.parametrize(
-    ("heads", "block_size"), [(16, 1), (16, 16), (32, 16), (64, 8), (128, 1), (128, 8), (128, 16), (128, 32)]
-)
+@pytest.mark.parametrize(("heads", "block_size"), [(16, 1), (32, 8), (64, 32), (128, 1), (128, 16)])
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 128, 512])
 @pytest.mark.parametrize("name", ["fa3", "triton"])
 def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None:
