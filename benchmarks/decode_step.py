@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.batch import ForwardBatch, StepPlan
+from minidcp.batch import CacheRows, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
 from minidcp.models.layers import MLP, MoE
@@ -101,7 +101,9 @@ class Step:
         s.temperature, s.top_k, s.top_p = [0.0] * batch_size, [0] * batch_size, [1.0] * batch_size
         s.seed, s.position, s.logprobs = [0] * batch_size, [0] * batch_size, [-1] * batch_size
         runner.tables.update(self.plan)
-        self.batch: ForwardBatch = runner.build_batch(self.plan)
+        rows = runner.build_batch(self.plan).decode
+        assert rows is not None
+        self.rows: CacheRows = rows
         self.dcp: Group = runner.state.dcp
         self.group_heads = self.c.num_attention_heads * self.dcp.size // runner.state.tp.size
 
@@ -114,9 +116,9 @@ class Step:
         assert cache is not None
 
         def work() -> None:
-            backend.plan(self.batch)
+            backend.plan(self.rows)
             for i in range(len(self.layers)):
-                backend.decode(q, q_pe, cache.layer(i), self.batch)
+                backend.decode(q, q_pe, cache.layer(i), self.rows)
 
         tokens = self.b * (self.context + 1) / self.dcp.size
         flops = 2 * tokens * self.group_heads * (self.c.latent_dim + self.c.kv_lora_rank)
@@ -142,7 +144,7 @@ class Step:
         """Every other product with a weight: q, kv and o projections, absorption and W_UV, shared experts
         and dense MLPs, router, head."""
         x, total = self.normal(self.b, self.c.hidden_size), 0.0
-        narrow = self.batch.narrow
+        narrow = self.rows.narrow
         for layer in self.layers:
             a = layer.self_attn
             absorbed = (a.group_w_uk, a.group_w_uv) if narrow else (a.w_uk, a.w_uv)
@@ -176,7 +178,7 @@ class Step:
         return time_graph(work), total
 
     def exchange(self) -> tuple[float, float]:
-        own, dims = self.group_heads // self.dcp.size, ((192, 128) if self.batch.narrow else (576, 512))
+        own, dims = self.group_heads // self.dcp.size, ((192, 128) if self.rows.narrow else (576, 512))
         q, x = self.normal(self.b, own, dims[0]), self.normal(self.b, self.c.hidden_size)
         out = self.normal(self.b, self.group_heads, dims[1])
         lse = torch.randn(self.b, self.group_heads, device=x.device)
@@ -261,7 +263,7 @@ def measure(step: Step) -> dict[str, float]:
     alone, launched = step.whole()
     bound = sum(part[1] for part in parts.values())
     rest = alone - sum(part[0] for part in parts.values())
-    policy = "narrow" if step.batch.narrow else "wide"
+    policy = "narrow" if step.rows.narrow else "wide"
     print(
         f"batch {step.b} ({policy}): {alone * 1e3:.2f} ms, floor {bound * 1e3:.2f}, ratio {alone / bound:.2f}"
     )

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.batch import BlockTables, ForwardBatch, StepPlan
+from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
 from minidcp.config import ModelConfig, ParallelConfig, RopeConfig
 from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers
 from minidcp.kv_cache.interleave import Interleave
@@ -64,11 +64,13 @@ def count_bytes(exchange: str, policy: str, q_proj: str, size: int = 8, tokens: 
         plan = StepPlan(tokens, [*range(tokens)], [9] * tokens, [1] * tokens)
         tables = BlockTables(tokens, 1)
         tables.table[:, 0] = np.arange(tokens)
-        batch = ForwardBatch.build(plan, tables, Interleave(size, 16), state.rank, policy == "narrow", cpu)
-        layer.attention.plan(batch)
+        context = ContextPolicy(config, HEADS // size, Interleave(size, 16))
+        batch = ForwardBatch.build(plan, tables, context, state.rank, lambda _: policy == "narrow", cpu)
+        assert batch.decode is not None
+        layer.attention.plan(batch.decode)
         kv = torch.randn(tokens, 16, config.latent_dim).bfloat16()
         x = torch.randn(tokens, 64).bfloat16()
-        layer.decode(x, torch.randn(tokens, ROPE), kv, batch)
+        layer.attend_shards(x, torch.randn(tokens, ROPE), kv, batch.decode)
         received[state.rank] = state.dcp.received_bytes
 
     threads = [threading.Thread(target=run, args=(state,)) for state in states]
@@ -170,10 +172,12 @@ def time_merge_alone(batch: int, dim: int, size: int = 8) -> tuple[float, float]
     """Seconds of the p2p kernel with all ranks' buffers in this GPU's memory and nobody to wait for, and
     how many bytes it moves."""
     own = HEADS // size
-    stride = batch * HEADS * (dim * 2 + 4)
+    lse_offset = batch * HEADS * dim * 2
+    stride = lse_offset + batch * HEADS * 4
     buffers = torch.zeros(LAYERS, size, stride, dtype=torch.uint8, device="cuda")
     buffers.view(torch.bfloat16)[:] = 0.5
     lse = torch.randn(batch, HEADS, device="cuda")
+    out, merged = normal(batch, own, dim), torch.empty(batch, own, device="cuda")
     pads = torch.full((size, size, MAX_PROGRAMS.value), 1 << 30, dtype=torch.int32, device="cuda")
     meeting = Meeting(
         0,
@@ -182,11 +186,11 @@ def time_merge_alone(batch: int, dim: int, size: int = 8) -> tuple[float, float]
         torch.cuda.get_device_properties(0).multi_processor_count * 2,
     )
     pointers = [torch.tensor([b.data_ptr() for b in layer], device="cuda") for layer in buffers]
-    staged = [layer[0, batch * HEADS * dim * 2 :].view(torch.float32).view(batch, HEADS) for layer in buffers]
+    staged = [layer[0, lse_offset:].view(torch.float32).view(batch, HEADS) for layer in buffers]
 
     def work() -> None:
         for where, staged_lse in zip(pointers, staged, strict=True):
-            merge_peers(meeting, where, staged_lse, lse, dim, torch.bfloat16)
+            merge_peers(meeting, where, lse_offset, staged_lse, lse, out, merged)
 
     seconds = time_graph(work)
     return seconds, batch * own * ((size + 1) * (dim * 2 + 4)) + 2 * lse.nbytes

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from minidcp.attention.triton import TritonBackend
-from minidcp.batch import ForwardBatch
+from minidcp.batch import CacheRows
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials, rescale_partial
 from minidcp.kernels.mla_decode import mla_decode
@@ -100,9 +98,9 @@ def compare_decode(tokens: int, context: int) -> None:
         from minidcp.attention.fa3 import FA3Backend, load_operators
 
         fa3 = FA3Backend(load_operators(), scale, 128, 16)
-        batch = cast(ForwardBatch, SimpleNamespace(num_decode=tokens, block_table=table, local_lens=lens))
-        fa3.plan(batch)
-        theirs = seconds_per_call([lambda: fa3.decode(q, q_pe, kv, batch)] * 8)
+        rows = CacheRows(table, lens, narrow=False)
+        fa3.plan(rows)
+        theirs = seconds_per_call([lambda: fa3.decode(q, q_pe, kv, rows)] * 8)
         line += f"   FA3 {theirs * 1e6:8.1f} µs   ratio {ours / theirs:.2f}"
     except ImportError as error:
         line += f"   (no FA3: {error})"

@@ -6,6 +6,7 @@ that ranks hold different tokens. Read `attention/base.py` next.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minidcp.config import ModelConfig
 from minidcp.kv_cache.interleave import Interleave
 
 Array = NDArray[np.int64]
@@ -77,17 +79,62 @@ class Varlen:
     causal: bool
 
 
+@dataclass
+class CacheRows:
+    """Queries that attend, absorbed, over this rank's shard: row i sees the first local_lens[i] tokens of
+    the blocks in block_table[i]."""
+
+    block_table: Tensor  # [B, W] int32
+    local_lens: Tensor  # [B] int32
+    narrow: bool  # exchange raw q and projected outputs (see models/deepseek_v2.py)
+    prepared: object = None  # what the attention back-end's `plan` made for these rows
+
+
 @dataclass(frozen=True)
-class ContextGather:
-    """How the cached context of the prefill rows becomes one packed tensor on every rank.
+class ContextPiece:
+    """A run of the prefill rows' cached context, gathered from all ranks at once.
 
     Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused);
-    row j of the packed context is row `index[j]` of the gathered [S · N] rows.
+    token j of the packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens
+    `tokens` (of the prefill rows'), whose sequences `varlen` pairs with the piece's.
     """
 
     slots: Tensor  # [S] int32
-    index: Tensor  # [P] int32
+    row: Tensor  # [P] int32
+    owner: Tensor  # [P] int32
+    tokens: slice
     varlen: Varlen
+
+
+@dataclass(frozen=True)
+class ContextPolicy:
+    """Which of two exact ways prefill takes to its cached context.
+
+    Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q
+    lets the ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated
+    to be faster, from rates of an H100: few new tokens on a long context are better sent to it.
+    """
+
+    config: ModelConfig
+    num_heads: int  # of this rank
+    layout: Interleave
+    strategy: str = "auto"  # or gather_kv, gather_q
+    workspace: int = 8192  # tokens of context that are gathered at once
+
+    def gathers_q(self, new: Array, cached: Array) -> bool:
+        """For rows with so many new tokens and so much context; the same on every rank."""
+        if self.strategy != "auto":
+            return self.strategy == "gather_q"
+        c, peers = self.config, self.layout.size - 1
+        link, rate = 350e9 / 2, 400e12 / 2  # bf16 values a second, multiply-adds a second
+        widths = c.qk_head_dim + c.v_head_dim  # of a head: in MHA form, and what crosses if narrow
+        seen = float(new @ cached) * self.num_heads  # pairs of new and cached tokens
+        total, total_new = float(cached.sum()), float(new.sum())
+        absorbed = seen * (c.latent_dim + c.kv_lora_rank) / rate
+        send_q = total_new * peers * self.num_heads * (widths + 2) / link
+        decompress = total * self.num_heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank / rate
+        send_kv = total * c.latent_dim * peers / self.layout.size / link
+        return absorbed + send_q < decompress + send_kv + seen * widths / rate
 
 
 @dataclass(frozen=True)
@@ -95,67 +142,81 @@ class ForwardBatch:
     """One step's tensors on one rank, all int32: T tokens, the first `num_decode` of them decode rows."""
 
     num_decode: int
-    narrow: bool  # exchange raw q and projected outputs (see models/deepseek_v2.py)
     prefill_tokens: Tensor  # [T - num_decode]
     positions: Tensor  # [T]
     slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
     decode_slots: Tensor  # [num_decode] whose last sampled tokens are the decode rows'
-    block_table: Tensor  # [num_decode, W]
-    local_lens: Tensor  # [num_decode] tokens on this rank, the current one included
-    prefill: Varlen | None  # the new tokens among themselves
-    context: ContextGather | None  # what they find in the cache
     sample_index: Tensor  # [S] tokens whose logits are needed
     sample_slots: Tensor  # [S]
+    decode: CacheRows | None = None
+    prefill: Varlen | None = None  # the new tokens among themselves
+    context: CacheRows | list[ContextPiece] | None = None  # what they find in the cache
 
     @classmethod
     def build(
         cls,
         plan: StepPlan,
         tables: BlockTables,
-        interleave: Interleave,
+        policy: ContextPolicy,
         rank: int,
-        narrow: bool,
+        narrow: Callable[[int], bool],
         device: torch.device,
     ) -> ForwardBatch:
+        """`narrow` says which exchange so many rows get."""
+        interleave, d = policy.layout, plan.num_decode
         slots, starts, lengths = (
             np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths)
         )
-        d = plan.num_decode
         row_of_token = np.repeat(np.arange(len(slots)), lengths)
         positions = starts[row_of_token] + ranges(lengths)
         local = interleave.local_slot(positions)
         block_ids = tables.table[slots[row_of_token], local // interleave.block_size]
         mine = interleave.owner_of(positions) == rank
-        width = int(interleave.local_slot(starts[:d]).max()) // interleave.block_size + 1 if d else 1
         sample_rows = np.array(plan.sample.rows, dtype=np.int64)
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
             "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
             "decode_slots": slots[:d],
-            "block_table": tables.table[slots[:d], :width],
-            "local_lens": interleave.local_len(starts[:d] + 1, rank),
             "sample_index": np.cumsum(lengths)[sample_rows] - 1,
             "sample_slots": slots[sample_rows],
         }
+        names = list(arrays)
         chunks, cached = lengths[d:], starts[d:]
+        if d:
+            arrays["table"] = tables.table[slots[:d], : interleave.num_blocks(int(starts[:d].max()) + 1)]
+            arrays["lens"] = interleave.local_len(starts[:d] + 1, rank)
         if len(chunks):
             arrays["cu_chunks"] = offsets(chunks)
-        if cached.any():
-            arrays["cu_cached"] = offsets(cached)
-            gather = plan_context_gather(cached, tables.table[slots[d:]], interleave)
-            arrays["gather_slots"], arrays["gather_index"] = gather
+        pieces: list[tuple[slice, list[int], list[int]]] = []
+        gathers_q = bool(cached.any()) and policy.gathers_q(chunks, cached)
+        if gathers_q:
+            arrays["context_table"] = tables.table[slots[d:], : interleave.num_blocks(int(cached.max()))]
+            arrays["context_row"] = row_of_token[d:] - d
+            arrays["context_lens"] = interleave.local_len(cached, rank)[arrays["context_row"]]
+        elif cached.any():
+            cut = plan_context_pieces(chunks, cached, tables.table[slots[d:]], policy)
+            for i, (own, tokens, lens_q, lens_k) in enumerate(cut):
+                arrays |= {f"{name}{i}": array for name, array in own.items()}
+                pieces.append((tokens, lens_q, lens_k))
 
         t = upload(arrays, device)
-        prefill = context = None
-        if "cu_chunks" in t:
-            lens = chunks.tolist()
+        decode = CacheRows(t["table"], t["lens"], narrow(d)) if d else None
+        prefill, lens = None, chunks.tolist()
+        if lens:
             prefill = Varlen(t["cu_chunks"], t["cu_chunks"], lens, lens, causal=True)
-            if "cu_cached" in t:
-                varlen = Varlen(t["cu_chunks"], t["cu_cached"], lens, cached.tolist(), causal=False)
-                context = ContextGather(t["gather_slots"], t["gather_index"], varlen)
-        fields = {name: t[name] for name in list(arrays)[:8]}
-        return cls(num_decode=d, narrow=narrow, prefill=prefill, context=context, **fields)
+        context: CacheRows | list[ContextPiece] | None = None
+        if gathers_q:
+            table = t["context_table"][t["context_row"]]
+            context = CacheRows(table, t["context_lens"], narrow(int(chunks.sum())))
+        elif pieces:
+            context = []
+            for i, (tokens, lens_q, lens_k) in enumerate(pieces):
+                varlen = Varlen(t[f"cu_q{i}"], t[f"cu_k{i}"], lens_q, lens_k, causal=False)
+                slots_i, row, owner = (t[f"{name}{i}"] for name in ("slots", "row", "owner"))
+                context.append(ContextPiece(slots_i, row, owner, tokens, varlen))
+        fields = {name: t[name] for name in names}
+        return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **fields)
 
 
 def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
@@ -167,22 +228,41 @@ def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
     return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
 
-def plan_context_gather(cached: Array, table: Array, interleave: Interleave) -> tuple[Array, Array]:
-    """The `slots` and `index` of a ContextGather for rows with `cached` tokens and these block tables.
+def plan_context_pieces(
+    chunks: Array, cached: Array, table: Array, policy: ContextPolicy
+) -> Iterator[tuple[dict[str, Array], slice, list[int], list[int]]]:
+    """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most
+    `policy.workspace` tokens, each beginning at a multiple of N in its row: a ContextPiece's arrays and
+    the rest in integers.
 
     A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row
     too many lies in a block that the request owns, and no index points at it.
     """
-    shard_lens = interleave.local_len(cached, 0)
-    row = np.repeat(np.arange(len(cached)), shard_lens)
-    local = ranges(shard_lens)
-    slots = interleave.cache_slot(table[row, local // interleave.block_size], local)
-
-    first = offsets(shard_lens)[:-1]  # where a request's shard begins within a rank's part
-    row = np.repeat(np.arange(len(cached)), cached)
-    positions = ranges(cached)
-    index = (first[row] + interleave.local_slot(positions)) * interleave.size + interleave.owner_of(positions)
-    return slots, index
+    layout = policy.layout
+    n = layout.size
+    begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
+    step = max(policy.workspace // n, 1) * n
+    for first in range(0, int(begins[-1]), step):
+        start = np.clip(first - begins[:-1], 0, cached)  # [start, end) of each row is in this piece
+        end = np.clip(first + step - begins[:-1], 0, cached)
+        some = np.flatnonzero(end > start)
+        rows = np.arange(some[0], some[-1] + 1)  # one run; rows without context may lie between
+        start, lens_k, lens_q = start[rows], (end - start)[rows], chunks[rows]
+        shard_lens = layout.local_len(lens_k, 0)
+        row = np.repeat(np.arange(len(rows)), shard_lens)
+        local = layout.local_slot(start)[row] + ranges(shard_lens)
+        row_k = np.repeat(np.arange(len(rows)), lens_k)
+        offset = ranges(lens_k)
+        sent = offsets(shard_lens)[row_k] + layout.local_slot(offset)
+        arrays = {
+            "slots": layout.cache_slot(table[rows[row], local // layout.block_size], local),
+            "row": sent,
+            "owner": layout.owner_of(offset),
+            "cu_q": offsets(lens_q),
+            "cu_k": offsets(lens_k),
+        }
+        token = int(chunks[: rows[0]].sum())
+        yield arrays, slice(token, token + int(lens_q.sum())), lens_q.tolist(), lens_k.tolist()
 
 
 def offsets(lengths: Array) -> Array:

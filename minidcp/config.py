@@ -20,6 +20,7 @@ CHOICES = {
     "load_format": ("auto", "dummy"),
     "exchange_policy": ("auto", "wide", "narrow"),
     "q_proj": ("sharded", "replicated"),
+    "prefill_strategy": ("auto", "gather_kv", "gather_q"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
     "ranks": ("auto", "threads", "processes", "torchrun"),
@@ -81,6 +82,7 @@ class EngineConfig:
     exchange_policy: str = "auto"
     narrow_threshold: int = 16  # decode rows from which "auto" exchanges narrow
     q_proj: str = "sharded"
+    prefill_strategy: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     ranks: str = "auto"
@@ -90,6 +92,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
+    mixed_steps: bool = True
     prefix_cache: bool = True
     cuda_graph: bool = True
     load_format: str = "auto"
@@ -130,15 +133,15 @@ class EngineConfig:
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(self.tp_size, self.dcp_size)
 
-    def exchanges_narrow(self, num_decode: int) -> bool:
-        """Whether a step with that many decode rows sends raw q and applies W_UV before the exchange.
+    def exchanges_narrow(self, num_rows: int) -> bool:
+        """Whether that many rows send raw q and have W_UV applied before the exchange.
 
         Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group; from a batch
         of about 16 on that is the better trade.
         """
-        if self.dcp_size == 1 or self.exchange_policy == "wide":
-            return False
-        return self.exchange_policy == "narrow" or num_decode >= self.narrow_threshold
+        if self.dcp_size == 1 or self.exchange_policy != "auto":
+            return self.dcp_size > 1 and self.exchange_policy == "narrow"
+        return self.needs_group_heads and num_rows >= self.narrow_threshold
 
     @property
     def replicates_q(self) -> bool:
@@ -148,7 +151,10 @@ class EngineConfig:
     @property
     def needs_group_heads(self) -> bool:
         """Whether W_UK and W_UV of all the DCP group's heads are ever used, and so must be held."""
-        return self.replicates_q or self.exchanges_narrow(self.max_num_seqs)
+        if self.dcp_size == 1 or self.replicates_q:
+            return self.replicates_q
+        auto = self.exchange_policy == "auto" and self.max_num_seqs >= self.narrow_threshold
+        return auto or self.exchange_policy == "narrow"
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
@@ -213,8 +219,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     rope: RopeConfig
-    dtype: str
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -317,8 +321,6 @@ class ModelConfig:
             tie_word_embeddings=bool(read("tie_word_embeddings", False)),
             max_position_embeddings=read("max_position_embeddings", 2048),
             rope=read_rope(hf, source),
-            dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-            bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
         config.check(source)

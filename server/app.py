@@ -278,9 +278,7 @@ def serve(config: EngineConfig, host: str, port: int, model_name: str | None) ->
 
         async_engine = AsyncEngine(engine, on_death=stop)
         settings = uvicorn.Config(
-            create_app(async_engine, name),
-            log_level="warning",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            create_app(async_engine, name), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
         )
         server = uvicorn.Server(settings)
         listening.listen()  # so that nobody who reads the address is refused

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from checkpoints import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidcp.batch import BlockTables, ForwardBatch, SampleColumns, StepPlan
+from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
+from minidcp.config import ModelConfig
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 
+CONFIG = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
 layouts = st.builds(Interleave, st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 16]))
 
 
@@ -41,7 +44,9 @@ def test_interleave_of_arrays(layout: Interleave, seq_len: int, rank: int) -> No
 def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
     """Decode rows and prefill chunks of requests whose blocks are scattered at random."""
     layout = draw(layouts)
-    rows = draw(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5))
+    rows = draw(
+        st.lists(st.tuples(st.just(0) | st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5)
+    )
     num_decode = draw(st.integers(0, len(rows)))
     plan = StepPlan(num_decode=num_decode)
     width = layout.num_blocks(120)
@@ -59,8 +64,8 @@ def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
 
 
 @settings(deadline=None)
-@given(steps())
-def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
+@given(steps(), st.sampled_from(["gather_kv", "gather_q"]), st.integers(1, 40))
+def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: str, workspace: int) -> None:
     """Write every token's number where the batch says, on every rank; then read it back as attention does."""
     layout, plan, table = case
     n, d = layout.size, plan.num_decode
@@ -68,7 +73,8 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
     for rank in range(n):
         tables = BlockTables(len(plan.slots), table.shape[1])
         tables.update(plan)
-        batch = ForwardBatch.build(plan, tables, layout, rank, False, torch.device("cpu"))
+        policy = ContextPolicy(CONFIG, 4, layout, strategy, workspace)
+        batch = ForwardBatch.build(plan, tables, policy, rank, lambda _: False, torch.device("cpu"))
         cache = torch.full((table.size * layout.block_size,), -1)
         for slot, start in zip(plan.slots, plan.starts, strict=True):  # what earlier steps wrote
             for pos in range(start):
@@ -96,21 +102,37 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray]) -> None:
     for row in range(d):
         seen = []
         for batch, cache in zip(batches, caches, strict=True):
-            blocks = cache.view(-1, layout.block_size)[batch.block_table[row].long()].flatten()
-            seen += blocks[: batch.local_lens[row]].tolist()
+            seen += read_rows(batch.decode, row, cache, layout)
         slot, start = plan.slots[row], plan.starts[row]
         assert sorted(seen) == [1000 * slot + pos for pos in range(start + 1)]
 
-    if batches[0].context is not None:
-        shards = [cache[b.context.slots] for b, cache in zip(batches, caches, strict=True)]
-        parts = torch.stack(shards, 1).flatten()
-        rows = list(zip(plan.slots, plan.starts, strict=True))[d:]
-        assert batches[0].context.varlen.lens_k == [start for _, start in rows]
-        assert parts[batches[0].context.index].tolist() == [
-            1000 * s + p for s, start in rows for p in range(start)
-        ]
+    # What every new token finds in the cache, by either way.
+    found: list[list[int]] = [[] for _ in plan.tokens]
+    if isinstance(batches[0].context, CacheRows):
+        for batch, cache in zip(batches, caches, strict=True):
+            for i, tokens in enumerate(found):
+                tokens += read_rows(batch.context, i, cache, layout)
     else:
-        assert not any(plan.starts[d:])
+        for k, piece in enumerate(batches[0].context or []):
+            shards = [cache[b.context[k].slots] for b, cache in zip(batches, caches, strict=True)]
+            packed = torch.stack(shards, 1)[piece.row, piece.owner]
+            assert len(packed) == sum(piece.varlen.lens_k) <= max(workspace, n)
+            sees = iter(found[piece.tokens])
+            for count, keys in zip(piece.varlen.lens_q, packed.split(piece.varlen.lens_k), strict=True):
+                for _ in range(count):
+                    next(sees).extend(keys.tolist())
+            assert next(sees, None) is None
+    wanted = [
+        [1000 * slot + pos for pos in range(start)]
+        for slot, start, length in list(zip(plan.slots, plan.starts, plan.lengths, strict=True))[d:]
+        for _ in range(length)
+    ]
+    assert [sorted(tokens) for tokens in found] == wanted
+
+
+def read_rows(rows: CacheRows, row: int, cache: torch.Tensor, layout: Interleave) -> list[int]:
+    blocks = cache.view(-1, layout.block_size)[rows.block_table[row].long()].flatten()
+    return blocks[: rows.local_lens[row]].tolist()
 
 
 @settings(deadline=None)

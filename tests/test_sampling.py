@@ -33,7 +33,7 @@ def columns(
 
 
 def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:
-    tokens = sample(logits.expand(N, -1), columns(N, **how)).tokens
+    tokens = sample(logits.expand(N, -1), columns(N, **how), logits.argmax(-1).expand(N)).tokens
     return torch.bincount(tokens, minlength=logits.shape[-1]) / N
 
 
@@ -64,7 +64,7 @@ def test_zero_temperature_is_greedy_beside_sampling_rows() -> None:
     logits = torch.randn(50, 100)
     how = columns(50)
     how.temperature = [0.0, 1.0] * 25
-    tokens = sample(logits, how).tokens
+    tokens = sample(logits, how, logits.argmax(-1)).tokens
     assert torch.equal(tokens[::2], logits[::2].argmax(-1))
     assert not torch.equal(tokens[1::2], logits[1::2].argmax(-1))
 

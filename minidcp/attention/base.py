@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from minidcp.batch import ForwardBatch, Varlen
+from minidcp.batch import CacheRows, Varlen
 
 
 class AttentionBackend(Protocol):
@@ -19,23 +19,23 @@ class AttentionBackend(Protocol):
     name: str  # for the log
     graphs: bool  # whether CUDA graphs can capture it: it never waits for the device
 
-    def plan(self, batch: ForwardBatch) -> None:
-        """Prepare what every layer of this step shares; called once per step."""
+    def plan(self, rows: CacheRows) -> None:
+        """Set rows.prepared to what every layer's `decode` of these rows shares; called once per step."""
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absorbed attention of the decode rows over this rank's shard.
+        """Absorbed attention of B rows over this rank's shard.
 
         Args:
-            q_latent: [num_decode, H, kv_lora_rank] queries with W_UK absorbed.
-            q_pe: [num_decode, H, rope] their rotated parts.
+            q_latent: [B, H, kv_lora_rank] queries with W_UK absorbed.
+            q_pe: [B, H, rope] their rotated parts.
             kv: [num_blocks, block_size, kv_lora_rank + rope] one layer's cache.
-            out: [num_decode, H, kv_lora_rank], where the output would best be; a back-end that cannot
+            out: [B, H, kv_lora_rank], where the output would best be; a back-end that cannot
                 write there returns another tensor.
 
         Returns:
-            out [num_decode, H, kv_lora_rank], before W_UV, and lse.
+            out [B, H, kv_lora_rank], before W_UV, and lse.
         """
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:

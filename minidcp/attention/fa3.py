@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidcp.batch import ForwardBatch, Varlen
+from minidcp.batch import CacheRows, Varlen
 
 LATENT_DIM, ROPE_DIM = 512, 64  # what FA3 is compiled for, with 192 and 128 in prefill
 
@@ -50,7 +50,7 @@ class Operators:
         lens_k: Tensor | None = None,
         table: Tensor | None = None,
         causal: bool = False,
-        plan: Tensor | None = None,
+        plan: object = None,
     ) -> tuple[Tensor, Tensor]:
         """Output and lse; pairs are of queries and keys."""
         result, lse, *_ = self.ops.fwd(
@@ -87,21 +87,19 @@ class FA3Backend:
         self.name = f"fa3 from {operators.source}"
         self.operators, self.softmax_scale = operators, softmax_scale
         self.num_heads, self.block_size = num_heads, block_size
-        self.metadata = torch.empty(0)
 
-    def plan(self, batch: ForwardBatch) -> None:
-        if batch.num_decode:
-            max_len = batch.block_table.shape[1] * self.block_size
-            self.metadata = self.operators.plan(batch.local_lens, max_len, self.num_heads, self.block_size)
+    def plan(self, rows: CacheRows) -> None:
+        max_len = rows.block_table.shape[1] * self.block_size
+        rows.prepared = self.operators.plan(rows.local_lens, max_len, self.num_heads, self.block_size)
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         k, v = kv[:, :, None, LATENT_DIM:], kv[:, :, None, :LATENT_DIM]
         result, lse = self.operators.attend(
-            q_pe[:, None], k, v, self.softmax_scale, (1, batch.block_table.shape[1] * kv.shape[1]),
-            qv=q_latent[:, None], out=None if out is None else out[:, None], lens_k=batch.local_lens,
-            table=batch.block_table, plan=self.metadata,
+            q_pe[:, None], k, v, self.softmax_scale, (1, rows.block_table.shape[1] * kv.shape[1]),
+            qv=q_latent[:, None], out=None if out is None else out[:, None], lens_k=rows.local_lens,
+            table=rows.block_table, plan=rows.prepared,
         )  # fmt: skip
         return result[:, 0], lse[..., 0]
 

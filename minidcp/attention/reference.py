@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minidcp.batch import ForwardBatch, Varlen
+from minidcp.batch import CacheRows, Varlen
 
 
 class ReferenceBackend:
@@ -19,25 +19,22 @@ class ReferenceBackend:
 
     def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
-        self.slots = self.empty = torch.empty(0)
 
-    def plan(self, batch: ForwardBatch) -> None:
-        if not batch.num_decode:
-            return
-        slots = torch.arange(int(batch.local_lens.max()), device=batch.local_lens.device)
-        self.empty = slots >= batch.local_lens[:, None]  # [B, L]
-        self.slots = slots
+    def plan(self, rows: CacheRows) -> None:
+        rows.prepared = torch.arange(int(rows.local_lens.max()), device=rows.local_lens.device)
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        block_size = kv.shape[1]
-        rows = batch.block_table.long()[:, self.slots // block_size] * block_size + self.slots % block_size
-        latents = kv.flatten(0, 1)[rows].float()  # [B, L, C + R]
-        latents = latents.masked_fill(self.empty[..., None], 0.0)  # an unused slot may hold NaN
+        block_size, slots = kv.shape[1], rows.prepared
+        assert isinstance(slots, Tensor)
+        places = rows.block_table.long()[:, slots // block_size] * block_size + slots % block_size
+        empty = slots >= rows.local_lens[:, None]  # [B, L]
+        latents = kv.flatten(0, 1)[places].float()  # [B, L, C + R]
+        latents = latents.masked_fill(empty[..., None], 0.0)  # an unused slot may hold NaN
         q = torch.cat([q_latent, q_pe], -1).float()
         scores = torch.einsum("bhc,blc->bhl", q, latents) * self.softmax_scale
-        scores = scores.masked_fill(self.empty[:, None], -torch.inf)
+        scores = scores.masked_fill(empty[:, None], -torch.inf)
         out, lse = attend(scores, latents[..., : q_latent.shape[-1]])
         return out.to(q_latent.dtype), lse
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from minidcp.batch import ForwardBatch, Varlen
+from minidcp.batch import CacheRows, Varlen
 from minidcp.kernels.mha_prefill import mha_prefill
 from minidcp.kernels.mla_decode import DeviceLimits, mla_decode
 
@@ -26,14 +26,14 @@ class TritonBackend:
             hopper=torch.cuda.get_device_capability(device)[0] == 9,
         )
 
-    def plan(self, batch: ForwardBatch) -> None:
+    def plan(self, rows: CacheRows) -> None:
         pass
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, batch: ForwardBatch, out: Tensor | None = None
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return mla_decode(
-            q_latent, q_pe, kv, batch.block_table, batch.local_lens, self.softmax_scale, self.limits
+            q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, self.limits
         )
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:

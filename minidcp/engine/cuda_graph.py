@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidcp.batch import BlockTables, ForwardBatch, StepPlan, upload
+from minidcp.batch import BlockTables, CacheRows, ForwardBatch, StepPlan, upload
 from minidcp.kv_cache.interleave import Interleave
 
 # batch -> logits [S, vocab] and their best tokens [S], which also become their slots' last ones.
@@ -71,17 +71,13 @@ class DecodeGraphs:
             decode_slots.fill_(self.spare_slot)
             batch = ForwardBatch(
                 num_decode=size,
-                narrow=narrow(size),
                 prefill_tokens=inputs[0, :0],
                 positions=positions,
                 slot_mapping=slot_mapping,
                 decode_slots=decode_slots,
-                block_table=self.block_table[:size],
-                local_lens=local_lens,
-                prefill=None,
-                context=None,
                 sample_index=torch.arange(size, dtype=torch.int32, device=device),
                 sample_slots=decode_slots,
+                decode=CacheRows(self.block_table[:size], local_lens, narrow(size)),
             )
             forward(batch)  # compiles kernels and fills caches, which a capture must not do
             torch.cuda.synchronize(device)

@@ -60,7 +60,9 @@ class LLMEngine:
         self.blocks = BlockManager(
             self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache
         )
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0)
+        self.scheduler = Scheduler(
+            self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
+        )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
         self.stats = EngineStats()

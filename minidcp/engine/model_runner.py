@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidcp.attention import make_backend
-from minidcp.batch import BlockTables, ForwardBatch, SampleColumns, StepPlan
+from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.cuda_graph import DecodeGraphs
 from minidcp.engine.sampler import Sampled, list_logprobs, sample
@@ -84,17 +84,20 @@ class ModelRunner:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        model_config: ModelConfig,
-        state: ParallelState,
-        device: torch.device,
+        self, config: EngineConfig, model_config: ModelConfig, state: ParallelState, device: torch.device
     ) -> None:
         assert config.max_model_len is not None  # engine.py hands out resolved configurations
         self.config, self.model_config, self.state = config, model_config, state
         self.device, self.dtype = device, getattr(torch, config.dtype)
         self.max_model_len = config.max_model_len
         self.interleave = Interleave(config.dcp_size, config.block_size)
+        self.policy = ContextPolicy(
+            model_config,
+            model_config.num_attention_heads // config.tp_size,
+            self.interleave,
+            config.prefill_strategy,
+            config.max_num_batched_tokens or 0,
+        )
         self.attention = make_backend(
             config.attention_backend,
             model_config,
@@ -162,14 +165,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_largest_prefill(self) -> None:
-        """A step of max_num_batched_tokens new tokens that stores nothing."""
+        """A step of max_num_batched_tokens new tokens on as much context, which stores nothing."""
         left = self.config.max_num_batched_tokens or 0
         plan = StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
-            length = min(left, self.max_model_len)
+            length = min(left, -(-self.max_model_len // 2))
             plan.sample.rows.append(len(plan.slots))
             plan.slots.append(len(plan.slots))
-            plan.starts.append(0)
+            plan.starts.append(self.max_model_len - length)
             plan.lengths.append(length)
             plan.tokens += [0] * length
             left -= length
@@ -205,9 +208,8 @@ class ModelRunner:
                 logger.info("captured %d CUDA graphs in %.1f s", len(self.graphs.sizes), seconds)
 
     def build_batch(self, plan: StepPlan) -> ForwardBatch:
-        narrow = self.config.exchanges_narrow(plan.num_decode)
         return ForwardBatch.build(
-            plan, self.tables, self.interleave, self.state.dcp.rank, narrow, self.device
+            plan, self.tables, self.policy, self.state.dcp.rank, self.config.exchanges_narrow, self.device
         )
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,8 @@ class Sampled:
     top_values: Tensor | None = None
 
 
-def sample(logits: Tensor, columns: SampleColumns, greedy: Tensor | None = None) -> Sampled:
-    """Choose one token per row of logits [S, vocab] (float32) as `columns` say.
-
-    Args:
-        greedy: the rows' best tokens, where they are known already.
-    """
-    tokens = logits.argmax(-1) if greedy is None else greedy
+def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor) -> Sampled:
+    """Choose one token per row of logits [S, vocab] (float32), whose best are `tokens`, as `columns` say."""
     if any(columns.temperature):
         temperature = column(columns.temperature, torch.float32, logits)
         scaled = logits / temperature.clamp(min=1e-5)[:, None]
@@ -108,11 +103,7 @@ def list_logprobs(
         return None
     out: list[TokenLogprobs | None] = [None] * len(tokens)
     entries = zip(
-        sampled.rows,
-        sampled.own.tolist(),
-        sampled.top_ids.tolist(),
-        sampled.top_values.tolist(),
-        strict=True,
+        sampled.rows, sampled.own.tolist(), sampled.top_ids.tolist(), sampled.top_values.tolist(), strict=True
     )
     for row, own, ids, values in entries:
         count = columns.logprobs[row]

@@ -33,13 +33,17 @@ class Scheduler:
     because workers execute plans in order: whatever a late plan overwrites, earlier ones have read.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.blocks = blocks
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
+    ) -> None:
+        self.blocks, self.mixed_steps = blocks, mixed_steps
+        self.decoded_last = False
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # that the prefix cache saved from being computed
 
     @property
     def num_unfinished(self) -> int:
@@ -51,17 +55,30 @@ class Scheduler:
     def schedule(self) -> PlannedStep | None:
         """The next step, or None if nothing can be planned before a running step's tokens are known."""
         step = PlannedStep(StepPlan(), [])
+        if self.mixed_steps:
+            self.add_decodes(step)
+            self.add_prefills(step)
+        else:  # they take turns where there is both to do
+            turns = [self.add_decodes, self.add_prefills]
+            for add in reversed(turns) if self.decoded_last else turns:
+                if not step.requests:
+                    add(step)
+            self.decoded_last = step.plan.num_decode > 0
+        return step if step.requests else None
+
+    def add_decodes(self, step: PlannedStep) -> None:
         for request in list(self.running):
             if request.status is Status.RUNNING and self.can_decode(request) and self.grow(request, step):
                 self.add_row(step, request, 1)
         step.plan.num_decode = len(step.requests)
+
+    def add_prefills(self, step: PlannedStep) -> None:
         budget = self.max_num_batched_tokens - step.plan.num_decode
         for request in self.running:
             if budget > 0 and request.is_prefilling:
                 budget -= self.add_chunk(step, request, budget)
         while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
             budget -= self.add_chunk(step, self.running[-1], budget)
-        return step if step.requests else None
 
     def can_decode(self, request: Request) -> bool:
         """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
@@ -116,6 +133,7 @@ class Scheduler:
         request.num_computed = len(shared) * size
         request.prefill_end = len(request.tokens)
         request.num_published = len(shared)
+        self.num_cached_tokens += request.num_computed
         if not request.num_outputs:
             request.cached_tokens = request.num_computed
         self.hand_over(request, shared + fresh, step)

@@ -54,7 +54,7 @@ def mla_decode(
     """
     batch, heads, latent = q_latent.shape
     rope = q_pe.shape[2]
-    kernel, block_h, options = choose_kernel(heads, latent + rope, limits)
+    kernel, block_h, options = choose_kernel(heads, latent, rope, limits)
     head_tiles = triton.cdiv(heads, block_h)
     capacity = block_table.shape[1] * kv.shape[1]
     wanted = min(limits.multiprocessors // max(batch * head_tiles, 1), triton.cdiv(capacity, 64), MAX_SPLITS)
@@ -74,10 +74,11 @@ def mla_decode(
     return merge_partials(outs, lses, q_latent.dtype)
 
 
-def choose_kernel(heads: int, width: int, limits: DeviceLimits):
+def choose_kernel(heads: int, latent: int, rope: int, limits: DeviceLimits):
     """(kernel, heads per tile, its other options): the fastest of those tried that fit."""
     block_h = max(16, triton.next_power_of_2(heads))
-    if limits.hopper and block_h >= TILE and shared_memory_needed(width) <= limits.shared_memory:
+    fits = min(latent, rope) >= TILE and shared_memory_needed(latent + rope) <= limits.shared_memory
+    if limits.hopper and block_h >= TILE and fits:
         return hopper_kernel, TILE, {"BLOCK_N": TILE, "num_warps": 8}
     if block_h == 16:
         return mla_decode_kernel, 16, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 4}  # 95 KiB for 576

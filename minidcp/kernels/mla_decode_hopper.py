@@ -29,24 +29,18 @@ def shared_memory_needed(width: int) -> int:
 
 
 @gluon.jit
-def load_ids(table, n, last, BLOCK_N: gl.constexpr, BLOCK_SIZE: gl.constexpr, copy: gl.constexpr):
-    """The block of every token from n on; those beyond `last` count as `last`, so nothing is masked."""
+def find_rows(table, n, last, BLOCK_N: gl.constexpr, BLOCK_SIZE: gl.constexpr, copy: gl.constexpr):
+    """The cache rows of the tokens from n on; those beyond `last` count as `last`, so nothing is masked."""
     token = gl.minimum(n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copy)), last)
-    return gl.load(table + token // BLOCK_SIZE)
+    return gl.load(table + token // BLOCK_SIZE).to(gl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
 
 
 @gluon.jit
-def start_copy(
-    kv, ids, n, last, k, k_pe, BLOCK_N: gl.constexpr, BLOCK_SIZE: gl.constexpr, LATENT: gl.constexpr,
-    ROPE: gl.constexpr, copy: gl.constexpr,
-):  # fmt: skip
-    """Start copying the tokens from n on, as `load_ids` names them, to shared memory."""
-    token = gl.minimum(n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copy)), last)
-    row = kv + (ids.to(gl.int64) * BLOCK_SIZE + token % BLOCK_SIZE) * (LATENT + ROPE)
-    c = gl.arange(0, LATENT, gl.SliceLayout(0, copy))
-    r = gl.arange(0, ROPE, gl.SliceLayout(0, copy))
-    async_load(k, row[:, None] + c[None, :])
-    async_load(k_pe, row[:, None] + (LATENT + r)[None, :])
+def start_copy(kv, rows, k, k_pe, LATENT: gl.constexpr, ROPE: gl.constexpr, copy: gl.constexpr):
+    """Start copying these rows to shared memory."""
+    row = kv + rows[:, None] * (LATENT + ROPE)
+    async_load(k, row + gl.arange(0, LATENT, gl.SliceLayout(0, copy))[None, :])
+    async_load(k_pe, row + LATENT + gl.arange(0, ROPE, gl.SliceLayout(0, copy))[None, :])
     async_copy.commit_group()
 
 
@@ -101,12 +95,10 @@ def hopper_kernel(
     qr_row = (q_pe + b * q_pe_b + h_copy * q_pe_h)[:, None]
     async_load(q, q_row + c_copy[None, :], mask=in_heads)
     async_load(qr, qr_row + r_copy[None, :], mask=in_heads)
-    # The ids are loaded a tile ahead of the rows that they point to.
-    ids = load_ids(table, begin, last, BLOCK_N, BLOCK_SIZE, copy)
-    start_copy(
-        kv, ids, begin, last, ks.index(0), krs.index(0), BLOCK_N, BLOCK_SIZE, LATENT, ROPE, copy
-    )  # fmt: skip
-    ids = load_ids(table, begin + BLOCK_N, last, BLOCK_N, BLOCK_SIZE, copy)
+    # Rows are looked up a tile ahead of their copying.
+    rows = find_rows(table, begin, last, BLOCK_N, BLOCK_SIZE, copy)
+    start_copy(kv, rows, ks.index(0), krs.index(0), LATENT, ROPE, copy)
+    rows = find_rows(table, begin + BLOCK_N, last, BLOCK_N, BLOCK_SIZE, copy)
 
     top = gl.full([BLOCK_H], -float("inf"), gl.float32, gl.SliceLayout(1, by_token))
     sums = gl.full([BLOCK_H, BLOCK_N], 0.0, gl.float32, by_token)  # added up over the tokens at the end
@@ -121,11 +113,8 @@ def hopper_kernel(
         scores = warpgroup_mma(qr, krs.index(use).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
         if n + BLOCK_N < end:
-            start_copy(
-                kv, ids, n + BLOCK_N, last, ks.index(1 - use), krs.index(1 - use),
-                BLOCK_N, BLOCK_SIZE, LATENT, ROPE, copy,
-            )  # fmt: skip
-        ids = load_ids(table, n + 2 * BLOCK_N, last, BLOCK_N, BLOCK_SIZE, copy)
+            start_copy(kv, rows, ks.index(1 - use), krs.index(1 - use), LATENT, ROPE, copy)
+        rows = find_rows(table, n + 2 * BLOCK_N, last, BLOCK_N, BLOCK_SIZE, copy)
         scores = warpgroup_mma_wait(0, [scores])
         scores = gl.where((n + off < end)[None, :], scores, -float("inf"))
         new_top = gl.maximum(top, gl.max(scores, 1) * scale)  # finite: every tile has a token

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,9 +19,11 @@ MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
 @dataclass(frozen=True)
 class Meeting:
     """What kernels need to wait for each other: program p of a rank goes on when program p of every peer
-    has come as far. So all of a rank's programs must be able to run at once: `programs` is the most.
+    has come as far. It waits for no other, and programs start in the order of their numbers, so a kernel
+    may have more of them than run at once; where ranks share a GPU, fewer must leave room for the peers.
 
     Attributes:
+        programs: the most that a kernel has, on every rank the same, at most MAX_PROGRAMS.
         pads: [N] int64, addresses of every rank's [N, MAX_PROGRAMS] int32, zero at first. Entry [n, p] is
             how many meetings program p of rank n has come to; rank n itself writes it everywhere.
         epochs: [MAX_PROGRAMS] int32, how many meetings this rank's program p has been through.
@@ -32,9 +33,6 @@ class Meeting:
     pads: Tensor
     epochs: Tensor
     programs: int
-
-    def __post_init__(self) -> None:
-        assert self.programs <= MAX_PROGRAMS.value
 
     def launch(self, kernel, tiles: int, *args, tile: int, **constants) -> None:
         """Run a kernel over `tiles` tiles of `tile` elements."""
@@ -129,32 +127,34 @@ def sum_kernel(
 
 
 def merge_peers(
-    meeting: Meeting, pointers: Tensor, staged_lse: Tensor, lse: Tensor, dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    meeting: Meeting,
+    pointers: Tensor,
+    lse_offset: int,
+    staged_lse: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    merged: Tensor,
+) -> None:
     """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
 
-    Every rank's buffer holds its partial outputs [T, N * H, dim] of `dtype` at its begin. Their LSEs are
-    put behind them here, because attention back-ends write them where they like.
+    Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset`
+    there is room for their LSEs, which are put there here: attention back-ends write them where they like.
 
     Args:
-        staged_lse: [T, N * H] float32 in this rank's buffer; on every rank at the same place.
+        staged_lse: [T, N * H] float32, that place in this rank's buffer.
         lse: [T, N * H] float32, this rank's, to be copied there.
-
-    Returns:
-        out [T, H, dim] and lse [T, H] float32.
+        out: [T, H, dim], contiguous, to be written, of the partial outputs' dtype.
+        merged: [T, H] float32, contiguous, to be written.
     """
     tokens, heads = lse.shape
-    own = heads // len(meeting.pads)
-    out = torch.empty(tokens, own, dim, dtype=dtype, device=lse.device)
-    merged = torch.empty(tokens, own, dtype=torch.float32, device=lse.device)
+    own, dim = out.shape[1:]
     width = triton.next_power_of_2(dim)
     rows = max(1, min(4096 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
     meeting.launch(
         merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged,
-        tokens, heads, own, dim, *lse.stride(), tokens * heads * dim * out.element_size() // 4,
+        tokens, heads, own, dim, *lse.stride(), lse_offset // 4,
         tile=rows * width, ROWS=rows, DIM=width,
     )  # fmt: skip
-    return out, merged
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidcp.attention import AttentionBackend
-from minidcp.batch import ForwardBatch
+from minidcp.batch import CacheRows, ForwardBatch
 from minidcp.config import ModelConfig
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
@@ -21,7 +21,7 @@ from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding
 from minidcp.models.rope import RotaryEmbedding
 from minidcp.models.weights import Shard, Weights
-from minidcp.parallel.exchange import Exchange, empty_partial, gather_heads
+from minidcp.parallel.exchange import Exchange, exchange_p2p, gather_heads
 from minidcp.parallel.state import ParallelState
 
 LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
@@ -117,27 +117,28 @@ class MLAAttention:
         latents = store_latents(new, norm.weight, norm.eps, cos_sin, kv, batch.slot_mapping)
 
         parts = []
-        if d:
-            parts.append(self.decode(q_in[:d], cos_sin[:d], kv, batch))
+        if batch.decode is not None:
+            parts.append(self.attend_shards(q_in[:d], cos_sin[:d], kv, batch.decode)[0])
         if batch.prefill is not None:
             parts.append(self.prefill(q_in[d:], cos_sin[d:], latents[d:], kv, batch))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(out.flatten(1))
 
-    def decode(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """Absorbed form over the sharded cache; x [T, q's input] -> [T, H, v].
+    def attend_shards(self, x: Tensor, cos_sin: Tensor, kv: Tensor, rows: CacheRows) -> tuple[Tensor, Tensor]:
+        """Absorbed form over the sharded cache; x [T, q's input] -> [T, H, v] and lse [T, H].
 
         Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can
         stand on either side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per
-        head. Narrow: the group's heads, 192 and 128 cross. What crosses is written where peers read it.
+        head. Narrow: the group's heads, 192 and 128 cross. Where ranks read each other's
+        memory, what crosses is written there at once.
         """
         c, dcp, tokens = self.config, self.state.dcp, len(x)
-        if batch.narrow or self.replicated_q:
+        if rows.narrow or self.replicated_q:
             if self.replicated_q:
                 q = self.project_q(self.q_b_proj, x, cos_sin)  # [T, G, nope + rope]
             else:
-                out = dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
-                q = gather_heads(self.project_q(self.q_b_proj, x, cos_sin, out), dcp)
+                own = dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
+                q = gather_heads(self.project_q(self.q_b_proj, x, cos_sin, own), dcp)
             q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
             q_latent = multiply_by_head(q_nope, self.group_w_uk)
         else:
@@ -149,28 +150,36 @@ class MLAAttention:
             q = gather_heads(wide, dcp)  # [T, G, C + rope]
             q_latent, q_pe = q.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
 
-        dim = c.v_head_dim if batch.narrow else c.kv_lora_rank
-        partial = empty_partial(self.exchange, (tokens, q_pe.shape[1], dim), x, dcp)
-        if batch.narrow:
-            latent, lse = self.attention.decode(q_latent, q_pe, kv, batch)
-            return self.exchange(multiply_by_head(latent, self.group_w_uv.mT, partial), lse, dcp)[0]
-        latent, lse = self.attention.decode(q_latent, q_pe, kv, batch, partial)
+        # Other exchanges than p2p fill the group's memory before they have read the partial.
+        place = None
+        if self.exchange is exchange_p2p:
+            dim = c.v_head_dim if rows.narrow else c.kv_lora_rank
+            place = dcp.empty((tokens, q_pe.shape[1], dim), x)
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows, None if rows.narrow else place)
+        if rows.narrow:
+            return self.exchange(multiply_by_head(latent, self.group_w_uv.mT, place), lse, dcp)
         if dcp.size > 1:
-            latent, _ = self.exchange(latent, lse, dcp)
-        return multiply_by_head(latent, self.w_uv.mT)
+            latent, lse = self.exchange(latent, lse, dcp)
+        return multiply_by_head(latent, self.w_uv.mT), lse
 
     def prefill(self, x: Tensor, cos_sin: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """MHA form, this rank's heads: new tokens among themselves, and what they find in the cache
-        (gathered from all shards), merged by LSE; x [T, q's input] -> [T, H, v]."""
+        """MHA form, this rank's heads: new tokens among themselves, merged by LSE with what they find in
+        the cache; x [T, q's input] -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
         assert batch.prefill is not None
         q = self.project_q(self.own_q_b_proj, x, cos_sin)
         out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
-        if batch.context is None:
-            return out
-        shard = kv.flatten(0, 1)[batch.context.slots]  # [S, C + rope]
-        context = self.state.dcp.all_gather(shard).flatten(0, 1)[batch.context.index]  # [P, C + rope]
-        seen, seen_lse = self.attention.prefill(q, *self.decompress(context), batch.context.varlen)
-        return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
+        if isinstance(batch.context, CacheRows):
+            seen, seen_lse = self.attend_shards(x, cos_sin, kv, batch.context)
+            return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
+        for piece in batch.context or ():
+            shard = kv.flatten(0, 1)[piece.slots]  # [S, C + rope]
+            context = self.state.dcp.all_gather(shard)[piece.row, piece.owner]  # [P, C + rope]
+            some = piece.tokens
+            seen, seen_lse = self.attention.prefill(q[some], *self.decompress(context), piece.varlen)
+            out[some], lse[some] = merge_partials(
+                torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse])
+            )
+        return out
 
     def project_q(self, proj: Linear, x: Tensor, cos_sin: Tensor, out: Tensor | None = None) -> Tensor:
         """x [T, q's input] -> [T, heads of proj, nope + rope], rotated."""
@@ -247,7 +256,9 @@ class DeepseekV2ForCausalLM:
 
     def __call__(self, token_ids: Tensor, cache: LatentCache, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> float32 logits [S, vocab] of the batch's sampled tokens, on every rank."""
-        self.attention.plan(batch)
+        for rows in (batch.decode, batch.context):
+            if isinstance(rows, CacheRows):
+                self.attention.plan(rows)
         cos_sin = self.rotary.at(batch.positions)
         x, residual = self.embed_tokens(token_ids), None
         for i, layer in enumerate(self.layers):

@@ -56,19 +56,15 @@ class Linear:
             self.bias = deinterleave_rope_rows(self.bias, num_heads, rope_dim)
 
     def part(self, rows: slice) -> Linear:
-        """The same for some of the outputs; the weights are shared."""
+        """The same without a bias, for some of the outputs; the weights are shared."""
+        assert self.bias is None
         part = copy.copy(self)
         part.weight = self.weight[rows]
-        part.bias = None if self.bias is None else self.bias[rows]
         return part
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Into `out`, if one is given."""
-        if out is None:
-            return F.linear(x, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mm(x, self.weight.T, out=out)
-        return torch.addmm(self.bias, x, self.weight.T, out=out)
+        """Into `out`, if one is given; then without a bias."""
+        return F.linear(x, self.weight, self.bias) if out is None else torch.mm(x, self.weight.T, out=out)
 
 
 class VocabParallelEmbedding:

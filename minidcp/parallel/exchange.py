@@ -47,14 +47,8 @@ def exchange_a2a(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor
 
 def exchange_p2p(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """One kernel that waits for the peers, reads their partials where they lie, and merges them."""
-    assert isinstance(group, SymmetricGroup)  # config.py has seen to it
+    assert isinstance(group, SymmetricGroup)  # engine.py has seen to it
     return group.merge(out, lse)
-
-
-def empty_partial(exchange: Exchange, shape: tuple[int, ...], like: Tensor, group: Group) -> Tensor:
-    """Where partial attention is best written for this exchange: p2p's peers read it where it lies, the
-    others read it themselves while they fill the group's memory."""
-    return group.empty(shape, like) if exchange is exchange_p2p else like.new_empty(shape)
 
 
 EXCHANGES: dict[str, Exchange] = {"ag_rs": exchange_ag_rs, "a2a": exchange_a2a, "p2p": exchange_p2p}

@@ -67,7 +67,7 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         if sharing > 1:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-            programs //= 8 * sharing  # most multiprocessors stay free for those that are late
+            programs = max(1, programs // (8 * sharing))  # the late ones need room
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if comm == "nccl" else "gloo",

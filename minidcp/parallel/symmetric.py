@@ -17,7 +17,9 @@ from torch import Tensor
 from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers, read_peers, sum_peers
 from minidcp.parallel.group import Group
 
-BUFFER_BYTES = 64 << 20  # one half; larger tensors go in pieces
+BUFFER_BYTES = 64 << 20  # of one half; larger tensors go in pieces
+LSE_BYTES = BUFFER_BYTES // 16  # behind it, for the LSEs of partial outputs with 64 bytes or more per head
+HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 ONE_SHOT_BYTES = 512 << 10  # above it an all-reduce reads every value twice instead of N times
 
 
@@ -37,20 +39,22 @@ class SymmetricGroup(Group):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self.buffer = symm_mem.empty(2 * BUFFER_BYTES, dtype=torch.uint8, device=device)
+        self.buffer = symm_mem.empty(2 * HALF_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
         self.halves = [
-            to_device([address + half * BUFFER_BYTES for address in self.handle.buffer_ptrs], device)
+            to_device([address + half * HALF_BYTES for address in self.handle.buffer_ptrs], device)
             for half in (0, 1)
         ]
         most = MAX_PROGRAMS.value
+        least = torch.tensor(min(programs, most))  # GPUs may differ
+        dist.all_reduce(least, dist.ReduceOp.MIN, group)
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
         pads = symm_mem.rendezvous(self.pads, group)
         self.meeting = Meeting(
             self.rank,
             to_device(pads.buffer_ptrs, device),
             torch.zeros(most, dtype=torch.int32, device=device),
-            min(programs, most),
+            int(least),
         )
         self.calls = 0
         torch.cuda.synchronize(device)
@@ -68,7 +72,7 @@ class SymmetricGroup(Group):
         return self.own_half()[:nbytes].view(like.dtype).view(shape)
 
     def own_half(self) -> Tensor:
-        return self.buffer[self.calls % 2 * BUFFER_BYTES :][:BUFFER_BYTES]
+        return self.buffer[self.calls % 2 * HALF_BYTES :][:HALF_BYTES]
 
     def stage(self, x: Tensor) -> Tensor:
         """See that x is where the peers look for it; the addresses of their buffers."""
@@ -78,46 +82,45 @@ class SymmetricGroup(Group):
         self.calls += 1
         return self.halves[(self.calls - 1) % 2]
 
-    def stage_pieces(self, x: Tensor, row_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of x's rows that fit into a half, `row_bytes` each, and where they then are."""
-        rows = BUFFER_BYTES // row_bytes
+    def stage_pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of x's rows that fit into a half, and where they then are."""
+        rows = BUFFER_BYTES // x[0].nbytes
         for first in range(0, len(x), rows):
             piece = slice(first, first + rows)
             yield piece, self.stage(x[piece])
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if x.nbytes > ONE_SHOT_BYTES and x.shape[-1] % self.size == 0:
-            part = self.reduce_scatter(x.view(len(x), self.size, -1))
+        if x.nbytes > ONE_SHOT_BYTES and x.shape[1] % self.size == 0:
+            part = self.reduce_scatter(x.reshape(len(x), self.size, -1))
             return self.all_gather(part).view(x.shape)
         out = x.new_empty(x.shape)
-        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
+        for piece, pointers in self.stage_pieces(x):
             sum_peers(self.meeting, pointers, x.shape[1], 0, out[piece])
         self.count(x, self.size - 1)
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
-        width = math.prod(x.shape[1:])
+        return self.read(x, math.prod(x.shape[1:]), 0).view(len(x), self.size, *x.shape[1:])
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        width = math.prod(x.shape[2:])
+        return self.read(x, width, self.rank * width).view(x.shape)
+
+    def read(self, x: Tensor, width: int, offset: int) -> Tensor:
+        """[T, N, width]: elements [offset, offset + width) of every rank's rows of x [T, ...]."""
         out = x.new_empty(len(x), self.size, width)
-        for piece, pointers in self.stage_pieces(x, width * x.element_size()):
-            read_peers(self.meeting, pointers, width, 0, out[piece])
-        self.count(x, self.size - 1)
-        return out.view(len(x), self.size, *x.shape[1:])
+        for piece, pointers in self.stage_pieces(x):
+            read_peers(self.meeting, pointers, x[0].numel(), offset, out[piece])
+        self.count(out[:, 0], self.size - 1)
+        return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[2:])
         out = x.new_empty(len(x), width)
-        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
+        for piece, pointers in self.stage_pieces(x):
             sum_peers(self.meeting, pointers, self.size * width, self.rank * width, out[piece])
         self.count(out, self.size - 1)
         return out.view(len(x), *x.shape[2:])
-
-    def all_to_all(self, x: Tensor) -> Tensor:
-        width = math.prod(x.shape[2:])
-        out = x.new_empty(len(x), self.size, width)
-        for piece, pointers in self.stage_pieces(x, x[0].nbytes):
-            read_peers(self.meeting, pointers, self.size * width, self.rank * width, out[piece])
-        self.count(out[:, 0], self.size - 1)
-        return out.view(x.shape)
 
     def broadcast(self, x: Tensor) -> Tensor:
         out = x.new_empty(1, 1, len(x))
@@ -128,20 +131,17 @@ class SymmetricGroup(Group):
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The exchange in one kernel: from this rank's partial attention for the heads of all ranks
         (out [T, N * H, D] and lse [T, N * H]) to that over all shards for its own ([T, H, D], [T, H])."""
-        heads, dim = out.shape[1:]
-        row_bytes = out[0].nbytes + lse[0].nbytes
-        merged = []
-        for piece, pointers in self.stage_pieces(out, row_bytes):
+        tokens, heads, dim = out.shape
+        own = heads // self.size
+        merged, merged_lse = out.new_empty(tokens, own, dim), lse.new_empty(tokens, own)
+        for piece, pointers in self.stage_pieces(out):
             rows = lse[piece]
-            behind = (self.calls - 1) % 2 * BUFFER_BYTES + len(rows) * out[0].nbytes
-            staged_lse = self.buffer[behind:][: rows.nbytes].view(torch.float32).view(rows.shape)
-            merged.append(merge_peers(self.meeting, pointers, staged_lse, rows, dim, out.dtype))
-        self.count(out[:, : heads // self.size], self.size - 1)
-        self.count(lse[:, : heads // self.size], self.size - 1)
-        if len(merged) == 1:
-            return merged[0]
-        outs, lses = zip(*merged, strict=True)
-        return torch.cat(outs), torch.cat(lses)
+            begin = (self.calls - 1) % 2 * HALF_BYTES + BUFFER_BYTES
+            staged = self.buffer[begin:][: rows.nbytes].view(torch.float32).view(rows.shape)
+            merge_peers(self.meeting, pointers, BUFFER_BYTES, staged, rows, merged[piece], merged_lse[piece])
+        self.count(merged, self.size - 1)
+        self.count(merged_lse, self.size - 1)
+        return merged, merged_lse
 
 
 def to_device(addresses: list[int], device: torch.device) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from minidcp.attention import AttentionBackend
 from minidcp.attention.fa3 import FA3Backend, load_operators
 from minidcp.attention.triton import TritonBackend
-from minidcp.batch import Varlen
+from minidcp.batch import CacheRows, Varlen
 
 pytestmark = pytest.mark.gpu
 SCALE = 192**-0.5
@@ -25,7 +23,7 @@ def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
 
 def make_case(
     lens: list[int], heads: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SimpleNamespace]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CacheRows]:
     generator = torch.Generator("cuda").manual_seed(len(lens) * heads + block_size)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -41,7 +39,7 @@ def make_case(
     kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(
         len(lens), blocks_each, block_size, 576
     )
-    batch = SimpleNamespace(num_decode=len(lens), block_table=table, local_lens=local_lens)
+    batch = CacheRows(table, local_lens, narrow=False)
     return normal(len(lens), heads, 512), normal(len(lens), heads, 64), kv, batch
 
 
@@ -50,7 +48,7 @@ def check_rows(
     lse: torch.Tensor,
     q: torch.Tensor,
     kv: torch.Tensor,
-    batch: SimpleNamespace,
+    batch: CacheRows,
     rows: range,
 ) -> None:
     for row in rows:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import Oracle
 
-from minidcp.batch import SampleColumns, StepPlan
+from minidcp.batch import CacheRows, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
 from minidcp.parallel.group import SingleGroup
@@ -49,7 +49,9 @@ def test_layers(checkpoint: Oracle) -> None:
         for runner in (cpu, gpu):
             runner.tables.update(plan)
             batches.append(runner.build_batch(plan))
-            runner.attention.plan(batches[-1])
+            for rows in (batches[-1].decode, batches[-1].context):
+                if isinstance(rows, CacheRows):
+                    runner.attention.plan(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
             x = torch.randn(plan.num_tokens, 256).bfloat16()
             outputs = []

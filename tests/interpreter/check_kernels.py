@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.batch import Varlen
+from minidcp.batch import CacheRows, Varlen
 from minidcp.kernels import kv_store, merge, mha_prefill, mla_decode, norm, rope
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -160,7 +158,7 @@ def test_mla_decode(block_size: int, programs: int) -> None:
     kv, table = paged(lens, block_size, 64 + 16)
     q_latent, q_pe = torch.randn(4, 5, 64), torch.randn(4, 5, 16)
     local_lens = torch.tensor(lens, dtype=torch.int32)
-    batch = SimpleNamespace(num_decode=4, block_table=table, local_lens=local_lens)
+    batch = CacheRows(table, local_lens, narrow=False)
     backend = ReferenceBackend(0.1)
     backend.plan(batch)
     limits = mla_decode.DeviceLimits(programs)
