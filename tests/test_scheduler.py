@@ -80,7 +80,15 @@ def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
 
 
 @settings(deadline=None, max_examples=200)
-@given(loads(), st.integers(1, 5), st.integers(0, 6), st.booleans(), st.integers(1, 4), st.integers(4, 12))
+@given(
+    loads(),
+    st.integers(1, 5),
+    st.integers(0, 6),
+    st.booleans(),
+    st.integers(1, 4),
+    st.integers(4, 12),
+    st.booleans(),
+)
 def test_every_output_equals_its_solo_run(
     load: list[tuple[int, int, int, int | None]],
     tokens_per_block: int,
@@ -88,10 +96,11 @@ def test_every_output_equals_its_solo_run(
     prefix_cache: bool,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    mixed_steps: bool,
 ) -> None:
     """Arrivals, lengths, shared prefixes, aborts and too few blocks, with results one step late."""
     blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
-    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
+    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
     workers = FakeWorkers()
     # Many prompts share a beginning.
     requests = [

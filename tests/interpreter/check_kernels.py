@@ -7,7 +7,7 @@ import torch
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheRows, Varlen
-from minidcp.kernels import kv_store, merge, mha_prefill, mla_decode, norm, rope
+from minidcp.kernels import kv_store, merge, mha_prefill, mla_decode, norm, peer, rope
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -181,3 +181,45 @@ def test_mha_prefill(causal: bool) -> None:
     out, lse = mha_prefill.mha_prefill(q, k, v, cu_q, cu_k, max(lens_q), 0.2, causal, 16)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "programs"), [(2, 1), (4, 3), (8, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_peers(dtype: torch.dtype, size: int, programs: int) -> None:
+    """Every rank reads, sums and merges what the others' buffers hold; they have come to every meeting."""
+    tokens, own, dim, rank = 5, 2, 32, size - 1
+    outs, lses = partials(size, tokens, own * size, dim, dtype)
+    lse_offset = outs[0].nbytes
+    buffers = torch.zeros(size, lse_offset + lses[0].nbytes, dtype=torch.uint8)
+    staged = [buffer[lse_offset:].view(torch.float32).view(tokens, own * size) for buffer in buffers]
+    for buffer, lse_place, out, lse in zip(buffers, staged, outs, lses, strict=True):
+        buffer[:lse_offset].view(dtype).view(out.shape).copy_(out)
+        lse_place.copy_(lse)
+    staged[rank].zero_()  # the kernel puts its own there
+    most = peer.MAX_PROGRAMS.value
+    pads = torch.full((size, size, most), 1000, dtype=torch.int32)
+    meeting = peer.Meeting(
+        rank,
+        torch.tensor([pad.data_ptr() for pad in pads]),
+        torch.zeros(most, dtype=torch.int32),
+        programs,
+    )
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers])
+
+    mine = slice(rank * own, (rank + 1) * own)
+    expected, expected_lse = merged_in_fp64(outs[:, :, mine], lses[:, :, mine])
+    out, lse = torch.empty(tokens, own, dim, dtype=dtype), torch.empty(tokens, own)
+    peer.merge_peers(meeting, pointers, lse_offset, staged[rank], lses[rank], out, lse)
+    close(out, expected, dtype)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert torch.equal(staged[rank], lses[rank])
+    assert meeting.epochs.max() == 1 and (pads[:, rank, 0] == 1).all()
+
+    width, stride = own * dim, size * own * dim
+    read = torch.empty(tokens, size, width, dtype=dtype)
+    peer.read_peers(meeting, pointers, stride, rank * width, read)
+    rows = outs.view(size, tokens, stride)[:, :, rank * width :][:, :, :width]
+    torch.testing.assert_close(read, rows.transpose(0, 1), equal_nan=True)
+    total = torch.empty(tokens, width, dtype=dtype)
+    peer.sum_peers(meeting, pointers, stride, rank * width, total)
+    torch.testing.assert_close(total, rows.float().sum(0).to(dtype), equal_nan=True, **tolerance(dtype))
