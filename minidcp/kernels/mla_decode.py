@@ -36,7 +36,7 @@ def mla_decode(
     block_table: Tensor,
     local_lens: Tensor,
     softmax_scale: float,
-    limits: DeviceLimits = DeviceLimits(),  # noqa: B008 (it is frozen)
+    limits: DeviceLimits = DeviceLimits(),
 ) -> tuple[Tensor, Tensor]:
     """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens.
 

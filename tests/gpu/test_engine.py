@@ -59,17 +59,19 @@ def compare(oracle: Oracle, **options: object) -> None:
 
 OPTIONS = {
     "eager": dict(cuda_graph=False),
-    "triton": dict(attention_backend="triton"),
+    "triton": dict(attention_backend="triton", prefill_strategy="gather_q"),
     "reference": dict(attention_backend="reference", cuda_graph=False),
     "nccl, one rank": dict(comm="nccl", ranks="processes"),
-    "2x2": dict(tp_size=2, dcp_size=2),
-    "4x2 ag_rs": dict(tp_size=4, dcp_size=2, dcp_comm_backend="ag_rs"),
-    "4x4 narrow eager": dict(tp_size=4, dcp_size=4, exchange_policy="narrow", cuda_graph=False),
-    "8x8": dict(tp_size=8, dcp_size=8),
+    "2x2": dict(tp_size=2, dcp_size=2, prefill_strategy="gather_kv"),
+    "4x2": dict(tp_size=4, dcp_size=2, prefill_strategy="gather_q"),
+    "4x4 ag_rs, narrow, eager": dict(
+        tp_size=4, dcp_size=4, dcp_comm_backend="ag_rs", exchange_policy="narrow", cuda_graph=False
+    ),
+    "8x8": dict(tp_size=8, dcp_size=8, prefill_strategy="gather_q"),
     "8x8 a2a, wide, triton": dict(
         tp_size=8, dcp_size=8, dcp_comm_backend="a2a", exchange_policy="wide", attention_backend="triton"
     ),
-    "8x8 replicated q": dict(tp_size=8, dcp_size=8, q_proj="replicated", exchange_policy="narrow"),
+    "8x8 replicated q": dict(tp_size=8, dcp_size=8, q_proj="replicated", prefill_strategy="gather_kv"),
     "8x1": dict(tp_size=8, dcp_size=1),
 }
 

@@ -67,10 +67,17 @@ def test_layers(checkpoint: Oracle) -> None:
                 assert (error > 4e-2).float().mean() < 0.05, f"layer {i}, {name}: {error.max():.3e}"
 
 
-@pytest.mark.parametrize("attention", ["fa3", "triton"])
-def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "strategy"), [("fa3", "gather_kv"), ("triton", "gather_q")])
+def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, strategy: str) -> None:
     """Prefill, a chunk on top of a context, a mixed step, and decode steps in graphs, greedy and sampled."""
-    runner = make_runner(checkpoint, "cuda", "bfloat16", cuda_graph=True, attention_backend=attention)
+    runner = make_runner(
+        checkpoint,
+        "cuda",
+        "bfloat16",
+        cuda_graph=True,
+        attention_backend=attention,
+        prefill_strategy=strategy,
+    )
     plans = make_plans()
     plans += [StepPlan(2, [0, 1], [300 + i, 17 + i], [1, 1]) for i in range(2)]
     for temperature, plan in zip([0.0, 0.0, 0.7, 0.7, 0.0], plans, strict=True):
