@@ -20,6 +20,20 @@ from minidcp.kv_cache.interleave import Interleave
 Array = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Adjustment:
+    """How one row's logits are shifted; see `engine/penalties.py`."""
+
+    slot: int
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    bias: tuple[tuple[int, float], ...] = ()
+    banned: tuple[int, ...] = ()
+    history: tuple[list[int], list[int]] | None = None  # prompt and output, when they are to be counted anew
+    counts: bool = False
+
+
 @dataclass
 class SampleColumns:
     """The rows of a step that sample a token, and how; one entry per such row in every list."""
@@ -28,9 +42,11 @@ class SampleColumns:
     temperature: list[float] = field(default_factory=list)
     top_k: list[int] = field(default_factory=list)
     top_p: list[float] = field(default_factory=list)
+    min_p: list[float] = field(default_factory=list)
     seed: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     logprobs: list[int] = field(default_factory=list)  # how many of the most likely; -1 is none at all
+    adjustments: dict[int, Adjustment] = field(default_factory=dict)  # by entry of the lists
 
 
 @dataclass

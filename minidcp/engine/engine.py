@@ -61,7 +61,11 @@ class LLMEngine:
             self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache
         )
         self.scheduler = Scheduler(
-            self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
+            self.blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens or 0,
+            config.mixed_steps,
+            model_config.eos_token_ids,
         )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
@@ -119,8 +123,10 @@ class LLMEngine:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         limit = self.max_model_len - len(tokens)
         request = Request(request_id, tokens, params, min(params.max_tokens or limit, limit), seed)
-        stop = tuple(params.stop)
-        self.requests[request_id] = request, Detokenizer(self.tokenizer, stop, params.skip_special_tokens)
+        detokenizer = Detokenizer(
+            self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens
+        )
+        self.requests[request_id] = request, detokenizer
         self.scheduler.add(request)
         return request
 
@@ -150,6 +156,8 @@ class LLMEngine:
         require(
             (params.logprobs or 0) <= vocab, f"logprobs {params.logprobs}: the vocabulary has {vocab} tokens"
         )
+        unknown = next((t for t in params.logit_bias if t >= vocab), None)
+        require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
         require(
             not params.stop or self.tokenizer is not None,
             f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
@@ -196,8 +204,9 @@ class LLMEngine:
         params, detokenizer = request.params, self.requests[request.request_id][1]
         reason: FinishReason | None = None
         text = ""
-        if token in params.stop_token_ids or (
-            not params.ignore_eos and token in self.model_config.eos_token_ids
+        if request.num_outputs > params.min_tokens and (
+            token in params.stop_token_ids
+            or (not params.ignore_eos and token in self.model_config.eos_token_ids)
         ):
             reason = FinishReason.STOP
         else:

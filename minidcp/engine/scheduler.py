@@ -10,7 +10,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 
-from minidcp.batch import SampleColumns, StepPlan
+from minidcp.batch import Adjustment, SampleColumns, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request, Status
 
@@ -34,9 +34,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        mixed_steps: bool = True,
+        eos_token_ids: tuple[int, ...] = (),
     ) -> None:
-        self.blocks, self.mixed_steps = blocks, mixed_steps
+        self.blocks, self.mixed_steps, self.eos_token_ids = blocks, mixed_steps, eos_token_ids
         self.decoded_last = False
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
@@ -157,7 +162,7 @@ class Scheduler:
         step.requests.append(request)
         request.num_computed += length
         if request.num_computed >= len(request.tokens):  # the row holds the last token: sample its successor
-            add_sample(plan.sample, len(step.requests) - 1, request)
+            add_sample(plan.sample, len(step.requests) - 1, request, self.eos_token_ids)
             request.num_in_flight += 1
 
     def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
@@ -213,12 +218,28 @@ class Scheduler:
         request.slot = -1
 
 
-def add_sample(columns: SampleColumns, row: int, request: Request) -> None:
+def add_sample(columns: SampleColumns, row: int, request: Request, eos_token_ids: tuple[int, ...]) -> None:
     params = request.params
+    if params.is_adjusted:
+        early = request.num_outputs + request.num_in_flight < params.min_tokens
+        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+        prompt = len(request.prompt_token_ids)
+        first = params.is_penalised and request.num_computed == request.prefill_end
+        columns.adjustments[len(columns.rows)] = Adjustment(
+            request.slot,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+            tuple(params.logit_bias.items()),
+            tuple(ends) if early else (),
+            (request.tokens[:prompt], request.tokens[prompt:]) if first else None,
+            params.is_penalised,
+        )
     columns.rows.append(row)
     columns.temperature.append(params.temperature)
     columns.top_k.append(max(params.top_k, 0))
     columns.top_p.append(params.top_p)
+    columns.min_p.append(params.min_p)
     columns.seed.append(request.seed)
     columns.position.append(request.num_computed)
     columns.logprobs.append(-1 if params.logprobs is None else params.logprobs)
