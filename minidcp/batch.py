@@ -7,7 +7,7 @@ that ranks hold different tokens. Read `attention/base.py` next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -31,14 +31,18 @@ class Adjustment:
     bias: tuple[tuple[int, float], ...] = ()
     banned: tuple[int, ...] = ()
     history: tuple[list[int], list[int]] | None = None  # prompt and output, when they are to be counted anew
-    counts: bool = False
+    counts: bool = False  # whether its penalties need them
 
 
 @dataclass
 class SampleColumns:
-    """The rows of a step that sample a token, and how; one entry per such row in every list."""
+    """The tokens of a step that get a successor, and how; one entry for each in every list. Most are the
+    last of their rows. A successor that is known already is not chosen, but its log-probability may be
+    wanted: `known` is -1 where one is chosen."""
 
     rows: list[int] = field(default_factory=list)
+    back: list[int] = field(default_factory=list)  # how many tokens before the row's last
+    known: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
     top_k: list[int] = field(default_factory=list)
     top_p: list[float] = field(default_factory=list)
@@ -47,6 +51,24 @@ class SampleColumns:
     position: list[int] = field(default_factory=list)
     logprobs: list[int] = field(default_factory=list)  # how many of the most likely; -1 is none at all
     adjustments: dict[int, Adjustment] = field(default_factory=dict)  # by entry of the lists
+
+    def add(
+        self,
+        row: int,
+        back: int = 0,
+        known: int = -1,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        position: int = 0,
+        logprobs: int = -1,
+    ) -> None:
+        entry = locals() | {"rows": row}
+        for column in fields(self):
+            if column.name in entry:
+                getattr(self, column.name).append(entry[column.name])
 
 
 @dataclass
@@ -194,8 +216,9 @@ class ForwardBatch:
             "positions": positions,
             "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
             "decode_slots": slots[:d],
-            "sample_index": np.cumsum(lengths)[sample_rows] - 1,
-            "sample_slots": slots[sample_rows],
+            "sample_index": np.cumsum(lengths)[sample_rows] - 1 - np.array(plan.sample.back, dtype=np.int64),
+            # What is known already goes to the place of the padded rows.
+            "sample_slots": np.where(np.array(plan.sample.known) < 0, slots[sample_rows], len(tables.table)),
         }
         names = list(arrays)
         chunks, cached = lengths[d:], starts[d:]

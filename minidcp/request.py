@@ -46,6 +46,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, given what stands before them
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +78,11 @@ class SamplingParams:
             ),
             ("seed", self.seed is None or is_int(self.seed, -MAX_SEED, MAX_SEED), "a 64-bit integer"),
             ("logprobs", self.logprobs is None or is_int(self.logprobs, 0), "at least 0"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or is_int(self.prompt_logprobs, 0),
+                "at least 0",
+            ),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
             ("stop_token_ids", all(is_int(t, 0) for t in ids), "token ids"),
         )
@@ -140,6 +146,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # by prompt token; None for the first
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
 
 
 class Status(Enum):
@@ -182,11 +190,14 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0  # blocks that the prefix cache knows, or knows the like of
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_token_ids)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.tokens)
 
     @property
     def num_outputs(self) -> int:

@@ -86,3 +86,26 @@ def test_values_out_of_range_are_named(how: dict, field: str) -> None:
 def test_a_bias_on_an_unknown_token_is_refused(v2: Oracle) -> None:
     with LLM(str(v2.path), device="cpu") as llm, pytest.raises(ValueError, match="logit_bias 128"):
         llm.generate([[5]], SamplingParams(logit_bias={128: 1.0}))
+
+
+def test_prompt_logprobs(v2: Oracle) -> None:
+    """Of every prompt token but the first, in chunks, with preemption and a prefix cache that could help."""
+    prompts = [p for p in v2.prompts if len(p) > 1]
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=1, prompt_logprobs=3)
+    options = dict(tp_size=2, dcp_size=2, ranks="threads", device="cpu", max_model_len=320, block_size=4)
+    with LLM(str(v2.path), num_blocks=42, max_num_batched_tokens=90, max_num_seqs=8, **options) as llm:
+        outputs = llm.generate(prompts + prompts, params)
+        assert llm.engine.scheduler.num_preemptions > 0
+        plain = llm.generate([prompts[0]], SamplingParams(max_tokens=1))[0]
+    assert plain.prompt_logprobs is None
+    tokens = [t[:8] for t, p in zip(v2.tokens, v2.prompts, strict=True) if len(p) > 1]
+    for prompt, expected_tokens, output in zip(prompts * 2, tokens * 2, outputs, strict=True):
+        with torch.no_grad():
+            expected = v2.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert output.outputs[0].token_ids == expected_tokens
+        assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
+        for position, entry in enumerate(output.prompt_logprobs[1:], 1):
+            here = expected[position - 1]
+            assert entry.token_id == prompt[position]
+            assert abs(entry.logprob - float(here[entry.token_id])) < 1e-3
+            assert [value for _, value in entry.top] == pytest.approx(here.topk(3).values.tolist(), abs=1e-3)

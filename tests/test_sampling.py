@@ -27,16 +27,12 @@ def columns(
     seed: int = 7,
 ) -> SampleColumns:
     """The same request at `count` positions."""
-    return SampleColumns(
-        rows=list(range(count)),
-        temperature=[temperature] * count,
-        top_k=[top_k] * count,
-        top_p=[top_p] * count,
-        min_p=[min_p] * count,
-        seed=[seed] * count,
-        position=list(range(count)),
-        logprobs=[-1] * count,
-    )
+    columns = SampleColumns()
+    for row in range(count):
+        columns.add(
+            row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=row
+        )
+    return columns
 
 
 def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:

@@ -153,9 +153,9 @@ class LLMEngine:
             f"{len(tokens) + wanted} tokens ({len(tokens)} in the prompt, max_tokens {wanted}). "
             "Shorten the prompt or lower max_tokens.",
         )
-        require(
-            (params.logprobs or 0) <= vocab, f"logprobs {params.logprobs}: the vocabulary has {vocab} tokens"
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            require((count or 0) <= vocab, f"{name} {count}: the vocabulary has {vocab} tokens")
         unknown = next((t for t in params.logit_bias if t >= vocab), None)
         require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
         require(
@@ -186,11 +186,14 @@ class LLMEngine:
         return self.take_in(self.in_flight.popleft(), result)
 
     def take_in(self, step: PlannedStep, result: StepResult) -> list[OutputDelta]:
-        requests = self.scheduler.update(step, result.tokens)
-        logprobs = result.logprobs or [None] * len(requests)
+        logprobs = result.logprobs or [None] * len(result.tokens)
+        sampled, scored = step.split(list(zip(result.tokens, logprobs, strict=True)))
+        self.scheduler.update(step, [(request, token) for request, (token, _) in sampled])
+        for request, position, (_, entry) in scored:
+            request.prompt_logprobs[position] = entry
         deltas = [
-            self.advance(request, token, lp)
-            for request, token, lp in zip(requests, result.tokens, logprobs, strict=True)
+            self.advance(request, token, entry)
+            for request, (token, entry) in sampled
             if request.status is not Status.FINISHED  # it ended while this step was in flight
         ]
         self.stats.steps += 1
@@ -220,7 +223,10 @@ class LLMEngine:
         if reason is not None:
             del self.requests[request.request_id]
             self.scheduler.finish(request, reason)
-        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
+        delta = OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
+        if request.num_outputs == 1 and params.prompt_logprobs is not None:
+            return replace(delta, prompt_logprobs=request.prompt_logprobs)
+        return delta
 
     def check_health(self) -> None:
         """Raise EngineDeadError if a rank has ended while nothing was running."""

@@ -172,7 +172,7 @@ class ModelRunner:
         plan = StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
             length = min(left, -(-self.max_model_len // 2))
-            plan.sample.rows.append(len(plan.slots))
+            plan.sample.add(len(plan.slots))
             plan.slots.append(len(plan.slots))
             plan.starts.append(self.max_model_len - length)
             plan.lengths.append(length)
