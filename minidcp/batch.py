@@ -7,7 +7,7 @@ that ranks hold different tokens. Read `attention/base.py` next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -65,10 +65,16 @@ class SampleColumns:
         position: int = 0,
         logprobs: int = -1,
     ) -> None:
-        entry = locals() | {"rows": row}
-        for column in fields(self):
-            if column.name in entry:
-                getattr(self, column.name).append(entry[column.name])
+        self.rows.append(row)
+        self.back.append(back)
+        self.known.append(known)
+        self.temperature.append(temperature)
+        self.top_k.append(top_k)
+        self.top_p.append(top_p)
+        self.min_p.append(min_p)
+        self.seed.append(seed)
+        self.position.append(position)
+        self.logprobs.append(logprobs)
 
 
 @dataclass

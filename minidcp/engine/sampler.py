@@ -43,7 +43,7 @@ def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor, counts: Token
         noise = gumbel_noise(seeds, positions, logits.shape[1])
         tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
     counts.add(tokens, columns.adjustments)
-    if any(known >= 0 for known in columns.known):
+    if max(columns.known) >= 0:
         known = column(columns.known, torch.int64, logits)
         tokens = torch.where(known >= 0, known, tokens)
     rows = [row for row, count in enumerate(columns.logprobs) if count >= 0]
