@@ -96,7 +96,10 @@ class Step:
             self.plan.starts.append(context)
             self.plan.lengths.append(1)
             self.plan.new_blocks += [(row, i, row * blocks + i) for i in range(blocks)]
-            self.plan.sample.add(row)
+            self.plan.sample.rows.append(row)
+        s = self.plan.sample
+        s.temperature, s.top_k, s.top_p = [0.0] * batch_size, [0] * batch_size, [1.0] * batch_size
+        s.seed, s.position, s.logprobs = [0] * batch_size, [0] * batch_size, [-1] * batch_size
         runner.tables.update(self.plan)
         rows = runner.build_batch(self.plan).decode
         assert rows is not None

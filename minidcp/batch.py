@@ -20,61 +20,17 @@ from minidcp.kv_cache.interleave import Interleave
 Array = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Adjustment:
-    """How one row's logits are shifted; see `engine/penalties.py`."""
-
-    slot: int
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-    bias: tuple[tuple[int, float], ...] = ()
-    banned: tuple[int, ...] = ()
-    history: tuple[list[int], list[int]] | None = None  # prompt and output, when they are to be counted anew
-    counts: bool = False  # whether its penalties need them
-
-
 @dataclass
 class SampleColumns:
-    """The tokens of a step that get a successor, and how; one entry for each in every list. Most are the
-    last of their rows. A successor that is known already is not chosen, but its log-probability may be
-    wanted: `known` is -1 where one is chosen."""
+    """The rows of a step that sample a token, and how; one entry per such row in every list."""
 
     rows: list[int] = field(default_factory=list)
-    back: list[int] = field(default_factory=list)  # how many tokens before the row's last
-    known: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
     top_k: list[int] = field(default_factory=list)
     top_p: list[float] = field(default_factory=list)
-    min_p: list[float] = field(default_factory=list)
     seed: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     logprobs: list[int] = field(default_factory=list)  # how many of the most likely; -1 is none at all
-    adjustments: dict[int, Adjustment] = field(default_factory=dict)  # by entry of the lists
-
-    def add(
-        self,
-        row: int,
-        back: int = 0,
-        known: int = -1,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        position: int = 0,
-        logprobs: int = -1,
-    ) -> None:
-        self.rows.append(row)
-        self.back.append(back)
-        self.known.append(known)
-        self.temperature.append(temperature)
-        self.top_k.append(top_k)
-        self.top_p.append(top_p)
-        self.min_p.append(min_p)
-        self.seed.append(seed)
-        self.position.append(position)
-        self.logprobs.append(logprobs)
 
 
 @dataclass
@@ -222,9 +178,8 @@ class ForwardBatch:
             "positions": positions,
             "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
             "decode_slots": slots[:d],
-            "sample_index": np.cumsum(lengths)[sample_rows] - 1 - np.array(plan.sample.back, dtype=np.int64),
-            # What is known already goes to the place of the padded rows.
-            "sample_slots": np.where(np.array(plan.sample.known) < 0, slots[sample_rows], len(tables.table)),
+            "sample_index": np.cumsum(lengths)[sample_rows] - 1,
+            "sample_slots": slots[sample_rows],
         }
         names = list(arrays)
         chunks, cached = lengths[d:], starts[d:]

@@ -5,52 +5,41 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import reprlib
 import socket
 import sys
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from minidcp import __version__
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError, is_driver
+from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
 
 from .async_engine import AsyncEngine
-from .chat import Chat
-from .completions import Completions
 from .protocol import (
     UNSUPPORTED,
-    Body,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatRequest,
+    Choice,
     CompletionRequest,
     CompletionResponse,
-    DetokenizeRequest,
-    DetokenizeResponse,
     ErrorResponse,
+    Logprobs,
     ModelCard,
     ModelList,
-    TokenizeRequest,
-    TokenizeResponse,
-    TokenizerInfo,
-    Version,
+    PromptTokensDetails,
+    Usage,
 )
-from .tokenization import Tokenization
 
 logger = logging.getLogger("minidcp")
-# What a message may begin with and an error's `param` name.
-BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-FIELDS = {*UNSUPPORTED, *(name for body in BODIES for name in body.model_fields)}
+T = TypeVar("T")
 SHUTDOWN_SECONDS = 30  # for running requests after SIGTERM
 
 
@@ -63,16 +52,8 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    errors: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
-    app = FastAPI(title="minidcp", version=__version__, lifespan=lifespan, responses=errors)
-    tokenization = Tokenization(engine)
-    completions = Completions(engine, tokenization, model_name)
-    chat = Chat(engine, tokenization, model_name)
-
-    def check_model(body: Body) -> None:
-        if body.model is not None and body.model != model_name:
-            message = f"model {body.model!r} does not exist; this server has {model_name!r}"
-            raise HTTPException(404, message)
+    app = FastAPI(title="minidcp", lifespan=lifespan)
+    completions = Completions(engine, model_name)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -82,11 +63,8 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
         where = [str(part) for part in first["loc"] if part != "body"]
-        if not where:
-            return error_response(400, str(first["msg"]))
-        missing = first["type"] == "missing"
-        what = ".".join(where) if missing else f"{where[0]} {reprlib.repr(first['input'])}"
-        return error_response(400, f"{what}: {first['msg']}", where[0])
+        message = f"{where[0]}: {first['msg']}" if where else str(first["msg"])
+        return error_response(400, message, where[0] if where else None)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -97,7 +75,8 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
     @app.exception_handler(ValueError)
     async def user_error(_: Request, error: ValueError) -> Response:
         field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
-        return error_response(400, str(error), field if field in FIELDS else None)
+        known = field in CompletionRequest.model_fields or field in UNSUPPORTED
+        return error_response(400, str(error), field if known else None)
 
     @app.exception_handler(EngineDeadError)
     async def dead(_: Request, error: EngineDeadError) -> Response:
@@ -123,39 +102,160 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
         card = ModelCard(id=model_name, root=inner.config.model, max_model_len=inner.max_model_len)
         return ModelList(data=[card])
 
-    @app.get("/version")
-    async def version() -> Version:
-        return Version(version=__version__)
-
     @app.post("/v1/completions", response_model=CompletionResponse)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        check_model(body)
         return await completions.answer(body, request)
-
-    @app.post("/v1/chat/completions", response_model=ChatCompletion | ChatCompletionChunk)
-    async def complete_chat(body: ChatRequest, request: Request) -> Response:
-        check_model(body)
-        return await chat.answer(body, request)
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        check_model(body)
-        return await tokenization.tokenize(body)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        check_model(body)
-        return await tokenization.detokenize(body)
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> TokenizerInfo:
-        return tokenization.describe()
 
     return app
 
 
+class Completions:
+    """POST /v1/completions."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+        self.engine, self.model_name = engine, model_name
+
+    async def answer(self, body: CompletionRequest, request: Request) -> Response:
+        if body.model is not None and body.model != self.model_name:
+            message = f"model {body.model!r} does not exist; this server has {self.model_name!r}"
+            raise HTTPException(404, message)
+        params = body.sampling_params()
+        prompts = [await self.engine.tokenize(prompt) for prompt in body.prompts()]
+        if not prompts:
+            raise ValueError("prompt: is empty; give at least one")
+        for tokens in prompts:
+            self.engine.engine.validate(tokens, params)
+        completion_id = f"cmpl-{uuid.uuid4().hex}"
+        if body.stream:
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            events = self.stream(completion_id, prompts, params, usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        whole = self.collect(completion_id, prompts, params)
+        response = await unless_disconnected(request, whole)
+        return JSONResponse(response.model_dump())
+
+    async def collect(
+        self, completion_id: str, prompts: list[list[int]], params: SamplingParams
+    ) -> CompletionResponse:
+        choices = [self.new_choice(i, params) for i in range(len(prompts))]
+        count = cached = 0
+        async for index, delta in self.run(prompts, params):
+            choice = choices[index]
+            choice.text += delta.text
+            if choice.logprobs is not None and delta.logprobs is not None:
+                self.add_logprobs(choice.logprobs, delta.logprobs)
+            count += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                choice.finish_reason = delta.finish_reason.value
+                cached += delta.cached_tokens
+        return CompletionResponse(
+            id=completion_id,
+            model=self.model_name,
+            choices=choices,
+            usage=count_usage(prompts, count, cached),
+        )
+
+    async def stream(
+        self, completion_id: str, prompts: list[list[int]], params: SamplingParams, include_usage: bool
+    ) -> AsyncIterator[str]:
+        """One event per token; clients measure latency by events, so those with empty text count too."""
+        head = CompletionResponse(id=completion_id, model=self.model_name, choices=[])
+        offsets = [0] * len(prompts)
+        count = cached = 0
+        try:
+            async for index, delta in self.run(prompts, params):
+                choice = self.new_choice(index, params)
+                choice.text = delta.text
+                if choice.logprobs is not None and delta.logprobs is not None:
+                    self.add_logprobs(choice.logprobs, delta.logprobs)
+                    choice.logprobs.text_offset = [offsets[index]]
+                    offsets[index] += len(choice.logprobs.tokens[0])
+                count += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    choice.finish_reason = delta.finish_reason.value
+                    cached += delta.cached_tokens
+                yield event(head.model_copy(update={"choices": [choice]}).model_dump_json(exclude={"usage"}))
+            if include_usage:
+                usage = count_usage(prompts, count, cached)
+                yield event(head.model_copy(update={"usage": usage}).model_dump_json())
+        except EngineDeadError as error:
+            yield event(ErrorResponse.of(503, f"the engine has stopped: {error}").model_dump_json())
+        yield event("[DONE]")
+
+    async def run(
+        self, prompts: list[list[int]], params: SamplingParams
+    ) -> AsyncIterator[tuple[int, OutputDelta]]:
+        """The deltas of all prompts as they come, with the prompt's index."""
+        merged: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue()
+
+        async def pump(index: int, tokens: list[int]) -> None:
+            try:
+                async for delta in self.engine.generate(tokens, params):
+                    merged.put_nowait((index, delta))
+                merged.put_nowait((index, None))
+            except Exception as error:
+                merged.put_nowait((index, error))
+
+        pumps = [asyncio.create_task(pump(i, tokens)) for i, tokens in enumerate(prompts)]
+        try:
+            left = len(pumps)
+            while left:
+                index, item = await merged.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield index, item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    def new_choice(self, index: int, params: SamplingParams) -> Choice:
+        return Choice(index=index, text="", logprobs=None if params.logprobs is None else Logprobs())
+
+    def add_logprobs(self, logprobs: Logprobs, entry: TokenLogprobs) -> None:
+        tokenizer = self.engine.engine.tokenizer
+        ids = {entry.token_id, *(token for token, _ in entry.top)}
+        logprobs.add(entry, {i: str(tokenizer.decode([i])) if tokenizer else f"token_id:{i}" for i in ids})
+
+
+async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
+    """The answer, or ClientDisconnect (and the answer's cancellation) if the client leaves before."""
+
+    async def wait_for_leaving() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(answer), asyncio.create_task(wait_for_leaving())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def event(data: str) -> str:
+    """One server-sent event."""
+    return f"data: {data}\n\n"
+
+
+def count_usage(prompts: list[list[int]], completion: int, cached: int) -> Usage:
+    prompt = sum(map(len, prompts))
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )
+
+
 def error_response(status: int, message: str, param: str | None = None) -> Response:
-    message = message.encode(errors="backslashreplace").decode()  # templates quote halves of characters
     return JSONResponse(ErrorResponse.of(status, message, param).model_dump(), status_code=status)
 
 

@@ -12,13 +12,11 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams
 
-T = TypeVar("T")
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
 
 
@@ -77,9 +75,11 @@ class AsyncEngine:
             stream.put_nowait(death)
         self.on_death()
 
-    async def in_background(self, work: Callable[..., T], *arguments: object) -> T:
-        """What tokenizers do is slow: one thread does it, off the event loop."""
-        return await asyncio.wrap_future(self.tokenizing.submit(work, *arguments))
+    async def tokenize(self, prompt: str | list[int]) -> list[int]:
+        """Token ids, computed off the event loop."""
+        if isinstance(prompt, list):
+            return prompt
+        return await asyncio.wrap_future(self.tokenizing.submit(self.engine.tokenize, prompt))
 
     async def generate(self, tokens: list[int], params: SamplingParams) -> AsyncIterator[OutputDelta]:
         """The deltas of one completion. Leaving early aborts it and frees its blocks.

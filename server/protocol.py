@@ -6,140 +6,63 @@ Every optional field takes null; unknown fields are ignored, known ones that do 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from dataclasses import replace
-from hashlib import sha256
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from minidcp.request import MAX_SEED, SamplingParams
+from minidcp.request import MAX_SEED, SamplingParams, TokenLogprobs
 
 # Known fields without effect here: refused unless they hold the value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "min_p": (0,),
+    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
 }
-# Those that mean the same to SamplingParams.
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "min_tokens",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-)
-
-
-class Body(BaseModel):
-    """What every POST takes."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = None
-
-    @model_validator(mode="after")
-    def refuse_unsupported(self) -> Body:
-        for name, neutral in UNSUPPORTED.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name} {value!r} is not supported; leave it out")
-        return self
 
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Body, ABC):
-    """What completions and chats have in common."""
+class CompletionRequest(BaseModel):
+    """Body of POST /v1/completions."""
 
-    DEFAULT_MAX_TOKENS: ClassVar[int | None] = SamplingParams.max_tokens
+    model_config = ConfigDict(extra="allow")
 
-    max_tokens: int | None = Field(
-        None, description="default 16, in chats the room in the context; alias max_completion_tokens"
-    )
+    model: str | None = None
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, description="default 16; alias max_completion_tokens")
     max_completion_tokens: int | None = None
-    n: int | None = Field(None, ge=1, le=128)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(None, le=MAX_SEED)
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    min_tokens: int | None = None
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> GenerationRequest:
+    def refuse_unsupported(self) -> CompletionRequest:
+        for name, neutral in UNSUPPORTED.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name} {value!r} is not supported; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only with stream true")
         return self
-
-    @abstractmethod
-    def count_logprobs(self) -> int | None:
-        """SamplingParams' logprobs."""
-
-    def samples(self) -> list[SamplingParams]:
-        """For each of a prompt's n choices. Raises ValueError, naming the field that is out of range."""
-        limits = (self.max_completion_tokens, self.max_tokens, self.DEFAULT_MAX_TOKENS)
-        given = {name: getattr(self, name) for name in SAMPLING}
-        params = SamplingParams(
-            max_tokens=next((limit for limit in limits if limit is not None), None),
-            logprobs=self.count_logprobs(),
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        if params.seed is None:
-            return [params] * (self.n or 1)
-        return [replace(params, seed=derive_seed(params.seed, j)) for j in range(self.n or 1)]
-
-
-def derive_seed(seed: int, sample: int) -> int:
-    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their
-    number, so that neighbouring seeds share no samples."""
-    if sample == 0:
-        return seed
-    return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED
-
-
-class CompletionRequest(GenerationRequest):
-    """Body of POST /v1/completions."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, description="only what n is")
-
-    @model_validator(mode="after")
-    def check_best_of(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of {self.best_of}: must be n, {self.n or 1}; choices are not ranked here")
-        return self
-
-    def count_logprobs(self) -> int | None:
-        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """The prompt in any of its four shapes, as a list of texts or token id lists."""
@@ -149,105 +72,49 @@ class CompletionRequest(GenerationRequest):
             return [[t for t in self.prompt if isinstance(t, int)]]
         return [p for p in self.prompt if not isinstance(p, int)]
 
-
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(BaseModel):
-    """Other fields than these two reach the template as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """Raises ValueError if there is content other than text."""
-        content = self.content
-        if isinstance(content, list):
-            for part in content:
-                if part.type != "text" or part.text is None:
-                    raise ValueError(
-                        f"messages: a content part of type {part.type!r} is not supported; "
-                        "only type 'text', with a text"
-                    )
-            content = "\n".join(part.text or "" for part in content)  # as vLLM does
-        return (self.model_extra or {}) | {"role": self.role, "content": content}
-
-
-class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
-
-    @model_validator(mode="after")
-    def check_top_logprobs(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs {self.top_logprobs}: is allowed only with logprobs true")
-        return self
-
-    def count_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def sampling_params(self) -> SamplingParams:
+        """Raises ValueError, naming the field, where a value is out of range."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        given: dict[str, Any] = {
+            "max_tokens": limit,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+            "logprobs": self.logprobs,
+        }
+        return SamplingParams(**{k: v for k, v in given.items() if v is not None})
 
 
 class Logprobs(BaseModel):
     """The completions API's columns, one entry per generated token."""
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+
+    def add(self, entry: TokenLogprobs, names: dict[int, str]) -> None:
+        """`names` gives the text of every token id in the entry."""
+        self.text_offset.append(self.text_offset[-1] + len(self.tokens[-1]) if self.tokens else 0)
+        self.tokens.append(names[entry.token_id])
+        self.token_logprobs.append(entry.logprob)
+        top: dict[str, float] = {}
+        for token, logprob in entry.top:
+            top.setdefault(names[token], logprob)  # two ids can share a text; the likelier one counts
+        top.setdefault(names[entry.token_id], entry.logprob)
+        self.top_logprobs.append(top)
 
 
-class ChatLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] = Field(description="UTF-8; a token can hold a part of a character")
-
-
-class ChatTokenLogprob(ChatLogprob):
-    top_logprobs: list[ChatLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-
-
-class BaseChoice(BaseModel):
+class Choice(BaseModel):
     index: int
-    finish_reason: str | None = None
-
-
-class Choice(BaseChoice):
     text: str
     logprobs: Logprobs | None = None
-
-
-class AnswerMessage(BaseModel):
-    role: str = "assistant"
-    content: str
-
-
-class ChatChoice(BaseChoice):
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None = None
-
-
-class Delta(BaseModel):
-    content: str
-
-
-class ChatChunkChoice(BaseChoice):
-    delta: AnswerMessage | Delta = Field(description="the first one has the role")
-    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
 
 
 class PromptTokensDetails(BaseModel):
@@ -261,75 +128,15 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
-ChoiceT = TypeVar("ChoiceT", bound=BaseChoice)
-
-
-class Answer(BaseModel, Generic[ChoiceT]):
-    """An answer, or an event of a stream."""
-
-    id: str
-    object: str = ""  # every kind has its own
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[ChoiceT]
-    usage: Usage | None = None
-
-
-class CompletionResponse(Answer[Choice]):
+class CompletionResponse(BaseModel):
     """Body of the answer, and of every event of a stream."""
 
+    id: str
     object: str = "text_completion"
-
-
-class ChatCompletion(Answer[ChatChoice]):
-    object: str = "chat.completion"
-
-
-class ChatCompletionChunk(Answer[ChatChunkChoice]):
-    object: str = "chat.completion.chunk"
-
-
-class TokenizeRequest(Body):
-    """Body of POST /tokenize: a prompt, or messages for the chat template."""
-
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
-    add_special_tokens: bool | None = Field(None, description="default true; false for messages")
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def check_prompt(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: give either prompt or messages")
-        return self
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeRequest(Body):
-    """Body of POST /detokenize."""
-
-    tokens: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    tokenizer_class: str
-    vocab_size: int
-    special_tokens: dict[str, str]
-    has_chat_template: bool
-
-
-class Version(BaseModel):
-    version: str
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
 
 
 class ModelCard(BaseModel):

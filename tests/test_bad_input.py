@@ -18,8 +18,8 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
-from serving import wait_until
 from test_faults import children_of, needs_proc
+from test_server import wait_until
 
 from minidcp import LLM, EngineConfig, SamplingParams
 from minidcp.cli import main

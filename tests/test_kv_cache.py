@@ -8,7 +8,7 @@ from checkpoints import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, StepPlan
+from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
 from minidcp.config import ModelConfig
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
@@ -59,8 +59,7 @@ def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
         plan.new_blocks += [(slot, i, int(block)) for i, block in enumerate(table[slot])]
         if slot >= num_decode:
             plan.tokens += range(100 * slot, 100 * slot + length)
-    for row in range(len(rows)):
-        plan.sample.add(row)
+    plan.sample = SampleColumns(rows=list(range(len(rows))))
     return layout, plan, table
 
 

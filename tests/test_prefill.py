@@ -64,6 +64,9 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
 
     def run(plan: StepPlan) -> torch.Tensor | None:
         """The log-probabilities [rows that sample, vocab]."""
+        s, count = plan.sample, len(plan.sample.rows)
+        s.temperature, s.top_k, s.top_p = [0.0] * count, [0] * count, [1.0] * count
+        s.seed, s.position, s.logprobs = [0] * count, [0] * count, [128] * count
         engine.executor.submit(plan)
         entries = engine.executor.collect().logprobs or []
         return torch.tensor([[value for _, value in sorted(entry.top)] for entry in entries])
@@ -79,12 +82,12 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
             text = tokens[start : min(start + 600, prefix)]
             plan = StepPlan(0, [slot], [start], [len(text)], text, new_blocks)
             if slot < len(DECODES):
-                plan.sample.add(0, logprobs=128)
+                plan.sample.rows.append(0)
             run(plan)
             new_blocks = []
         last = long if prefix == 4000 else short
         last.new_blocks += new_blocks
-        last.sample.add(len(last.slots), logprobs=128)
+        last.sample.rows.append(len(last.slots))
         last.slots.append(slot)
         last.starts.append(prefix)
         last.lengths.append(max(chunk, 1))

@@ -10,35 +10,30 @@ from make_demo_checkpoint import EOS, make_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from minidcp.batch import Adjustment, SampleColumns
+from minidcp.batch import SampleColumns
 from minidcp.engine.detokenizer import Detokenizer
-from minidcp.engine.penalties import TokenCounts
 from minidcp.engine.sampler import gumbel_noise, mask_unlikely, sample
 
 N = 20_000
 
 
 def columns(
-    count: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 7,
+    count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 7
 ) -> SampleColumns:
     """The same request at `count` positions."""
-    columns = SampleColumns()
-    for row in range(count):
-        columns.add(
-            row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=row
-        )
-    return columns
+    return SampleColumns(
+        rows=list(range(count)),
+        temperature=[temperature] * count,
+        top_k=[top_k] * count,
+        top_p=[top_p] * count,
+        seed=[seed] * count,
+        position=list(range(count)),
+        logprobs=[-1] * count,
+    )
 
 
 def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:
-    tokens = sample(
-        logits.expand(N, -1), columns(N, **how), logits.argmax(-1).expand(N), TokenCounts()
-    ).tokens
+    tokens = sample(logits.expand(N, -1), columns(N, **how), logits.argmax(-1).expand(N)).tokens
     return torch.bincount(tokens, minlength=logits.shape[-1]) / N
 
 
@@ -51,15 +46,13 @@ def test_temperature(temperature: float) -> None:
     assert (frequencies(LOGITS, temperature=temperature) - expected).abs().max() < 4 * 0.5 / N**0.5
 
 
-def test_top_k_top_p_and_min_p() -> None:
+def test_top_k_and_top_p() -> None:
     probs = LOGITS.softmax(-1)
     for how, kept in (
         (dict(top_k=3), 3),
         (dict(top_p=0.5), 1),  # the first alone has 0.55
         (dict(top_p=0.6), 2),
         (dict(top_k=1, top_p=0.9), 1),
-        (dict(min_p=0.2), 3),  # of e^0, e^-1, e^-1.5, e^-2 …
-        (dict(min_p=1.0), 1),
     ):
         expected = torch.where(torch.arange(6) < kept, probs, 0.0)
         expected /= expected.sum()
@@ -71,40 +64,9 @@ def test_zero_temperature_is_greedy_beside_sampling_rows() -> None:
     logits = torch.randn(50, 100)
     how = columns(50)
     how.temperature = [0.0, 1.0] * 25
-    tokens = sample(logits, how, logits.argmax(-1), TokenCounts()).tokens
+    tokens = sample(logits, how, logits.argmax(-1)).tokens
     assert torch.equal(tokens[::2], logits[::2].argmax(-1))
     assert not torch.equal(tokens[1::2], logits[1::2].argmax(-1))
-
-
-def test_penalties_biases_and_bans_against_their_definitions() -> None:
-    """Step by step beside a row without any, with counts that grow by what was sampled."""
-    torch.manual_seed(0)
-    prompt, output, vocab = [3, 3, 5], [7], 12
-    counts = TokenCounts()
-    for step in range(6):
-        logits = torch.randn(2, vocab) * 3
-        how = columns(2, temperature=0.0)
-        history = (prompt, output) if step == 0 else None
-        how.adjustments[1] = Adjustment(
-            4, 0.7, 0.3, 1.4, ((2, 5.0), (9, -100.0)), (1,) if step < 2 else (), history, counts=True
-        )
-        expected = logits[1].clone()
-        for token in range(vocab):
-            if token in prompt or token in output:
-                expected[token] *= 1.4 if expected[token] < 0 else 1 / 1.4
-            expected[token] -= 0.3 * output.count(token) + 0.7 * (token in output)
-        expected[2] += 5
-        expected[9] -= 100
-        if step < 2:
-            expected[1] = -torch.inf
-        before = logits.clone()
-        torch.testing.assert_close(counts.adjust(logits, how.adjustments)[1], expected)
-        sampled = sample(logits, how, logits.argmax(-1), counts).tokens
-        assert torch.equal(logits, before) and sampled.tolist() == [
-            int(logits[0].argmax()),
-            int(expected.argmax()),
-        ]
-        output = [*output, int(sampled[1])]
 
 
 def test_noise_depends_on_seed_and_position_only() -> None:

@@ -121,9 +121,7 @@ def test_every_output_equals_its_solo_run(
             in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
         if in_flight and (planned is None or len(in_flight) > 1):
             step, tokens = in_flight.popleft()
-            sampled, _ = step.split(tokens)
-            scheduler.update(step, sampled)
-            for request, _ in sampled:
+            for request in scheduler.update(step, tokens):
                 if request.finish_reason is None and request.num_outputs == request.max_tokens:
                     scheduler.finish(request, FinishReason.LENGTH)
         check_blocks(blocks, requests)

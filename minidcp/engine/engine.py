@@ -61,11 +61,7 @@ class LLMEngine:
             self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache
         )
         self.scheduler = Scheduler(
-            self.blocks,
-            config.max_num_seqs,
-            config.max_num_batched_tokens or 0,
-            config.mixed_steps,
-            model_config.eos_token_ids,
+            self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
         )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
@@ -123,10 +119,8 @@ class LLMEngine:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         limit = self.max_model_len - len(tokens)
         request = Request(request_id, tokens, params, min(params.max_tokens or limit, limit), seed)
-        detokenizer = Detokenizer(
-            self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens
-        )
-        self.requests[request_id] = request, detokenizer
+        stop = tuple(params.stop)
+        self.requests[request_id] = request, Detokenizer(self.tokenizer, stop, params.skip_special_tokens)
         self.scheduler.add(request)
         return request
 
@@ -153,11 +147,9 @@ class LLMEngine:
             f"{len(tokens) + wanted} tokens ({len(tokens)} in the prompt, max_tokens {wanted}). "
             "Shorten the prompt or lower max_tokens.",
         )
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(params, name)
-            require((count or 0) <= vocab, f"{name} {count}: the vocabulary has {vocab} tokens")
-        unknown = next((t for t in params.logit_bias if t >= vocab), None)
-        require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
+        require(
+            (params.logprobs or 0) <= vocab, f"logprobs {params.logprobs}: the vocabulary has {vocab} tokens"
+        )
         require(
             not params.stop or self.tokenizer is not None,
             f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
@@ -186,14 +178,11 @@ class LLMEngine:
         return self.take_in(self.in_flight.popleft(), result)
 
     def take_in(self, step: PlannedStep, result: StepResult) -> list[OutputDelta]:
-        logprobs = result.logprobs or [None] * len(result.tokens)
-        sampled, scored = step.split(list(zip(result.tokens, logprobs, strict=True)))
-        self.scheduler.update(step, [(request, token) for request, (token, _) in sampled])
-        for request, position, (_, entry) in scored:
-            request.prompt_logprobs[position] = entry
+        requests = self.scheduler.update(step, result.tokens)
+        logprobs = result.logprobs or [None] * len(requests)
         deltas = [
-            self.advance(request, token, entry)
-            for request, (token, entry) in sampled
+            self.advance(request, token, lp)
+            for request, token, lp in zip(requests, result.tokens, logprobs, strict=True)
             if request.status is not Status.FINISHED  # it ended while this step was in flight
         ]
         self.stats.steps += 1
@@ -207,9 +196,8 @@ class LLMEngine:
         params, detokenizer = request.params, self.requests[request.request_id][1]
         reason: FinishReason | None = None
         text = ""
-        if request.num_outputs > params.min_tokens and (
-            token in params.stop_token_ids
-            or (not params.ignore_eos and token in self.model_config.eos_token_ids)
+        if token in params.stop_token_ids or (
+            not params.ignore_eos and token in self.model_config.eos_token_ids
         ):
             reason = FinishReason.STOP
         else:
@@ -223,10 +211,7 @@ class LLMEngine:
         if reason is not None:
             del self.requests[request.request_id]
             self.scheduler.finish(request, reason)
-        delta = OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
-        if request.num_outputs == 1 and params.prompt_logprobs is not None:
-            return replace(delta, prompt_logprobs=request.prompt_logprobs)
-        return delta
+        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
 
     def check_health(self) -> None:
         """Raise EngineDeadError if a rank has ended while nothing was running."""

@@ -17,7 +17,6 @@ from minidcp.attention import make_backend
 from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.cuda_graph import DecodeGraphs
-from minidcp.engine.penalties import TokenCounts
 from minidcp.engine.sampler import Sampled, list_logprobs, sample
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import LatentCache
@@ -126,7 +125,6 @@ class ModelRunner:
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
-        self.token_counts = TokenCounts()
         self.cache: LatentCache | None = None
         self.graphs: DecodeGraphs | None = None
 
@@ -172,7 +170,7 @@ class ModelRunner:
         plan = StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
             length = min(left, -(-self.max_model_len // 2))
-            plan.sample.add(len(plan.slots))
+            plan.sample.rows.append(len(plan.slots))
             plan.slots.append(len(plan.slots))
             plan.starts.append(self.max_model_len - length)
             plan.lengths.append(length)
@@ -249,9 +247,9 @@ class ModelRunner:
         sampled = None
         if columns.rows:
             if self.state.rank == 0:
-                sampled = sample(logits, columns, tokens, self.token_counts)
+                sampled = sample(logits, columns, tokens)
                 tokens = sampled.tokens
-            if any(columns.temperature) or columns.adjustments:
+            if any(columns.temperature):
                 self.state.begin_step()  # these collectives are in no graph
                 tokens = self.share_tokens(tokens, slots)
         return PendingResult(sampled, columns, begin)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from minidcp.batch import SampleColumns
-from minidcp.engine.penalties import TokenCounts, column
 from minidcp.request import TokenLogprobs
 
 
@@ -27,25 +26,16 @@ class Sampled:
     top_values: Tensor | None = None
 
 
-def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor, counts: TokenCounts) -> Sampled:
-    """Choose one token per row of logits [S, vocab] (float32), whose best are `tokens`, as `columns` say;
-    `counts` remember what penalties need."""
-    adjusted = logits
-    if columns.adjustments:
-        adjusted = counts.adjust(logits, columns.adjustments)
-        tokens = adjusted.argmax(-1)
+def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor) -> Sampled:
+    """Choose one token per row of logits [S, vocab] (float32), whose best are `tokens`, as `columns` say."""
     if any(columns.temperature):
         temperature = column(columns.temperature, torch.float32, logits)
-        scaled = adjusted / temperature.clamp(min=1e-5)[:, None]
-        if any(columns.top_k) or any(p < 1 for p in columns.top_p) or any(columns.min_p):
+        scaled = logits / temperature.clamp(min=1e-5)[:, None]
+        if any(columns.top_k) or any(p < 1 for p in columns.top_p):
             scaled = mask_unlikely(scaled, columns)
         seeds, positions = (column(c, torch.int64, logits) for c in (columns.seed, columns.position))
         noise = gumbel_noise(seeds, positions, logits.shape[1])
         tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
-    counts.add(tokens, columns.adjustments)
-    if max(columns.known) >= 0:
-        known = column(columns.known, torch.int64, logits)
-        tokens = torch.where(known >= 0, known, tokens)
     rows = [row for row, count in enumerate(columns.logprobs) if count >= 0]
     if not rows:
         return Sampled(tokens, rows)
@@ -56,9 +46,14 @@ def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor, counts: Token
     return Sampled(tokens, rows, own, top_ids, top_values)
 
 
+def column(values: list[int] | list[float], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """On the device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
+
+
 def mask_unlikely(logits: Tensor, columns: SampleColumns) -> Tensor:
-    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those
-    that are min_p times as likely as the likeliest."""
+    """-inf for all but the top_k tokens, and then but the fewest whose probabilities reach top_p."""
     vocab = logits.shape[1]
     ordered, ids = logits.sort(-1, descending=True)
     top_k = column([k or vocab for k in columns.top_k], torch.int64, logits)
@@ -68,8 +63,6 @@ def mask_unlikely(logits: Tensor, columns: SampleColumns) -> Tensor:
     before = probs.cumsum(-1) - probs  # of the more likely tokens; 0 for the first, which always stays
     top_p = column(columns.top_p, torch.float32, logits)[:, None]
     ordered = ordered.masked_fill((rank > 0) & (before >= top_p) & (top_p < 1), -torch.inf)
-    min_p = column(columns.min_p, torch.float32, logits)[:, None]
-    ordered = ordered.masked_fill(probs < min_p * probs[:, :1], -torch.inf)
     return torch.empty_like(ordered).scatter_(1, ids, ordered)
 
 

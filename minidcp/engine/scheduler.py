@@ -8,18 +8,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from minidcp.batch import Adjustment, SampleColumns, StepPlan
+from minidcp.batch import SampleColumns, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request, Status
-
-T = TypeVar("T")
-MAX_SCORED = (
-    256  # prompt tokens of a request in one step if their log-probabilities are wanted: logits are large
-)
 
 
 @dataclass
@@ -29,17 +22,8 @@ class PlannedStep:
     plan: StepPlan
     requests: list[Request]
 
-    def split(self, results: Sequence[T]) -> tuple[list[tuple[Request, T]], list[tuple[Request, int, T]]]:
-        """The requests that sampled with their results, and (request, position, result) of what was known."""
-        sampled, scored = [], []
-        columns = self.plan.sample
-        for row, back, known, result in zip(columns.rows, columns.back, columns.known, results, strict=True):
-            if known < 0:
-                sampled.append((self.requests[row], result))
-            else:
-                position = self.plan.starts[row] + self.plan.lengths[row] - back
-                scored.append((self.requests[row], position, result))
-        return sampled, scored
+    def sampling_requests(self) -> list[Request]:
+        return [self.requests[row] for row in self.plan.sample.rows]
 
 
 class Scheduler:
@@ -50,14 +34,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        mixed_steps: bool = True,
-        eos_token_ids: tuple[int, ...] = (),
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
     ) -> None:
-        self.blocks, self.mixed_steps, self.eos_token_ids = blocks, mixed_steps, eos_token_ids
+        self.blocks, self.mixed_steps = blocks, mixed_steps
         self.decoded_last = False
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
@@ -141,8 +120,6 @@ class Scheduler:
             return False
         size = self.blocks.tokens_per_block
         usable = (len(request.tokens) - 1) // size
-        if request.params.prompt_logprobs is not None:
-            usable = 0  # all of it is to be computed
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.match(request.block_hashes[:usable])
@@ -168,8 +145,6 @@ class Scheduler:
         """Add as many of the request's missing tokens as the budget allows; returns how many."""
         start = request.num_computed
         length = min(budget, len(request.tokens) - start)
-        if request.params.prompt_logprobs is not None:
-            length = min(length, MAX_SCORED)
         step.plan.tokens += request.tokens[start : start + length]
         self.add_row(step, request, length)
         return length
@@ -180,25 +155,25 @@ class Scheduler:
         plan.starts.append(request.num_computed)
         plan.lengths.append(length)
         step.requests.append(request)
-        wanted, end = request.params.prompt_logprobs, request.num_computed + length
-        if wanted is not None:
-            for position in range(request.num_computed + 1, min(end + 1, len(request.prompt_token_ids))):
-                known = request.tokens[position]
-                plan.sample.add(len(step.requests) - 1, end - position, known, logprobs=wanted)
         request.num_computed += length
         if request.num_computed >= len(request.tokens):  # the row holds the last token: sample its successor
-            add_sample(plan.sample, len(step.requests) - 1, request, self.eos_token_ids)
+            add_sample(plan.sample, len(step.requests) - 1, request)
             request.num_in_flight += 1
 
-    def update(self, step: PlannedStep, sampled: list[tuple[Request, int]]) -> None:
-        """Hand in a step's sampled tokens; that of a finished request is one too many, and dropped."""
-        for request, token in sampled:
+    def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
+        """Hand in a step's sampled tokens; returns the requests that each of them belongs to, in order.
+
+        A finished request is returned too (its token is one too many); the caller passes it over.
+        """
+        requests = step.sampling_requests()
+        for request, token in zip(requests, tokens, strict=True):
             request.num_in_flight -= 1
             if request.status is not Status.FINISHED:
                 request.tokens.append(token)
         for request in step.requests:
             if request.status is Status.RUNNING:
                 self.publish(request)
+        return requests
 
     def publish(self, request: Request) -> None:
         """Offer the blocks that are full, computed and known to the prefix cache."""
@@ -238,30 +213,12 @@ class Scheduler:
         request.slot = -1
 
 
-def add_sample(columns: SampleColumns, row: int, request: Request, eos_token_ids: tuple[int, ...]) -> None:
+def add_sample(columns: SampleColumns, row: int, request: Request) -> None:
     params = request.params
-    if params.is_adjusted:
-        early = request.num_outputs + request.num_in_flight < params.min_tokens
-        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
-        prompt = len(request.prompt_token_ids)
-        first = params.is_penalised and request.num_computed == request.prefill_end
-        columns.adjustments[len(columns.rows)] = Adjustment(
-            request.slot,
-            params.presence_penalty,
-            params.frequency_penalty,
-            params.repetition_penalty,
-            tuple(params.logit_bias.items()),
-            tuple(ends) if early else (),
-            (request.tokens[:prompt], request.tokens[prompt:]) if first else None,
-            params.is_penalised,
-        )
-    columns.add(
-        row,
-        temperature=params.temperature,
-        top_k=max(params.top_k, 0),
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=request.seed,
-        position=request.num_computed,
-        logprobs=-1 if params.logprobs is None else params.logprobs,
-    )
+    columns.rows.append(row)
+    columns.temperature.append(params.temperature)
+    columns.top_k.append(max(params.top_k, 0))
+    columns.top_p.append(params.top_p)
+    columns.seed.append(request.seed)
+    columns.position.append(request.num_computed)
+    columns.logprobs.append(-1 if params.logprobs is None else params.logprobs)

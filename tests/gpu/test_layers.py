@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import Oracle
 
-from minidcp.batch import Adjustment, CacheRows, StepPlan
+from minidcp.batch import CacheRows, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
 from minidcp.parallel.group import SingleGroup
@@ -81,11 +81,15 @@ def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, str
     plans = make_plans()
     plans += [StepPlan(2, [0, 1], [300 + i, 17 + i], [1, 1]) for i in range(2)]
     for temperature, plan in zip([0.0, 0.0, 0.7, 0.7, 0.0], plans, strict=True):
-        for row in range(len(plan.slots)):
-            plan.sample.add(row, temperature=temperature, top_k=5, top_p=0.9, seed=1, position=9, logprobs=2)
-        history = ([5, 6, 6], [7])
-        plan.sample.adjustments[0] = Adjustment(
-            plan.slots[0], 0.5, 0.3, 1.2, ((3, 1.0),), (4,), history, counts=True
+        rows = len(plan.slots)
+        plan.sample = SampleColumns(
+            list(range(rows)),
+            [temperature] * rows,
+            [5] * rows,
+            [0.9] * rows,
+            [1] * rows,
+            [9] * rows,
+            [2] * rows,
         )
     for plan in plans:  # kernels are compiled and libraries start up
         runner.execute(plan).wait()
