@@ -46,7 +46,7 @@ class SymmetricGroup(Group):
             for half in (0, 1)
         ]
         most = MAX_PROGRAMS.value
-        least = torch.tensor(min(programs, most))  # GPUs may differ
+        least = torch.tensor(min(programs, most), device="cpu")  # GPUs may differ
         dist.all_reduce(least, dist.ReduceOp.MIN, group)
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
         pads = symm_mem.rendezvous(self.pads, group)
