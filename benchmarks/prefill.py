@@ -3,8 +3,8 @@ requests wait meanwhile.
 
     python benchmarks/prefill.py benchmarks/configs/deepseek-v2-lite --load-format dummy --max-model-len 66000
 
-FLOPs are the model's: two per weight that a token meets, and four per head, new token and token it sees
-for each of the (qk + v) / 2 dims. The last line is JSON.
+FLOPs are the model's: two per weight that a token meets, and two per head, pair of a token and one that it
+sees, and dim of q and v. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     comm: str = "auto"
     exchange_policy: str = "auto"
-    narrow_threshold: int = 16  # decode rows from which "auto" exchanges narrow
+    narrow_threshold: int = 16  # rows from which "auto" exchanges narrow
     q_proj: str = "sharded"
     prefill_strategy: str = "auto"
     device: str = "auto"

@@ -38,7 +38,7 @@ def compare(oracle: Oracle, **options: object) -> None:
     where rounding can decide: two log-probabilities that are each off by the noise move by twice that."""
     base, base_errors = run_base(oracle)
     noise = max(float(errors.max()) for errors in base_errors)
-    ours, theirs = [], []
+    ours, theirs, equal = [], [], 0
     for a, b, errors in zip(
         base, run(str(oracle.path), tuple(map(tuple, oracle.prompts)), **options), base_errors, strict=True
     ):
@@ -47,11 +47,11 @@ def compare(oracle: Oracle, **options: object) -> None:
         if split < STEPS:
             (_, best), (_, second) = a.outputs[0].logprobs[split].top
             assert best - second < 2 * noise, f"step {split} after {len(a.prompt_token_ids)}"
+        equal += split
         theirs.append(errors[: split + 1])
         ours.append(measure_errors(oracle.model, b, split + 1))
     own, base_rms = (float(torch.cat(x).square().mean().sqrt()) for x in (ours, theirs))
-    equal = sum(map(len, ours))
-    print(f"{options}: {equal} of {len(base) * STEPS} steps compared; off fp32 by {own:.4f} (one rank "
+    print(f"{options}: {equal} of {len(base) * STEPS} tokens equal; off fp32 by {own:.4f} (one rank "
           f"{base_rms:.4f}) rms, {float(torch.cat(ours).max()):.4f} ({noise:.4f}) at most")  # fmt: skip
     assert own < 1.5 * base_rms
     assert equal > len(base) * STEPS // 3
