@@ -63,7 +63,9 @@ def check_rows(
         assert (lse[row].double() - scores.logsumexp(-1)).abs().max() < 1e-4, f"row {row} of length {length}"
 
 
-@pytest.mark.parametrize(("heads", "block_size"), [(16, 1), (32, 8), (64, 32), (128, 1), (128, 16)])
+@pytest.mark.parametrize(
+    ("heads", "block_size"), [(16, 1), (16, 16), (32, 16), (64, 8), (128, 1), (128, 8), (128, 16), (128, 32)]
+)
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 128, 512])
 @pytest.mark.parametrize("name", ["fa3", "triton"])
 def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None:
