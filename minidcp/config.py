@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32)  # FA3 lets NaN of unused slots leak from larger blocks
-CHOICES = {
-    "dcp_comm_backend": ("auto", "p2p", "a2a", "ag_rs"),
-    "attention_backend": ("auto", "fa3", "triton", "reference"),
-    "comm": ("auto", "symmetric", "nccl", "gloo"),
-    "load_format": ("auto", "dummy"),
-    "exchange_policy": ("auto", "wide", "narrow"),
-    "q_proj": ("sharded", "replicated"),
-    "prefill_strategy": ("auto", "gather_kv", "gather_q"),
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "ranks": ("auto", "threads", "processes", "torchrun"),
-}
+
+def option(default: Any, help: str, *aliases: str, least: int = 0) -> Any:
+    """A field of EngineConfig: its default, what --help says of it, what users of other engines type for
+    it, and its least value."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": (), "least": least})
+
+
+def choice(help: str, *values: str | int, default: int | None = None) -> Any:
+    """A field of EngineConfig that takes one of `values`, by default the first."""
+    metadata = {"help": help, "aliases": (), "choices": values, "least": 0}
+    return field(default=default or values[0], metadata=metadata)
 
 
 def flag(name: str) -> str:
@@ -74,50 +73,65 @@ class EngineConfig:
     """
 
     model: str
-    tp_size: int = 1
-    dcp_size: int = 1
-    dcp_comm_backend: str = "auto"
-    attention_backend: str = "auto"
-    comm: str = "auto"
-    exchange_policy: str = "auto"
-    narrow_threshold: int = 16  # rows from which "auto" exchanges narrow
-    q_proj: str = "sharded"
-    prefill_strategy: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    ranks: str = "auto"
-    block_size: int = 16
-    num_blocks: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
-    mixed_steps: bool = True
-    prefix_cache: bool = True
-    cuda_graph: bool = True
-    load_format: str = "auto"
+    tp_size: int = option(1, "ranks that share the model", "--tensor-parallel-size", "-tp", least=1)
+    dcp_size: int = option(
+        1,
+        "ranks that share one KV cache; divides --tp-size",
+        "--decode-context-parallel-size",
+        "-dcp",
+        least=1,
+    )
+    dcp_comm_backend: str = choice("how partial attention is exchanged", "auto", "p2p", "a2a", "ag_rs")
+    attention_backend: str = choice(
+        "kernels; auto is fa3, else triton, and reference on a CPU", "auto", "fa3", "triton", "reference"
+    )
+    comm: str = choice(
+        "collectives: symmetric memory (one node), nccl; on CPUs gloo", "auto", "symmetric", "nccl", "gloo"
+    )
+    exchange_policy: str = choice(
+        "W_UK and W_UV behind the exchange, before it, or by batch size", "auto", "wide", "narrow"
+    )
+    narrow_threshold: int = option(16, "rows from which auto exchanges narrow", least=1)
+    q_proj: str = choice("replicated: every rank has all q of its DCP group", "sharded", "replicated")
+    prefill_strategy: str = choice(
+        "how prefill sees its cached context; auto is what is faster", "auto", "gather_kv", "gather_q"
+    )
+    device: str = choice("where to run", "auto", "cpu", "cuda")
+    dtype: str = choice("auto is bfloat16 on GPUs, float32 on CPUs", "auto", "float32", "bfloat16")
+    ranks: str = choice(
+        "auto is processes, or a thread for one rank on a CPU", "auto", "threads", "processes", "torchrun"
+    )
+    # FA3 lets NaN leak from the unused slots of larger blocks.
+    block_size: int = choice("tokens per block and rank", 1, 2, 4, 8, 16, 32, default=16)
+    num_blocks: int | None = option(
+        None, "KV cache blocks; default: what memory allows", "--num-gpu-blocks-override", least=1
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt + completion in tokens; default: the model's", "--context-length", least=1
+    )
+    max_num_seqs: int = option(256, "requests that run at once", "--max-running-requests", least=1)
+    max_num_batched_tokens: int | None = option(
+        None, "tokens per step; longer prompts are computed in chunks", least=1
+    )
+    gpu_memory_utilization: float = option(0.9, "share of GPU memory to use", "--mem-fraction-static")
+    mixed_steps: bool = option(True, "decode rows and prompt chunks in one step")
+    prefix_cache: bool = option(True, "reuse the KV cache of equal prompt beginnings")
+    cuda_graph: bool = option(True, "replay decode steps as CUDA graphs")
+    load_format: str = choice("dummy: random weights, to measure with a config.json alone", "auto", "dummy")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(EngineConfig).items():
-            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+        for f, kinds in self.options():
+            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
             ok = type(value) in kinds or (type(value) is int and float in kinds)
-            require(ok, f"{flag(name)} {value!r}: must be a {kinds[0].__name__}")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            require(value in choices, f"{flag(name)} {value!r}: must be one of {', '.join(choices)}")
-        for name in (
-            "narrow_threshold",
-            "num_blocks",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{flag(name)} {value}: must be at least 1")
-        require(
-            self.block_size in BLOCK_SIZES,
-            f"--block-size {self.block_size}: must be one of {', '.join(map(str, BLOCK_SIZES))}",
-        )
+            require(ok, f"{flag(f.name)} {value!r}: must be a {kinds[0].__name__}")
+            require(
+                not choices or value in choices,
+                f"{flag(f.name)} {value!r}: must be one of {', '.join(map(str, choices))}",
+            )
+            require(
+                not least or value is None or value >= least,
+                f"{flag(f.name)} {value}: must be at least {least}",
+            )
         require(
             0 < self.gpu_memory_utilization <= 1,
             f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be in (0, 1]",
@@ -128,6 +142,14 @@ class EngineConfig:
             f"--max-num-seqs {self.max_num_seqs}: every running request decodes one token per step",
         )
         ParallelConfig(self.tp_size, self.dcp_size)
+
+    @classmethod
+    def options(cls) -> Iterator[tuple[Field[Any], tuple[type, ...]]]:
+        """Every field that is a flag, and the types of its values."""
+        hints = get_type_hints(cls)
+        for f in fields(cls):
+            if f.metadata:
+                yield f, get_args(hints[f.name]) or (hints[f.name],)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -198,28 +220,28 @@ class ModelConfig:
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int  # 0: every layer is dense
-    n_shared_experts: int
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    first_k_dense_replace: int
-    moe_layer_freq: int
-    rms_norm_eps: float
-    attention_bias: bool
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    rope: RopeConfig
-    eos_token_ids: tuple[int, ...]
+    q_lora_rank: int | None = None
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0  # every layer is dense
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    rope: RopeConfig = field(default_factory=RopeConfig, metadata={"own": True})
+    eos_token_ids: tuple[int, ...] = field(default=(), metadata={"own": True})
 
     @property
     def qk_head_dim(self) -> int:
@@ -268,19 +290,6 @@ class ModelConfig:
             f"{source}: model_type is {hf.get('model_type')!r}; this engine runs 'deepseek_v2' only",
         )
 
-        def read(name: str, *default: Any) -> Any:
-            value = hf.get(name)
-            if value is None:
-                require(bool(default), f"{source}: {name} is missing")
-                return default[0]
-            kinds = (int, float) if default and isinstance(default[0], float) else (int,)
-            least = 1 if kinds == (int,) and 0 not in default else 0  # False is 0, too
-            require(
-                isinstance(value, kinds) and value >= least,
-                f"{source}: {name} is {value!r}; expected a {kinds[-1].__name__} of at least {least}",
-            )
-            return value
-
         def support(name: str, *supported: Any) -> None:
             value = hf.get(name, supported[0])
             require(
@@ -293,36 +302,12 @@ class ModelConfig:
         support("mlp_bias", False, None)
         support("quantization_config", None)
         support("topk_method", "greedy", "group_limited_greedy", None)
-        grouped = hf.get("topk_method") == "group_limited_greedy"
+        values = {f.name: read_field(f, hf, source) for f in fields(cls) if not f.metadata}
+        if hf.get("topk_method") != "group_limited_greedy":
+            values |= {"n_group": 1, "topk_group": 1}
         eos = hf.get("eos_token_id")
-        config = cls(
-            vocab_size=read("vocab_size"),
-            hidden_size=read("hidden_size"),
-            num_hidden_layers=read("num_hidden_layers"),
-            num_attention_heads=read("num_attention_heads"),
-            q_lora_rank=read("q_lora_rank", None),
-            kv_lora_rank=read("kv_lora_rank"),
-            qk_nope_head_dim=read("qk_nope_head_dim"),
-            qk_rope_head_dim=read("qk_rope_head_dim"),
-            v_head_dim=read("v_head_dim"),
-            intermediate_size=read("intermediate_size"),
-            moe_intermediate_size=read("moe_intermediate_size", 0),
-            n_routed_experts=read("n_routed_experts", 0),
-            n_shared_experts=read("n_shared_experts", 0),
-            num_experts_per_tok=read("num_experts_per_tok", 0),
-            n_group=read("n_group", 1) if grouped else 1,
-            topk_group=read("topk_group", 1) if grouped else 1,
-            norm_topk_prob=bool(read("norm_topk_prob", False)),
-            routed_scaling_factor=float(read("routed_scaling_factor", 1.0)),
-            first_k_dense_replace=read("first_k_dense_replace", 0),
-            moe_layer_freq=read("moe_layer_freq", 1),
-            rms_norm_eps=float(read("rms_norm_eps", 1e-6)),
-            attention_bias=bool(read("attention_bias", False)),
-            tie_word_embeddings=bool(read("tie_word_embeddings", False)),
-            max_position_embeddings=read("max_position_embeddings", 2048),
-            rope=read_rope(hf, source),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        config = cls(**values, rope=read_rope(hf, source), eos_token_ids=eos)
         config.check(source)
         return config
 
@@ -342,6 +327,21 @@ class ModelConfig:
             f"{source}: num_experts_per_tok {top_k} of {reachable} experts in topk_group {self.topk_group} "
             f"of n_group {groups} groups cannot be chosen",
         )
+
+
+def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
+    """The value of one of ModelConfig's fields, as config.json has it or by default."""
+    value = hf.get(f.name)
+    if value is None:
+        require(f.default is not MISSING, f"{source}: {f.name} is missing")
+        return f.default
+    kind = type(f.default) if isinstance(f.default, bool | float) else int
+    least = 1 if kind is int and f.default != 0 else 0
+    require(
+        isinstance(value, (int, float) if kind is float else int) and value >= least,
+        f"{source}: {f.name} is {value!r}; expected a {kind.__name__} of at least {least}",
+    )
+    return kind(value)
 
 
 def read_object(file: Path) -> dict[str, Any]:
