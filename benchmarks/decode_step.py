@@ -25,7 +25,7 @@ from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
 from minidcp.models.layers import MLP, MoE
 from minidcp.parallel.exchange import gather_heads
-from minidcp.parallel.group import Group, SingleGroup
+from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
@@ -227,7 +227,7 @@ def main() -> None:
     sizes = [int(b) for b in args.batch.split(",")]
     path = CONFIGS / args.model if (CONFIGS / args.model).is_dir() else Path(args.model)
     n = args.emulate_rank_of
-    group: Group = SingleGroup() if n == 1 else EmulatedGroup(n)
+    group: Group = Group() if n == 1 else EmulatedGroup(n)
     config = EngineConfig(
         str(path),
         tp_size=n,

@@ -9,7 +9,7 @@ from checkpoints import Oracle
 from minidcp.batch import CacheRows, SampleColumns, StepPlan
 from minidcp.config import EngineConfig, ModelConfig
 from minidcp.engine.model_runner import ModelRunner
-from minidcp.parallel.group import SingleGroup
+from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,7 @@ def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> M
         max_num_batched_tokens=512,
         **({"cuda_graph": False} | options),
     )
-    state = ParallelState(SingleGroup(), SingleGroup())
+    state = ParallelState(Group(), Group())
     runner = ModelRunner(config, ModelConfig.from_hf(oracle.path), state, torch.device(device))
     runner.allocate_cache(64)
     return runner
