@@ -9,27 +9,30 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from minidcp.config import EngineConfig, flag
+from minidcp.config import EngineConfig, Options, ServeConfig, flag
 from minidcp.engine.executor import EngineDeadError
 from minidcp.llm import LLM
 from minidcp.request import SamplingParams
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag per field of EngineConfig."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name")
-    parser.add_argument(
-        "--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag"
-    )
-    for field, kinds in EngineConfig.options():
+def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """A flag per option."""
+    for field, kinds in options.options():
         names = [flag(field.name), *field.metadata["aliases"]]
-        options: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+        arguments: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
         if kinds[0] is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            arguments["action"] = argparse.BooleanOptionalAction
         else:
             choices = field.metadata["choices"] if kinds[0] is str else None
-            options |= {"type": kinds[0], "choices": choices or None}
-        parser.add_argument(*names, dest=field.name, **options)
+            arguments |= {"type": kinds[0], "choices": choices or None}
+        parser.add_argument(*names, dest=field.name, **arguments)
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """The model, a flag per field of EngineConfig, and what users of SGLang type."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name")
+    parser.add_argument("--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    add_flags(parser, EngineConfig)
     # SGLang's spellings that are not simply another name.
     for names, dest, const, meaning in (
         (["--enable-symm-mem"], "comm", "symmetric", "--comm symmetric"),
@@ -58,7 +61,8 @@ def serve(args: argparse.Namespace) -> int:
         from minidcp_server.app import serve as run  # the engine runs where no web framework is installed
     except ImportError as error:
         raise ValueError(f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})") from None
-    code: int = run(engine_config(args), args.host, args.port, args.served_model_name)
+    options = {f.name: getattr(args, f.name) for f, _ in ServeConfig.options()}
+    code: int = run(engine_config(args), ServeConfig(**options))
     return code
 
 
@@ -84,9 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("serve", help="serve an OpenAI-compatible HTTP API", allow_abbrev=False)
     add_engine_flags(p)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 lets the system choose")
-    p.add_argument("--served-model-name", help="the model's name in the API; default: MODEL")
+    add_flags(p, ServeConfig)
     p.set_defaults(run=serve)
 
     p = commands.add_parser("generate", help="complete prompts and print them", allow_abbrev=False)

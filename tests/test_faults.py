@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import make_checkpoint
-from test_server import Server, wait_until
+from serving import Server, wait_until
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import StepPlan
@@ -83,9 +83,7 @@ class InFlight:
         self.endpoint, self.body = f"{url}/v1/completions", body
         self.lines: list[str] = []
         self.threads = ThreadPoolExecutor(2)
-        self.whole: Future[httpx.Response] = self.threads.submit(
-            httpx.post, self.endpoint, json=body, timeout=60
-        )
+        self.whole: Future[httpx.Response] = self.threads.submit(httpx.post, self.endpoint, json=body, timeout=60)
         self.streamed = self.threads.submit(self.stream)
         wait_until(lambda: len(self.lines) >= 5, 30, "the stream has not begun")
 

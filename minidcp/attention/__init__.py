@@ -7,7 +7,8 @@ import logging
 import torch
 
 from minidcp.attention.base import AttentionBackend
-from minidcp.config import ModelConfig, require
+from minidcp.config import require
+from minidcp.model_config import ModelConfig
 
 __all__ = ["AttentionBackend", "make_backend"]
 

@@ -34,9 +34,7 @@ class TritonBackend:
     def decode(
         self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return mla_decode(
-            q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, self.limits
-        )
+        return mla_decode(q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, self.limits)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         pad = q.shape[2] - v.shape[2]  # it wants one head dim for all

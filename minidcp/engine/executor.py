@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from minidcp.batch import StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.worker import (
     Command,
@@ -36,6 +36,7 @@ from minidcp.engine.worker import (
     serve_and_exit,
     serve_rank,
 )
+from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import build_thread_states
 
 Report = Ready | StepResult | Failed

@@ -117,9 +117,7 @@ def watch(connection: Connection) -> Callable[[], Command]:
     return commands.get
 
 
-def report_from_thread(
-    rank: int, report: Callable[[StepResult | Failed], None]
-) -> Callable[[PendingResult], None]:
+def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None]) -> Callable[[PendingResult], None]:
     """A thread waits for the device, so that the next step can be launched while this one runs.
 
     Rank 0 reports results; the others wait too, because only so does a rank learn that its device failed.

@@ -38,9 +38,7 @@ def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 @triton.jit
-def rotate_kernel(
-    x, cos_sin, out, x_t, x_h, out_t, out_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+def rotate_kernel(x, cos_sin, out, x_t, x_h, out_t, out_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """One program rotates all heads of one token."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, HEADS)[:, None]

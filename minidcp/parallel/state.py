@@ -34,6 +34,10 @@ class ParallelState:
             self.dcp.begin_step()
 
     @property
+    def received_bytes(self) -> int:
+        return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
+
+    @property
     def rank(self) -> int:
         return self.tp.rank
 

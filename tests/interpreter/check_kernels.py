@@ -12,9 +12,7 @@ from minidcp.kernels import kv_store, merge, mla_decode, norm, peer, rope
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def partials(
-    size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def partials(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random partials; about a third of the shards are empty, and hold NaN."""
     torch.manual_seed(size * 1000 + dim)
     outs = torch.randn(size, tokens, heads, dim).to(dtype)
