@@ -26,6 +26,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tokenizers import Tokenizer
 
 from minidcp import EngineConfig
+from minidcp.config import ServeConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp_server.app import create_app
 from minidcp_server.async_engine import AsyncEngine
@@ -195,7 +196,7 @@ class Local:
 @pytest.fixture(scope="module")
 def local(demo: Path) -> Iterator[Local]:
     engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
-    app = create_app(AsyncEngine(engine, on_death=lambda: None), str(demo))
+    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), str(demo), on_end=lambda: None))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
