@@ -10,12 +10,13 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -54,6 +55,7 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
 
     app = FastAPI(title="minidcp", lifespan=lifespan)
     completions = Completions(engine, model_name)
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -89,6 +91,10 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> Response:
         return error_response(500, "internal error; the server's log says more")
+
+    @app.get("/", include_in_schema=False)
+    async def status_page() -> HTMLResponse:
+        return HTMLResponse(page)
 
     @app.get("/health")
     async def health() -> Response:
