@@ -268,6 +268,7 @@ def test_prompt_streams_in_piece_by_piece(page: Page, script: Script) -> None:
     second = token(" zwölf").replace(b"\n\n", b"\r\n\r\n")
     cut = second.index("ö".encode()) + 1  # within the character
     script.pieces.append(b": a comment\n\n" + second[:cut])
+    time.sleep(0.2)  # so that the halves arrive one by one
     script.pieces.append(second[cut:])
     page.wait(lambda: page.text("output").endswith("one zwölf"), "the second token")
     script.pieces.extend([token("") + token("\n<i>"), token("", "length"), DONE, None])
