@@ -30,4 +30,4 @@ call /v1/chat/completions '{"max_tokens": 32, "messages": [
 
 call /tokenize '{"prompt": "Once upon a time"}'
 call /detokenize '{"tokens": [1, 2, 3]}'
-call /metrics | grep -v '^#' | head -n 20
+call /metrics | grep -E '^(vllm|minidcp):' | grep -v _bucket
