@@ -25,7 +25,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -131,13 +130,14 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        # Always the plain format: in the other one, scrapers turn the colons of names into underscores.
+        return Response(engine.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/load")
     async def load() -> dict[str, Any]:
         return engine.metrics.describe_load(engine.engine, name)
 
-    page = Path(__file__).with_name("page.html").read_text()
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
     async def status_page() -> str:

@@ -142,7 +142,7 @@ class Metrics(Collector):
             "uptime_seconds": time.monotonic() - self.started,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
-            "prompt_tokens": engine.stats.prompt_tokens,
+            "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
             "generated_tokens": engine.stats.generated_tokens,
             "cached_tokens": scheduler.num_cached_tokens,
             "kv_blocks": {

@@ -362,7 +362,6 @@ WRONG_TYPES = [
 ]
 UNSUPPORTED = [
     ("best_of", 2),
-    ("echo", True),
     ("suffix", "x"),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
