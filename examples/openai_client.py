@@ -15,23 +15,17 @@ from openai import OpenAI
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     args = parser.parse_args()
     client = OpenAI(base_url=args.base_url, api_key=os.environ.get("MINIDCP_API_KEY", "none"))
     model = client.models.list().data[0].id
 
-    completion = client.completions.create(
-        model=model, prompt="Once upon a time", max_tokens=32, temperature=0
-    )
+    completion = client.completions.create(model=model, prompt="Once upon a time", max_tokens=32, temperature=0)
     print(f"completion: {completion.choices[0].text!r}")
 
     question = "What does decode context parallelism share out?"
-    chat = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], max_tokens=64
-    )
+    chat = client.chat.completions.create(model=model, messages=[{"role": "user", "content": question}], max_tokens=64)
     print(f"chat: {chat.choices[0].message.content!r}")
 
     print("streaming: ", end="")

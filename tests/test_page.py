@@ -206,15 +206,11 @@ def page(driver: webdriver.Chrome, page_url: str) -> Page:
 
 BARS = """return [...document.querySelectorAll(".rank .bar")].map(bar =>
     bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"""
-GROUPS = (
-    """return [...document.querySelectorAll(".group")].map(group => group.innerText.match(/rank \\d+/g))"""
-)
+GROUPS = """return [...document.querySelectorAll(".group")].map(group => group.innerText.match(/rank \\d+/g))"""
 
 
 @pytest.mark.parametrize(("tp", "dcp", "groups"), [(8, 8, 1), (6, 2, 3), (4, 1, 1), (1, 1, 1)])
-def test_each_rank_has_a_bar_as_full_as_its_shard(
-    page: Page, script: Script, tp: int, dcp: int, groups: int
-) -> None:
+def test_each_rank_has_a_bar_as_full_as_its_shard(page: Page, script: Script, tp: int, dcp: int, groups: int) -> None:
     used = [100 + 7 * rank for rank in range(tp)]
     script.load["kv_tokens"] = {"capacity": [640] * tp, "used": used}
     script.load["config"] |= {"tp_size": tp, "dcp_size": dcp}
@@ -259,9 +255,7 @@ def test_prompt_streams_in_piece_by_piece(page: Page, script: Script) -> None:
     page.fill("temperature", "0.25")
     page.driver.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     page.wait(lambda: script.bodies, "the request")
-    assert script.bodies == [
-        {"prompt": "Ein <b>Anfang</b>", "stream": True, "max_tokens": 4, "temperature": 0.25}
-    ]
+    assert script.bodies == [{"prompt": "Ein <b>Anfang</b>", "stream": True, "max_tokens": 4, "temperature": 0.25}]
     script.pieces.append(token(" one"))
     page.wait(lambda: page.text("output") == "Ein <b>Anfang</b> one", "the first token")
     assert page.text("stop") == "Stop"
@@ -295,9 +289,7 @@ def test_stop_aborts_the_request(page: Page, script: Script) -> None:
 def test_errors_are_shown(page: Page, script: Script) -> None:
     script.error = 400, "This model's maximum context length is 1024 tokens."
     page.click("send")
-    page.wait(
-        lambda: page.text("problem") == "This model's maximum context length is 1024 tokens.", "the 400"
-    )
+    page.wait(lambda: page.text("problem") == "This model's maximum context length is 1024 tokens.", "the 400")
     script.error = None
     page.click("send")
     script.pieces.extend([token(" one"), b'data: {"error": {"message": "rank 3 ended"}}\n\n', DONE, None])
@@ -359,7 +351,5 @@ def test_nothing_comes_from_outside_and_a_phone_scrolls_one_way(page: Page, scri
     assert widths == [360, 360]
     loaded = page.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert set(loaded) == {f"{page.url}load"}
-    refused = [
-        line for line in page.driver.get_log("browser") if "Content Security Policy" in line["message"]
-    ]
+    refused = [line for line in page.driver.get_log("browser") if "Content Security Policy" in line["message"]]
     assert refused == []
