@@ -23,7 +23,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -41,6 +40,7 @@ from .protocol import (
     UNSUPPORTED,
     Body,
     ChatRequest,
+    Completion,
     CompletionRequest,
     DetokenizeRequest,
     ErrorResponse,
@@ -58,8 +58,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for co
 
 def documented(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entry of an endpoint that answers whole or as a stream of events."""
-    stream = {"schema": {"type": "string", "description": "server-sent events, the last one [DONE]"}}
-    return {200: {"model": answer, "content": {"text/event-stream": stream}}}
+    data = {"type": "string", "description": "a chunk or an error, as JSON; in the last event [DONE]"}
+    event = {"type": "object", "description": "one of the events", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"model": answer, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:

@@ -151,7 +151,8 @@ class Generation:
         if body.echo:
             for prompt, tokens in zip(prompts, ids, strict=True):
                 engine.engine.validate(tokens, samples[0])
-                echoed.append(prompt if isinstance(prompt, str) else await spelling.detokenize(tokens))
+                skip = body.skip_special_tokens is not False
+                echoed.append(prompt if isinstance(prompt, str) else await spelling.detokenize(tokens, skip))
         return cls(engine, spelling, body, ids, samples, echoed)
 
 

@@ -71,7 +71,7 @@ class Gate:
         """Status and message for a request that needs no look at its body."""
         key = self.config.api_key
         given = headers.get("authorization", "").removeprefix("Bearer ")
-        if key and path not in OPEN and not secrets.compare_digest(given.encode(), key.encode()):
+        if key and path not in OPEN and not secrets.compare_digest(given.encode("latin-1"), key.encode()):
             return 401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.config.max_body_bytes:

@@ -10,6 +10,8 @@ from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
+from openai import types
+from openai.types import completion_choice
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minidcp.request import MAX_SEED, SamplingParams
@@ -217,6 +219,23 @@ class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     tokens: list[int]
+
+
+class Logprobs(completion_choice.Logprobs):
+    """As OpenAI's, but for a prompt's first token, which has none."""
+
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
+
+
+class CompletionChoice(completion_choice.CompletionChoice):
+    logprobs: Logprobs | None = None
+
+
+class Completion(types.Completion):
+    """The answer of POST /v1/completions."""
+
+    choices: list[CompletionChoice]  # type: ignore[assignment]
 
 
 class ErrorDetail(BaseModel):

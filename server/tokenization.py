@@ -76,12 +76,12 @@ class Tokenization:
         longest = self.engine.engine.max_model_len
         return TokenizeResponse(count=len(ids), max_model_len=longest, tokens=ids, token_strs=names)
 
-    async def detokenize(self, tokens: list[int]) -> str:
+    async def detokenize(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         tokenizer, vocab = self.require_tokenizer("tokens"), self.engine.engine.model_config.vocab_size
         bad = next((token for token in tokens if not 0 <= token < vocab), None)
         if bad is not None:
             raise ValueError(f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
-        return str(await self.engine.in_background(tokenizer.decode, tokens))
+        return str(await self.engine.in_background(tokenizer.decode, tokens, skip_special_tokens))
 
     def describe(self) -> dict[str, Any]:
         tokenizer = self.require_tokenizer("tokenizer_info")

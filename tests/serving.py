@@ -5,6 +5,7 @@ fixtures here are for test modules that say `pytest_plugins = ["serving"]`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,8 @@ PROMPT = "Once upon a time"
 LENGTH = 16
 BOS = 0
 CONTEXT = 8192  # of the demo checkpoint
+# Beside other tests on few cores, threads that wait for each other are ten times slower.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LONG = dict(max_tokens=6000)  # takes a minute or more if nobody leaves
 # What the openai client passes on only as extra fields of the body.
 EXTRA = (
@@ -62,9 +65,8 @@ class Server:
         self.stdout, self.stderr = logs / "stdout", logs / "stderr"
         command = [Path(sysconfig.get_path("scripts"), "minidcp"), "serve", checkpoint]
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
-            self.process = subprocess.Popen(
-                [*command, "--device", "cpu", "--port", "0", *flags], stdout=out, stderr=err
-            )
+            command += ["--device", "cpu", "--port", "0", *flags]
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | ONE_THREAD)
         self.url = ""
 
     def wait_until_healthy(self) -> None:

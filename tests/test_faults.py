@@ -78,8 +78,8 @@ def within_seconds() -> Iterator[None]:
 class InFlight:
     """A streaming and another request to a server, both running; what became of them is in futures."""
 
-    def __init__(self, url: str) -> None:
-        body = dict(prompt=[5, 6, 7], max_tokens=ENDLESS.max_tokens, ignore_eos=True)
+    def __init__(self, url: str, max_tokens: int = 8000) -> None:
+        body = dict(prompt=[5, 6, 7], max_tokens=max_tokens, ignore_eos=True)
         self.endpoint, self.body = f"{url}/v1/completions", body
         self.lines: list[str] = []
         self.threads = ThreadPoolExecutor(2)
