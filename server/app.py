@@ -173,23 +173,17 @@ def add_error_handlers(app: FastAPI) -> None:
         field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
         return error_response(400, str(error), field if field in FIELDS else None)
 
-    @app.exception_handler(UnavailableError)
-    async def unavailable(_: Request, error: UnavailableError) -> Response:
-        response = error_response(503, str(error))
-        response.headers["Retry-After"] = "1"
-        return response
+    def answer(kind: type[Exception], status: int, **headers: str) -> None:
+        @app.exception_handler(kind)
+        async def handler(_: Request, error: Exception) -> Response:
+            response = error_response(status, str(error))
+            response.headers.update(headers)
+            return response
 
-    @app.exception_handler(EngineDeadError)
-    async def dead(_: Request, error: EngineDeadError) -> Response:
-        return error_response(503, str(error))
-
-    @app.exception_handler(TimeoutError)
-    async def late(_: Request, error: TimeoutError) -> Response:
-        return error_response(504, str(error))
-
-    @app.exception_handler(ClientDisconnect)
-    async def left(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+    answer(UnavailableError, 503, **{"Retry-After": "1"})
+    answer(EngineDeadError, 503)
+    answer(TimeoutError, 504)
+    answer(ClientDisconnect, 499)  # nobody reads it
 
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> Response:

@@ -7,6 +7,7 @@ Requests and aborts go in through a queue, deltas come back to the queue of whoe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -23,7 +24,7 @@ from minidcp.request import OutputDelta, SamplingParams
 from .metrics import Metrics
 
 T = TypeVar("T")
-Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception | None]
+Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception]
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
 
 
@@ -138,7 +139,7 @@ class AsyncEngine:
         ids = [f"request-{next(self.ids)}" for _ in requests]
         for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
             self.streams[request_id] = index, stream
-            self.metrics.count_request(request_id, tokens, params)
+            self.metrics.count_request(request_id, tokens)
             self.inbox.put(lambda i=request_id, t=tokens, p=params: engine.add_request(i, t, p))  # type: ignore[misc]
         timers = []
         if self.config.request_timeout > 0:
@@ -147,14 +148,18 @@ class AsyncEngine:
         left = len(requests)
         try:
             while left:
-                items = [await self.next_item(stream, keep_alive)]
+                items = []
+                with contextlib.suppress(TimeoutError):  # it is quiet
+                    items.append(await asyncio.wait_for(stream.get(), keep_alive or None))
                 while not stream.empty():
                     items.append(stream.get_nowait())
-                if error := next((item for item in items if isinstance(item, Exception)), None):
-                    raise error
-                deltas = [item for item in items if isinstance(item, tuple)]
+                error = next((item for item in items if isinstance(item, Exception)), None)
+                deltas = [item for item in items if not isinstance(item, Exception)]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
-                yield deltas
+                if deltas or error is None:
+                    yield deltas
+                if error is not None and left:
+                    raise error
         finally:
             for timer in timers:
                 timer.cancel()
@@ -163,14 +168,6 @@ class AsyncEngine:
             if left:
                 self.metrics.forget(ids)
                 self.inbox.put(lambda: engine.abort(*ids))
-
-    async def next_item(self, stream: Stream, keep_alive: float) -> tuple[int, OutputDelta] | Exception | None:
-        if not keep_alive:
-            return await stream.get()
-        try:
-            return await asyncio.wait_for(stream.get(), keep_alive)
-        except TimeoutError:
-            return None
 
     def close(self) -> None:
         self.stopping = True

@@ -180,7 +180,7 @@ class Chat(Generation):
     @classmethod
     async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Chat:
         samples = body.samples()
-        prompt = await spelling.encode_chat(body.messages, body.add_special_tokens)
+        prompt = await spelling.encode_chat(body)
         return cls(engine, spelling, body, [prompt], samples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
@@ -14,7 +15,7 @@ from minidcp import __version__
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep
-from minidcp.request import OutputDelta, SamplingParams
+from minidcp.request import OutputDelta
 
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKENS = tuple(2**i for i in range(18))
@@ -28,12 +29,15 @@ HISTOGRAMS = {
 }
 
 
+@dataclass
 class Times:
     """When a request arrived and when its last token came; how many came."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.arrived = self.last = time.monotonic()
-        self.prompt_tokens, self.tokens, self.waits = prompt_tokens, 0, True
+    prompt_tokens: int
+    tokens: int = 0
+    waits: bool = True
+    arrived: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
 
 
 class Metrics(Collector):
@@ -104,7 +108,7 @@ class Metrics(Collector):
         kind = "decode" if not prefills else "mixed" if step.plan.num_decode else "prefill"
         self.step_seconds.labels(**self.labels, kind=kind).observe(result.seconds)
 
-    def count_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> None:
+    def count_request(self, request_id: str, tokens: list[int]) -> None:
         self.times[request_id] = Times(len(tokens))
 
     def count_token(self, delta: OutputDelta) -> None:
@@ -130,12 +134,8 @@ class Metrics(Collector):
 
     def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
         """What the page at / shows."""
-        scheduler, blocks, config = engine.scheduler, engine.blocks, engine.config
+        scheduler, blocks = engine.scheduler, engine.blocks
         capacity, used = engine.kv_tokens()
-        shown = (
-            "tp_size dcp_size dcp_comm_backend attention_backend exchange_policy comm dtype device block_size"
-            " max_model_len max_num_seqs max_num_batched_tokens prefix_cache"
-        )
         return {
             "model": model_name,
             "version": __version__,
@@ -152,5 +152,5 @@ class Metrics(Collector):
                 "free": blocks.num_free,
             },
             "kv_tokens": {"capacity": capacity, "used": used},
-            "config": {name: getattr(config, name) for name in shown.split()},
+            "config": {name: value for name, value in asdict(engine.config).items() if value is not None},
         }

@@ -16,23 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minidcp.request import MAX_SEED, SamplingParams
 
-# Known fields without effect here: refused unless they hold the value that asks for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
+# Known fields that would have no effect: refused unless their value asks for nothing.
+UNSUPPORTED = {
+    *("suffix", "response_format", "structured_outputs", "tools", "tool_choice", "functions", "function_call"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
+    *("continue_final_message", "chat_template", "chat_template_kwargs"),
 }
+NEUTRAL: tuple[Any, ...] = ("", False, [], {}, "none", "auto", {"type": "text"}, None)
 
 
 class Body(BaseModel):
@@ -44,9 +34,8 @@ class Body(BaseModel):
 
     @model_validator(mode="after")
     def refuse_unsupported(self) -> Body:
-        for name, neutral in UNSUPPORTED.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in neutral:
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in NEUTRAL:
                 raise ValueError(f"{name} {value!r} is not supported; leave it out")
         return self
 
@@ -180,6 +169,7 @@ class ChatRequest(GenerationRequest):
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
 
     messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool | None = Field(None, description="default true: ready for an answer")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
 
@@ -198,6 +188,7 @@ class TokenizeRequest(Body):
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = Field(None, description="default true; false for messages")
     return_token_strs: bool | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .async_engine import AsyncEngine
-from .protocol import ChatMessage, TokenizeRequest, TokenizeResponse
+from .protocol import ChatMessage, ChatRequest, TokenizeRequest, TokenizeResponse
 
 # A byte-level vocabulary spells printable bytes as themselves, and the others as characters from 256 on.
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -33,22 +33,23 @@ class Tokenization:
             return prompt
         return await self.engine.in_background(self.engine.engine.tokenize, prompt, special is not False)
 
-    async def encode_chat(self, messages: list[ChatMessage], special: bool | None) -> list[int]:
+    async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
         """The messages as the template renders them. Templates write special tokens themselves."""
 
         def work() -> list[int]:
-            return self.engine.engine.tokenize(self.render(messages), special is True, "messages")
+            text = self.render(body.messages or [], body.add_generation_prompt is not False)
+            return self.engine.engine.tokenize(text, body.add_special_tokens is True, "messages")
 
         return await self.engine.in_background(work)
 
-    def render(self, messages: list[ChatMessage]) -> str:
-        """The messages as the template writes them, ready for the assistant's answer."""
+    def render(self, messages: list[ChatMessage], ready: bool) -> str:
+        """The messages as the template writes them, `ready` for the assistant's answer or not."""
         tokenizer = self.require_tokenizer("messages")
         if tokenizer.chat_template is None:
             raise ValueError("messages: the checkpoint has no chat template; use /v1/completions")
         conversation = [message.for_template() for message in messages]
         try:
-            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ready))
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
@@ -69,7 +70,7 @@ class Tokenization:
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
         if body.messages:
-            ids = await self.encode_chat(body.messages, body.add_special_tokens)
+            ids = await self.encode_chat(body)
         else:
             ids = await self.encode(body.prompt or "", body.add_special_tokens)
         names = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids] if body.return_token_strs else None
