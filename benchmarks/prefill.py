@@ -127,7 +127,7 @@ def main() -> None:
         result |= {"itl_p99_s": p99, "itl_in_mean_chunks": p99 / mean, "itl_in_first_chunks": p99 / one}
         median = gaps[len(gaps) // 2]
         print(f"{args.decoding} decoding requests meanwhile: {median * 1e3:.0f} ms between tokens (median),"
-              f" {p99 * 1e3:.0f} (99 %): {p99 / mean:.2f} mean chunks of that prompt, {p99 / one:.2f} first ones")  # fmt: skip
+              f" {p99 * 1e3:.0f} (99 %): {p99 / mean:.2f} of its mean chunks, {p99 / one:.2f} first ones")  # fmt: skip
     finally:
         engine.close()
     print(json.dumps(result))
