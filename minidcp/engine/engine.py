@@ -16,7 +16,7 @@ import torch
 
 from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
-from minidcp.engine.executor import start_executor, under_torchrun
+from minidcp.engine.executor import Executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
@@ -61,7 +61,7 @@ class LLMEngine:
         self.model_config = model_config
         self.tokenizer = load_tokenizer(find_model(config.model))
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
-        self.executor = start_executor(config, model_config)
+        self.executor = Executor(config, model_config)
         try:
             self.config = self.init_cache(config, lower_max_model_len)
         except BaseException:
