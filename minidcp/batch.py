@@ -4,8 +4,6 @@ The scheduler writes the plan once; it is the same for every rank. Only `Forward
 different tokens. Read `attention/base.py` next.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -170,7 +168,7 @@ class ForwardBatch:
         rank: int,
         narrow: Callable[[int], bool],
         device: torch.device,
-    ) -> ForwardBatch:
+    ) -> "ForwardBatch":
         """`narrow` says which exchange so many rows get."""
         interleave, d = policy.layout, plan.num_decode
         slots, starts, lengths = (np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths))

@@ -1,7 +1,5 @@
 """Attention back-ends and the choice of one. The contract is in `base.py`."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

@@ -1,7 +1,5 @@
 """The contract of an attention back-end. `reference.py` is the shortest complete one."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor

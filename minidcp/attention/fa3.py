@@ -4,8 +4,6 @@ The kernels come from whichever package is installed: the official `flash_attn_i
 inside vLLM, whose one shared object is loaded without importing vLLM. Never both: their symbols collide.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 and the second opinion on FA3.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

@@ -4,8 +4,6 @@ A padded row has length 0 and slot -1: it reads nothing, writes nothing, and its
 has. `model_runner.py` decides which steps replay.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,12 +4,11 @@ Three ways to have ranks: threads of this process, processes started here, proce
 rank does is in `worker.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -203,10 +202,9 @@ class Executor:
 
     def stop(self, kill: bool) -> None:
         """End every rank: politely, or at once because one has failed."""
-        in_threads = self.config.ranks == "threads"
         if kill:
             self.break_barriers()
-        if in_threads or not kill:  # a thread cannot be killed
+        if not kill or self.config.ranks == "threads":  # which cannot be killed
             self.send(None)
             for thread in self.threads:
                 thread.join(STOP_SECONDS)
@@ -217,8 +215,10 @@ class Executor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for connection in () if in_threads else self.connections:
-            connection.close()  # ends torchrun's processes, whatever they wait for
+        for connection in self.connections if self.config.ranks == "torchrun" else ():
+            # Ends its process, whatever that waits for. To close it is its reader's, which may be about to.
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
     def break_barriers(self) -> None:
         for rendezvous in self.rendezvous:

@@ -3,8 +3,6 @@
 How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are `cuda_graph.py`'s.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass, replace

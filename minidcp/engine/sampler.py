@@ -4,8 +4,6 @@ Randomness is a function of (seed, position, token id), not of a generator's sta
 do not depend on what runs beside it, on preemption, or on the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ class Sampled:
     top_ids: Tensor | None = None  # [len(wanted), most] the most likely ones, best first
     top_values: Tensor | None = None
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Sampled:
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
         changed = (None if x is None else change(x) for x in (self.own, self.top_ids, self.top_values))
         return Sampled(change(self.tokens), self.num_sampled, self.wanted, *changed)
 

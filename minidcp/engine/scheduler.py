@@ -4,8 +4,6 @@ Decode rows first, then chunks of prompts within the token budget; the youngest 
 when blocks run out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import deque
 from dataclasses import dataclass

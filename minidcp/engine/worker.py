@@ -1,7 +1,5 @@
 """One rank: receives commands, runs steps, reports. The same in threads, in processes of ours and torchrun's."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -83,6 +81,8 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
                 report_result(pending)
             elif rank == 0:
                 report(pending.wait())
+    except threading.BrokenBarrierError:  # another rank has failed, and says why
+        return False
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
         report(Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error))

@@ -1,7 +1,5 @@
 """From the kv_a projection to the paged cache: norm, rope and store in one Triton kernel, and its twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

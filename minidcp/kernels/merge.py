@@ -4,8 +4,6 @@ LSEs are natural logarithms in fp32; -inf marks an empty shard, whose output may
 too: it is masked, never multiplied by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ This one is Triton for any GPU; for Hopper there is `mla_decode_hopper.py`. Thei
 `attention/reference.py`. The splits are put together by `merge.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

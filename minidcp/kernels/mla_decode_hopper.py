@@ -5,8 +5,6 @@ both warpgroups compute the same scores; here each takes half of a tile's tokens
 latent dim of the output.
 """
 
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy

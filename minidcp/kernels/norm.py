@@ -1,7 +1,5 @@
 """RMSNorm, alone or with the residual added first: a Triton kernel and its torch twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 `parallel/symmetric.py` says when that is safe. No torch twins: a CPU has no peer memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import triton

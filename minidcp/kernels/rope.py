@@ -1,7 +1,5 @@
 """Rotary embedding of queries, in the rotate-half layout: a Triton kernel and its torch twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ A block is free (nobody uses it), live (requests use it) or cached (nobody uses 
 known by a hash and kept until the room is needed). Ranks and tensors do not appear here.
 """
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections import OrderedDict, deque

@@ -5,8 +5,6 @@ the same id on every rank, so there is one block table and no rank-dependent all
 Every function takes an int or an integer array. Read `block_manager.py` next.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypeVar
 

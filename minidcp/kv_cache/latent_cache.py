@@ -4,8 +4,6 @@ MLA stores one vector per token that all heads share: the normed latent and the 
 Which token lies where is `interleave.py`'s; which block is whose, `block_manager.py`'s.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Plain callables over plain tensors. Attributes carry Hugging Face's names; shard
 `deepseek_v2.py` puts them together.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -52,7 +50,7 @@ class Linear:
         if self.bias is not None:
             self.bias = deinterleave_rope_rows(self.bias, num_heads, rope_dim)
 
-    def part(self, rows: slice) -> Linear:
+    def part(self, rows: slice) -> "Linear":
         """The same without a bias, for some of the outputs; the weights are shared."""
         assert self.bias is None
         part = copy.copy(self)

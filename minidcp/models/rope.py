@@ -4,8 +4,6 @@ The checkpoint stores interleaved pairs; `weights.py` reorders the projections' 
 rotating halves gives bit for bit the same scores.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ The model asks for tensors by Hugging Face's names; what it asks for is recorded
 some or holds others is refused with a list before a byte is read.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import dataclass
@@ -60,7 +58,7 @@ class Weights:
     source: WeightSource
     prefix: str = ""
 
-    def scope(self, name: str) -> Weights:
+    def scope(self, name: str) -> "Weights":
         return Weights(self.source, f"{self.prefix}{name}.")
 
     def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
