@@ -97,11 +97,10 @@ class LLMEngine:
         what = f"--max-model-len {max_model_len}: the KV cache holds {held}"
         require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
         self.executor.init_cache(num_blocks)
+        per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
         requests = f"{num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
-        per_rank = (
-            f"{self.weight_bytes / 1e6:.1f} MB of weights read, {num_blocks * config.block_size} tokens of KV cache"
-        )
-        logger.info(f"per rank: {per_rank}; in all: {held}, {requests}")
+        in_all = f"{capacity} in all (dcp {config.dcp_size}), {requests}"
+        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {per_rank}, {in_all}")
         return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:

@@ -156,8 +156,8 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
     def make_cache(self, layers: int, num_blocks: int) -> LatentCache:
-        width = self.model_config.latent_dim
-        return LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
+        shape = layers, num_blocks, self.config.block_size, self.model_config.latent_dim
+        return LatentCache(shape, self.dtype, self.device)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the cache and capture the decode graphs over it."""

@@ -81,8 +81,10 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
                 report_result(pending)
             elif rank == 0:
                 report(pending.wait())
-    except threading.BrokenBarrierError:  # another rank has failed, and says why
-        return False
+    except threading.BrokenBarrierError:  # another thread has failed, and says why
+        while receive() is not None:
+            pass
+        return True
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
         report(Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error))

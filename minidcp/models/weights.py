@@ -85,11 +85,21 @@ class CheckpointSource:
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
-        self.path, self.dtype, self.device = path, dtype, device
-        self.file_of = find_tensors(path)
+        self.path, self.dtype, self.device, self.bytes_read = path, dtype, device, 0
         self.files: dict[str, Any] = {}
-        self.bytes_read = 0
+        self.file_of = self.find_tensors()
         self.bar = tqdm(desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress)
+
+    def find_tensors(self) -> dict[str, str]:
+        """The file of every tensor: from the index where there is one, else of the single file."""
+        index, single = self.path / "model.safetensors.index.json", "model.safetensors"
+        if index.exists():
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{index}: not a safetensors index") from None
+        require((self.path / single).exists(), f"{self.path}: neither {index.name} nor {single} is there")
+        return dict.fromkeys(self.open(single).keys(), single)
 
     def open(self, file: str) -> Any:
         if file not in self.files:
@@ -175,24 +185,6 @@ def find_model(model: str) -> Path:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
         raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
-
-
-def find_tensors(path: Path) -> dict[str, str]:
-    """The file of every tensor: from the index where there is one, else of the single file."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{index}: not a safetensors index") from None
-    single = path / "model.safetensors"
-    if not single.exists():
-        raise ValueError(f"{path}: neither {index.name} nor {single.name} is there")
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{single}: truncated or not safetensors ({error})") from None
 
 
 def preview(names: list[str], most: int = 8) -> str:
