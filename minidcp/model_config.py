@@ -96,14 +96,10 @@ class ModelConfig:
         """Read `config.json` (and `generation_config.json`) of a checkpoint directory.
 
         Both dialects are understood: the hub's (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
-        (`rope_parameters`, `dtype`).
-
-        Raises:
-            ValueError: not a DeepSeek-V2 configuration, or a value this engine does not support.
+        (`rope_parameters`, `dtype`). Raises ValueError for another model, or a value this engine does not support.
         """
-        file = Path(path) / "config.json"
+        file, generation = Path(path) / "config.json", Path(path) / "generation_config.json"
         hf = read_object(file)
-        generation = Path(path) / "generation_config.json"
         if generation.exists():
             # Hugging Face's generate() takes the end-of-sequence tokens from here.
             hf |= {k: v for k, v in read_object(generation).items() if k == "eos_token_id"}

@@ -1,7 +1,4 @@
-"""What a user asks for and gets, and what the scheduler knows of a request in between.
-
-Plain integers and strings; no torch. Read `batch.py` next.
-"""
+"""What a user asks for and gets, and what the scheduler knows of a request in between: integers and strings."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,10 +20,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. With a `seed` a request gives the same
     tokens whatever runs beside it. `max_tokens` None means up to the model's context length. `logprobs` k gives the
     sampled token's log-probability and the k most likely ones, as the model has them: before temperature, penalties
-    and biases. Before `min_tokens` nothing stops a completion.
-
-    Raises:
-        ValueError: a value is out of range; the message names it.
+    and biases. Before `min_tokens` nothing stops a completion. Raises ValueError, naming the value, if one is out of
+    range.
     """
 
     max_tokens: int | None = 16

@@ -14,11 +14,8 @@ logger = logging.getLogger("minidcp")
 
 
 def make_backend(options: EngineConfig, config: ModelConfig, device: torch.device) -> AttentionBackend:
-    """The back-end for --attention-backend; "auto" is FA3, else Triton, else plain torch.
-
-    Raises:
-        ValueError: the back-end that was asked for cannot run here; the message says why.
-    """
+    """The back-end for --attention-backend; "auto" is FA3, else Triton, else plain torch. Raises ValueError if the one
+    that was asked for cannot run here; the message says why."""
     name, auto = options.attention_backend, options.attention_backend == "auto"
     if auto and (device.type == "cpu" or options.dtype != "bfloat16"):
         if device.type != "cpu":
@@ -54,8 +51,8 @@ def make_fa3(options: EngineConfig, config: ModelConfig, device: torch.device) -
 
     dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_head_dim, config.v_head_dim)
     compiled = (512, 64, 192, 128)
-    message = f"is compiled for kv_lora_rank, rope, qk and v dims {compiled}, the model has {dims}"
-    require(dims == compiled, message)
+    names = "kv_lora_rank, rope, qk and v dims"
+    require(dims == compiled, f"is compiled for {names} {compiled}, the model has {dims}")
     major, minor = torch.cuda.get_device_capability(device)
     require(major == 9, f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}")
     try:

@@ -147,12 +147,8 @@ class Executor:
         return report
 
     def wait_ready(self) -> list[Ready]:
-        """One Ready per rank.
-
-        Raises:
-            ValueError: the ranks found the checkpoint or the configuration wrong.
-            EngineDeadError: a rank ended.
-        """
+        """One Ready per rank. Raises ValueError if the ranks found the checkpoint or the configuration wrong, and
+        EngineDeadError if one ended."""
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
     def init_cache(self, num_blocks: int) -> None:

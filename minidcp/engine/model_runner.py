@@ -71,11 +71,8 @@ def to_host(x: Tensor) -> Tensor:
 
 
 class ModelRunner:
-    """Runs steps on one rank. Every rank gets the same plans in the same order.
-
-    Raises:
-        ValueError: the checkpoint does not fit its config.json, or the back-end cannot run here.
-    """
+    """Runs steps on one rank. Every rank gets the same plans in the same order. Raises ValueError if the checkpoint
+    does not fit its config.json, or the back-end cannot run here."""
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, state: ParallelState, device: torch.device

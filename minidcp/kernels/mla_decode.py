@@ -28,14 +28,9 @@ class DeviceLimits:
 
 
 def mla_decode(
-    q_latent: Tensor,
-    q_pe: Tensor,
-    kv: Tensor,
-    block_table: Tensor,
-    local_lens: Tensor,
-    softmax_scale: float,
+    q_latent: Tensor, q_pe: Tensor, kv: Tensor, block_table: Tensor, local_lens: Tensor, softmax_scale: float,
     limits: DeviceLimits = DeviceLimits(),
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens. Slots beyond a row's
     length are never read. The context is split so that about one program runs on each multiprocessor.
 

@@ -78,11 +78,8 @@ class RecordingSource:
 
 
 class CheckpointSource:
-    """A directory of safetensors in the hub's format, on `device` in `dtype`.
-
-    Raises:
-        ValueError: the index or a shard is missing, truncated or not safetensors.
-    """
+    """A directory of safetensors in the hub's format, on `device` in `dtype`. Raises ValueError if the index or a shard
+    is missing, truncated or not safetensors."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
         self.path, self.dtype, self.device, self.bytes_read = path, dtype, device, 0
@@ -167,11 +164,8 @@ class RandomSource:
 
 
 def find_model(model: str) -> Path:
-    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress).
-
-    Raises:
-        ValueError: neither a directory nor a hub name that can be downloaded.
-    """
+    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress). Raises
+    ValueError if it is neither a directory nor a hub name that can be downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
