@@ -32,11 +32,8 @@ def require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How `tp_size` ranks share a model, and how many of them share one KV cache.
-
-    Ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g: together they hold one interleaved copy of the cache
-    and attend with the heads of all of them.
-    """
+    """How `tp_size` ranks share a model, and how many of them share one KV cache: ranks [g * dcp_size, (g + 1) *
+    dcp_size) form DCP group g. They hold one interleaved copy of the cache and attend with the heads of all of them."""
 
     tp_size: int = 1
     dcp_size: int = 1
@@ -59,7 +56,8 @@ class Options:
     def __post_init__(self) -> None:
         for f, kinds in self.options():
             value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
-            ok, given = type(value) in kinds or (type(value) is int and float in kinds), f"{flag(f.name)} {value!r}"
+            ok = type(value) in kinds or (type(value) is int and float in kinds)
+            given = f"{flag(f.name)} {value!r}"
             require(ok, f"{given}: must be a {kinds[0].__name__}")
             require(not choices or value in choices, f"{given}: must be one of {', '.join(map(str, choices))}")
             require(least is None or value is None or value >= least, f"{given}: must be at least {least}")

@@ -111,14 +111,14 @@ class ModelConfig:
         kind = hf.get("model_type")
         require(kind == "deepseek_v2", f"{source}: model_type is {kind!r}; this engine runs 'deepseek_v2' only")
         for name, supported in SUPPORTED.items():
-            value, values = hf.get(name, supported[0]), ", ".join(map(repr, supported))
-            require(value in supported, f"{source}: {name} {value!r} is not supported; supported: {values}")
-        fields_read = {f.name: read_field(f, hf, source) for f in fields(cls) if not f.metadata}
+            value, possible = hf.get(name, supported[0]), ", ".join(map(repr, supported))
+            require(value in supported, f"{source}: {name} {value!r} is not supported; supported: {possible}")
+        values = {f.name: read_field(f, hf, source) for f in fields(cls) if not f.metadata}
         if hf.get("topk_method") != "group_limited_greedy":
-            fields_read |= {"n_group": 1, "topk_group": 1}
+            values |= {"n_group": 1, "topk_group": 1}
         eos = hf.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        config = cls(**fields_read, rope=read_rope(hf, source), eos_token_ids=eos)
+        config = cls(**values, rope=read_rope(hf, source), eos_token_ids=eos)
         config.check(source)
         return config
 

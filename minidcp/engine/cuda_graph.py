@@ -80,7 +80,7 @@ class DecodeGraphs:
         bytes this rank receives from others for them."""
         d, layout = plan.num_decode, self.layout
         size = self.sizes[bisect.bisect_left(self.sizes, d)]
-        starts, slots = np.array(plan.starts, dtype=np.int64), np.array(plan.slots, dtype=np.int64)
+        starts, slots = (np.array(x, dtype=np.int64) for x in (plan.starts, plan.slots))
         rows = np.repeat([[0], [-1], [self.spare_slot], [0]], size, 1)  # what a padded row has
         rows[0, :d], rows[2, :d] = starts, slots
         rows[1, :d] = self.tables.map_slots(slots, starts, layout, self.rank)

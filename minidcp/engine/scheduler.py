@@ -128,7 +128,8 @@ class Scheduler:
         if not request.num_outputs:
             request.cached_tokens = request.num_computed
         self.hand_over(request, shared + fresh, step)
-        history, num_prompt = tuple(request.tokens) if params.is_penalised else (), len(request.prompt_token_ids)
+        num_prompt = len(request.prompt_token_ids)
+        history = tuple(request.tokens) if params.is_penalised else ()
         step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
         request.status = Status.RUNNING
         self.running.append(request)

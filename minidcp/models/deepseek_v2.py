@@ -38,10 +38,8 @@ class Blueprint:
 
 
 class MLAAttention:
-    """Multi-head latent attention (arXiv:2405.04434 §2.1) for this rank's heads.
-
-    H heads are this rank's, G those of its DCP group. W_UK and W_UV are the halves of kv_b_proj.
-    """
+    """Multi-head latent attention (arXiv:2405.04434 §2.1). H heads are this rank's, G those of its DCP group. W_UK and
+    W_UV are the halves of kv_b_proj."""
 
     def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
         c, state, bias = blueprint.config, blueprint.state, blueprint.config.attention_bias
@@ -57,7 +55,8 @@ class MLAAttention:
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
             q_in, q_scope = c.q_lora_rank, weights.scope("q_b_proj")
         q_shard = group_heads if self.replicated_q else own_heads
-        self.q_b_proj = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)  # or q_proj
+        # Where there is no q_lora this is q_proj.
+        self.q_b_proj = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
         self.q_b_proj.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
         first = dcp.rank * self.num_heads  # of this rank's heads among the group's
         rows = slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim)
@@ -74,8 +73,7 @@ class MLAAttention:
         own = slice(first, first + self.num_heads) if blueprint.group_heads else slice(None)
         self.w_uk, self.w_uv = w_uk[own], w_uv[own]  # [H, nope, C], [H, v, C]; views, no second copy
 
-        by_input = Shard(1, tp.rank, tp.size)
-        o_in = c.num_attention_heads * c.v_head_dim
+        o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
         self.o_proj = Linear(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
 
     @property

@@ -33,7 +33,7 @@ class SymmetricGroup(Group):
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
-        self.rank, self.size = group.rank(), group.size()
+        self.rank, self.size, self.calls = group.rank(), group.size(), 0
         self.buffer = symm_mem.empty(2 * HALF_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
         buffers = torch.tensor(self.handle.buffer_ptrs, dtype=torch.int64, device=device)
@@ -45,7 +45,6 @@ class SymmetricGroup(Group):
         pads = torch.tensor(symm_mem.rendezvous(self.pads, group).buffer_ptrs, dtype=torch.int64, device=device)
         epochs = torch.zeros(most, dtype=torch.int32, device=device)
         self.meeting = Meeting(self.rank, pads, epochs, int(least))
-        self.calls = 0
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody comes to a meeting before all pads are zero
 
