@@ -1,4 +1,4 @@
-"""What a user asks for and gets, and what the scheduler knows of a request in between: integers and strings."""
+"""What a user asks for and gets, and what the scheduler knows of it in between; no torch. Next: `batch.py`."""
 
 import math
 from dataclasses import dataclass, field

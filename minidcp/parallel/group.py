@@ -23,7 +23,7 @@ class Group:
         return
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory as `like` has for the very next collective's input, which may then be where it must be, uncopied."""
+        """Memory of like's kind for the very next collective's input, which may then lie where it must, uncopied."""
         return like.new_empty(shape)
 
     def count(self, x: Tensor, peers: float = 1) -> None:
