@@ -201,7 +201,7 @@ class Step:
         """Seconds of a graph replay, and of a step when many are launched one after another."""
         graphs = self.runner.graphs
         assert graphs is not None
-        graphs.replay(self.plan, self.runner.tables)
+        graphs.replay(self.plan)
         size = next(s for s in graphs.sizes if s >= self.b)
         alone = time_replays(graphs.steps[size].graph.replay, 20)
         pending = [self.runner.execute(self.plan) for _ in range(5)]

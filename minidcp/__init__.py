@@ -1,7 +1,4 @@
-"""minidcp: DeepSeek-V2 decoding with tensor and decode context parallelism.
-
-Start with `models/deepseek_v2.py`, or with the README's file tree.
-"""
+"""minidcp: DeepSeek-V2 decoding with tensor and decode context parallelism. Start with `models/deepseek_v2.py`."""
 
 from minidcp.config import EngineConfig
 from minidcp.llm import LLM

@@ -1,10 +1,8 @@
 """What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it.
 
-The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows
-that ranks hold different tokens. Read `attention/base.py` next.
+The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows that ranks hold
+different tokens. Read `attention/base.py` next.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from minidcp.model_config import ModelConfig
 from minidcp.request import SamplingParams
 
 Array = NDArray[np.int64]
+# A ContextPiece's arrays, its tokens, and its Varlen's lengths.
+CutPiece = tuple[dict[str, Array], slice, list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class Admission:
 class StepPlan:
     """One step in integers. Rows [0, num_decode) decode one token each, the others prefill a chunk.
 
-    Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i]. A
-    decode row's token is the one its slot sampled last, which only the workers may know yet; the
-    prefill rows' tokens lie in `tokens`, one row after another.
+    Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i]. A decode row's token
+    is the one its slot sampled last, which only the workers may know yet; the prefill rows' are in `tokens`, in order.
     """
 
     num_decode: int = 0
@@ -69,11 +68,17 @@ class BlockTables:
             slot, index, block = np.array(plan.new_blocks, dtype=np.int64).T
             self.table[slot, index] = block
 
+    def map_slots(self, slots: Array, positions: Array, layout: Interleave, rank: int) -> Array:
+        """Rank `rank`'s cache rows for these positions of requests in `slots`; -1 where another stores the token."""
+        local = layout.local_slot(positions)
+        rows = layout.cache_slot(self.table[slots, local // layout.block_size], local)
+        return np.where(layout.owner_of(positions) == rank, rows, -1)
+
 
 @dataclass(frozen=True)
 class Varlen:
-    """Sequences packed one after another: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and
-    likewise for k. The lists are the same lengths on the host."""
+    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and likewise for k. The lists are
+    the same lengths on the host."""
 
     cu_seqlens_q: Tensor  # [B + 1] int32
     cu_seqlens_k: Tensor  # [B + 1] int32
@@ -84,8 +89,7 @@ class Varlen:
 
 @dataclass
 class CacheRows:
-    """Queries that attend, absorbed, over this rank's shard: row i sees the first local_lens[i] tokens of
-    the blocks in block_table[i]."""
+    """Absorbed queries over this rank's shard: row i sees the first local_lens[i] tokens of blocks block_table[i]."""
 
     block_table: Tensor  # [B, W] int32
     local_lens: Tensor  # [B] int32
@@ -97,9 +101,9 @@ class CacheRows:
 class ContextPiece:
     """A run of the prefill rows' cached context, gathered from all ranks at once.
 
-    Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused);
-    token j of the packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens
-    `tokens` (of the prefill rows'), whose sequences `varlen` pairs with the piece's.
+    Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused); token j of the
+    packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens `tokens` (of the prefill
+    rows'), whose sequences `varlen` pairs with the piece's.
     """
 
     slots: Tensor  # [S] int32
@@ -113,9 +117,9 @@ class ContextPiece:
 class ContextPolicy:
     """Which of two exact ways prefill takes to its cached context.
 
-    Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q
-    lets the ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated
-    to be faster, from rates of an H100: few new tokens on a long context are better sent to it.
+    Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q lets the
+    ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated to be faster, from
+    rates of an H100: few new tokens on a long context are better sent to it.
     """
 
     config: ModelConfig
@@ -164,22 +168,19 @@ class ForwardBatch:
         rank: int,
         narrow: Callable[[int], bool],
         device: torch.device,
-    ) -> ForwardBatch:
+    ) -> "ForwardBatch":
         """`narrow` says which exchange so many rows get."""
         interleave, d = policy.layout, plan.num_decode
         slots, starts, lengths = (np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths))
         row_of_token = np.repeat(np.arange(len(slots)), lengths)
         positions = starts[row_of_token] + ranges(lengths)
-        local = interleave.local_slot(positions)
-        block_ids = tables.table[slots[row_of_token], local // interleave.block_size]
-        mine = interleave.owner_of(positions) == rank
         ends = np.cumsum(lengths)
         sampling = np.array(plan.sampling, dtype=np.int64)
         scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
-            "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
+            "slot_mapping": tables.map_slots(slots[row_of_token], positions, interleave, rank),
             "decode_slots": slots[:d],
             "sample_index": np.concatenate([ends[sampling], ends[scored[:, 0]] - scored[:, 1]]) - 1,
             "sample_slots": slots[sampling],
@@ -191,33 +192,28 @@ class ForwardBatch:
             arrays["lens"] = interleave.local_len(starts[:d] + 1, rank)
         if len(chunks):
             arrays["cu_chunks"] = offsets(chunks)
-        pieces: list[tuple[slice, list[int], list[int]]] = []
+        pieces: list[CutPiece] = []
         gathers_q = bool(cached.any()) and policy.gathers_q(chunks, cached)
         if gathers_q:
             arrays["context_table"] = tables.table[slots[d:], : interleave.num_blocks(int(cached.max()))]
             arrays["context_row"] = row_of_token[d:] - d
             arrays["context_lens"] = interleave.local_len(cached, rank)[arrays["context_row"]]
         elif cached.any():
-            cut = plan_context_pieces(chunks, cached, tables.table[slots[d:]], policy)
-            for i, (own, tokens, lens_q, lens_k) in enumerate(cut):
-                arrays |= {f"{name}{i}": array for name, array in own.items()}
-                pieces.append((tokens, lens_q, lens_k))
+            pieces = list(plan_context_pieces(chunks, cached, tables.table[slots[d:]], policy))
+            arrays |= {f"{name}{i}": array for i, piece in enumerate(pieces) for name, array in piece[0].items()}
 
         t = upload(arrays, device)
         decode = CacheRows(t["table"], t["lens"], narrow(d)) if d else None
-        prefill, lens = None, chunks.tolist()
-        if lens:
-            prefill = Varlen(t["cu_chunks"], t["cu_chunks"], lens, lens, causal=True)
+        lens = chunks.tolist()
+        prefill = Varlen(t["cu_chunks"], t["cu_chunks"], lens, lens, causal=True) if lens else None
         context: CacheRows | list[ContextPiece] | None = None
         if gathers_q:
-            table = t["context_table"][t["context_row"]]
-            context = CacheRows(table, t["context_lens"], narrow(int(chunks.sum())))
+            context = CacheRows(t["context_table"][t["context_row"]], t["context_lens"], narrow(int(chunks.sum())))
         elif pieces:
             context = []
-            for i, (tokens, lens_q, lens_k) in enumerate(pieces):
+            for i, (_, tokens, lens_q, lens_k) in enumerate(pieces):
                 varlen = Varlen(t[f"cu_q{i}"], t[f"cu_k{i}"], lens_q, lens_k, causal=False)
-                slots_i, row, owner = (t[f"{name}{i}"] for name in ("slots", "row", "owner"))
-                context.append(ContextPiece(slots_i, row, owner, tokens, varlen))
+                context.append(ContextPiece(t[f"slots{i}"], t[f"row{i}"], t[f"owner{i}"], tokens, varlen))
         fields = {name: t[name] for name in names}
         return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **fields)
 
@@ -231,18 +227,14 @@ def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
     return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
 
-def plan_context_pieces(
-    chunks: Array, cached: Array, table: Array, policy: ContextPolicy
-) -> Iterator[tuple[dict[str, Array], slice, list[int], list[int]]]:
-    """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most
-    `policy.workspace` tokens, each beginning at a multiple of N in its row: a ContextPiece's arrays and
-    the rest in integers.
+def plan_context_pieces(chunks: Array, cached: Array, table: Array, policy: ContextPolicy) -> Iterator[CutPiece]:
+    """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most `policy.workspace`
+    tokens, each beginning at a multiple of N in its row.
 
-    A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row
-    too many lies in a block that the request owns, and no index points at it.
+    A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row too many lies
+    in a block that the request owns, and no index points at it.
     """
-    layout = policy.layout
-    n = layout.size
+    layout, n = policy.layout, policy.layout.size
     begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
     step = max(policy.workspace // n, 1) * n
     for first in range(0, int(begins[-1]), step):

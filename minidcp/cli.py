@@ -1,7 +1,5 @@
 """The command line: `minidcp serve MODEL …` and `minidcp generate MODEL --prompt …`."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys
@@ -39,12 +37,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         (["--disable-radix-cache"], "prefix_cache", False, "--no-prefix-cache"),
         (["--disable-cuda-graph", "--enforce-eager"], "cuda_graph", False, "--no-cuda-graph"),
     ):
-        parser.add_argument(
-            *names, dest=dest, action="store_const", const=const, default=argparse.SUPPRESS, help=meaning
-        )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="accepted and ignored: no remote code is ever run"
-    )
+        store: dict[str, Any] = dict(action="store_const", const=const, default=argparse.SUPPRESS)
+        parser.add_argument(*names, dest=dest, help=meaning, **store)
+    parser.add_argument("--trust-remote-code", action="store_true", help="ignored: no remote code is ever run")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -68,9 +63,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     config = engine_config(args)
-    params = SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed, ignore_eos=args.ignore_eos
-    )
+    params = SamplingParams(args.max_tokens, temperature=args.temperature, seed=args.seed, ignore_eos=args.ignore_eos)
     with LLM(**{f.name: getattr(config, f.name) for f in fields(config)}) as llm:
         start = time.perf_counter()
         outputs = llm.generate(args.prompt, params, use_tqdm=True)
@@ -85,7 +78,6 @@ def generate(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-
     p = commands.add_parser("serve", help="serve an OpenAI-compatible HTTP API", allow_abbrev=False)
     add_engine_flags(p)
     add_flags(p, ServeConfig)

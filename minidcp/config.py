@@ -1,10 +1,8 @@
 """What the user asked for, checked before anything starts.
 
-Every error that needs no machine and no checkpoint to be found is raised here, as a ValueError that names
-its flag. What the checkpoint is stands in `model_config.py`; read that next.
+Every error that needs no machine and no checkpoint to be found is raised here, as a ValueError that names its flag.
+What the checkpoint is stands in `model_config.py`; read that next.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -12,8 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 
 def option(default: Any, help: str, *aliases: str, least: float | None = None) -> Any:
-    """A field of EngineConfig: its default, what --help says of it, what users of other engines type for
-    it, and its least value."""
+    """A field of EngineConfig: its default, its --help, what users of other engines type for it, its least value."""
     return field(default=default, metadata={"help": help, "aliases": aliases, "choices": (), "least": least})
 
 
@@ -35,29 +32,21 @@ def require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How `tp_size` ranks share a model, and how many of them share one KV cache.
-
-    Ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g: together they hold one interleaved copy
-    of the cache and attend with the heads of all of them.
-    """
+    """How `tp_size` ranks share a model, and how many of them share one KV cache: ranks [g * dcp_size, (g + 1) *
+    dcp_size) form DCP group g. They hold one interleaved copy of the cache and attend with the heads of all of them."""
 
     tp_size: int = 1
     dcp_size: int = 1
 
     def __post_init__(self) -> None:
-        require(self.tp_size >= 1, f"--tp-size {self.tp_size}: must be at least 1")
-        require(self.dcp_size >= 1, f"--dcp-size {self.dcp_size}: must be at least 1")
-        require(
-            self.tp_size % self.dcp_size == 0,
-            f"--dcp-size {self.dcp_size} must divide --tp-size {self.tp_size}; possible: {divisors(self.tp_size)}",
-        )
+        tp, dcp = self.tp_size, self.dcp_size
+        require(tp >= 1, f"--tp-size {tp}: must be at least 1")
+        require(dcp >= 1, f"--dcp-size {dcp}: must be at least 1")
+        require(tp % dcp == 0, f"--dcp-size {dcp} must divide --tp-size {tp}; possible: {divisors(tp)}")
 
     def check_heads(self, num_heads: int) -> None:
-        require(
-            num_heads % self.tp_size == 0,
-            f"--tp-size {self.tp_size} must divide the model's {num_heads} attention heads; "
-            f"possible: {divisors(num_heads)}",
-        )
+        wanted = f"--tp-size {self.tp_size} must divide the model's {num_heads} attention heads"
+        require(num_heads % self.tp_size == 0, f"{wanted}; possible: {divisors(num_heads)}")
 
 
 @dataclass(frozen=True)
@@ -68,15 +57,10 @@ class Options:
         for f, kinds in self.options():
             value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
             ok = type(value) in kinds or (type(value) is int and float in kinds)
-            require(ok, f"{flag(f.name)} {value!r}: must be a {kinds[0].__name__}")
-            require(
-                not choices or value in choices,
-                f"{flag(f.name)} {value!r}: must be one of {', '.join(map(str, choices))}",
-            )
-            require(
-                least is None or value is None or value >= least,
-                f"{flag(f.name)} {value}: must be at least {least}",
-            )
+            given = f"{flag(f.name)} {value!r}"
+            require(ok, f"{given}: must be a {kinds[0].__name__}")
+            require(not choices or value in choices, f"{given}: must be one of {', '.join(map(str, choices))}")
+            require(least is None or value is None or value >= least, f"{given}: must be at least {least}")
 
     @classmethod
     def options(cls) -> Iterator[tuple[Field[Any], tuple[type, ...]]]:
@@ -89,49 +73,28 @@ class Options:
 
 @dataclass(frozen=True)
 class EngineConfig(Options):
-    """Everything a user can choose of the engine.
-
-    Raises:
-        ValueError: a value is out of range; the message names the flag, the value and what would work.
-    """
+    """Everything a user can choose of the engine. Raises ValueError if a value is out of range; the message names the
+    flag, the value and what would work."""
 
     model: str
     tp_size: int = option(1, "ranks that share the model", "--tensor-parallel-size", "-tp", least=1)
     dcp_size: int = option(
-        1,
-        "ranks that share one KV cache; divides --tp-size",
-        "--decode-context-parallel-size",
-        "-dcp",
-        least=1,
+        1, "ranks that share one KV cache; divides --tp-size", "--decode-context-parallel-size", "-dcp", least=1
     )
     dcp_comm_backend: str = choice("how partial attention is exchanged", "auto", "p2p", "a2a", "ag_rs")
-    attention_backend: str = choice(
-        "kernels; auto is fa3, else triton, and reference on a CPU", "auto", "fa3", "triton", "reference"
-    )
-    comm: str = choice(
-        "collectives: symmetric memory (one node), nccl; on CPUs gloo", "auto", "symmetric", "nccl", "gloo"
-    )
-    exchange_policy: str = choice(
-        "W_UK and W_UV behind the exchange, before it, or by batch size", "auto", "wide", "narrow"
-    )
+    attention_backend: str = choice("auto is fa3, else triton; reference on CPUs", "auto", "fa3", "triton", "reference")
+    comm: str = choice("collectives; symmetric: one node, gloo: CPUs", "auto", "symmetric", "nccl", "gloo")
+    exchange_policy: str = choice("W_UK and W_UV behind the exchange or before, or by batch", "auto", "wide", "narrow")
     narrow_threshold: int = option(16, "rows from which auto exchanges narrow", least=1)
     q_proj: str = choice("replicated: every rank has all q of its DCP group", "sharded", "replicated")
-    prefill_strategy: str = choice(
-        "how prefill sees its cached context; auto is what is faster", "auto", "gather_kv", "gather_q"
-    )
+    prefill_strategy: str = choice("how prefill sees cached context; auto: the faster", "auto", "gather_kv", "gather_q")
     device: str = choice("where to run", "auto", "cpu", "cuda")
     dtype: str = choice("auto is bfloat16 on GPUs, float32 on CPUs", "auto", "float32", "bfloat16")
-    ranks: str = choice(
-        "auto is processes, or a thread for one rank on a CPU", "auto", "threads", "processes", "torchrun"
-    )
+    ranks: str = choice("auto is processes; a thread for 1 CPU rank", "auto", "threads", "processes", "torchrun")
     # FA3 lets NaN leak from the unused slots of larger blocks.
     block_size: int = choice("tokens per block and rank", 1, 2, 4, 8, 16, 32, default=16)
-    num_blocks: int | None = option(
-        None, "KV cache blocks; default: what memory allows", "--num-gpu-blocks-override", least=1
-    )
-    max_model_len: int | None = option(
-        None, "longest prompt + completion in tokens; default: the model's", "--context-length", least=1
-    )
+    num_blocks: int | None = option(None, "KV cache blocks; default: what fits", "--num-gpu-blocks-override", least=1)
+    max_model_len: int | None = option(None, "tokens of a request; default: the model's", "--context-length", least=1)
     max_num_seqs: int = option(256, "requests that run at once", "--max-running-requests", least=1)
     max_num_batched_tokens: int | None = option(None, "tokens per step; longer prompts are computed in chunks", least=1)
     gpu_memory_utilization: float = option(0.9, "share of GPU memory to use", "--mem-fraction-static")
@@ -142,15 +105,10 @@ class EngineConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 < self.gpu_memory_utilization <= 1,
-            f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be in (0, 1]",
-        )
-        require(
-            self.max_num_batched_tokens is None or self.max_num_seqs <= self.max_num_batched_tokens,
-            f"--max-num-batched-tokens {self.max_num_batched_tokens} must be at least "
-            f"--max-num-seqs {self.max_num_seqs}: every running request decodes one token per step",
-        )
+        share, batched, seqs = self.gpu_memory_utilization, self.max_num_batched_tokens, self.max_num_seqs
+        require(0 < share <= 1, f"--gpu-memory-utilization {share}: must be in (0, 1]")
+        wanted = f"--max-num-batched-tokens {batched} must be at least --max-num-seqs {seqs}"
+        require(batched is None or seqs <= batched, f"{wanted}: every running request decodes one token per step")
         ParallelConfig(self.tp_size, self.dcp_size)
 
     @property
@@ -158,11 +116,8 @@ class EngineConfig(Options):
         return ParallelConfig(self.tp_size, self.dcp_size)
 
     def exchanges_narrow(self, num_rows: int) -> bool:
-        """Whether that many rows send raw q and have W_UV applied before the exchange.
-
-        Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group; from a batch
-        of about 16 on that is the better trade.
-        """
+        """Whether that many rows send raw q and have W_UV applied before the exchange. Narrow moves 3.4 times fewer
+        bytes and multiplies for every head of the DCP group: from a batch of about 16 on the better trade."""
         if self.dcp_size == 1 or self.exchange_policy != "auto":
             return self.dcp_size > 1 and self.exchange_policy == "narrow"
         return self.needs_group_heads and num_rows >= self.narrow_threshold
@@ -181,7 +136,7 @@ class EngineConfig(Options):
         return auto or self.exchange_policy == "narrow"
 
     @classmethod
-    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+    def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
         """As the constructor, but an unknown name is a ValueError that lists the known ones."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(kwargs) - set(known))

@@ -1,10 +1,7 @@
 """The offline API: prompts in, completions out. For a server see `minidcp serve`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -24,10 +21,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if ids and len(ids) == len(prompts):
         return [ids]
     batch = [p if isinstance(p, str) else list(p) for p in prompts if isinstance(p, str | list | tuple)]
-    require(
-        len(batch) == len(prompts),
-        "prompts: give a text, a list of token ids, or a list of either, not mixed",
-    )
+    require(len(batch) == len(prompts), "prompts: give a text, a list of token ids, or a list of either, not mixed")
     return batch
 
 
@@ -42,8 +36,8 @@ class LLM:
         ValueError: an option or the checkpoint is wrong; the message says what.
         EngineDeadError: a rank ended; from `generate` too.
 
-    Under torchrun every process constructs this, and only rank 0's constructor returns: the other
-    processes serve as ranks and end with it.
+    Under torchrun every process constructs this, and only rank 0's constructor returns: the other processes serve as
+    ranks and end with it.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -60,11 +54,8 @@ class LLM:
         batch = as_batch(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        require(
-            len(each) == len(batch),
-            f"sampling_params: {len(each)} for {len(batch)} prompts; give one or as many",
-        )
-
+        given = f"{len(each)} for {len(batch)} prompts"
+        require(len(each) == len(batch), f"sampling_params: {given}; give one or as many")
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, p in zip(batch, each, strict=True):
@@ -85,8 +76,7 @@ class LLM:
         with tqdm(total=len(outputs), desc="Requests", unit="req", disable=not use_tqdm) as bar:
             while self.engine.has_work:
                 for delta in self.engine.step():
-                    output = outputs[delta.request_id]
-                    completion = output.outputs[0]
+                    output, completion = outputs[delta.request_id], outputs[delta.request_id].outputs[0]
                     completion.text += delta.text
                     completion.token_ids += delta.token_ids
                     if completion.logprobs is not None and delta.logprobs is not None:
@@ -97,18 +87,15 @@ class LLM:
                     if delta.finish_reason is not None:
                         completion.finish_reason = delta.finish_reason.value
                         bar.update()
-                    if bar.format_dict["elapsed"] > 0:
-                        rate = generated / bar.format_dict["elapsed"]
-                        bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
+                    if (seconds := bar.format_dict["elapsed"]) > 0:
+                        bar.set_postfix_str(f"{generated / seconds:.1f} tok/s", refresh=False)
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
         self.engine.close()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,7 +1,5 @@
 """What the checkpoint is: config.json of a DeepSeek-V2 model, checked. Read `request.py` next."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -9,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from minidcp.config import require
+
+# Values of config.json that change what a model computes, the default first.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("softmax", None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "topk_method": ("greedy", "group_limited_greedy", None),
+}
 
 
 @dataclass(frozen=True)
@@ -85,43 +92,27 @@ class ModelConfig:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
-    def from_hf(cls, path: str | Path) -> ModelConfig:
+    def from_hf(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json` (and `generation_config.json`) of a checkpoint directory.
 
-        Both dialects are understood: the hub's (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of
-        transformers 5 (`rope_parameters`, `dtype`).
-
-        Raises:
-            ValueError: not a DeepSeek-V2 configuration, or a value this engine does not support.
+        Both dialects are understood: the hub's (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
+        (`rope_parameters`, `dtype`). Raises ValueError for another model, or a value this engine does not support.
         """
-        file = Path(path) / "config.json"
+        file, generation = Path(path) / "config.json", Path(path) / "generation_config.json"
         hf = read_object(file)
-        generation = Path(path) / "generation_config.json"
         if generation.exists():
             # Hugging Face's generate() takes the end-of-sequence tokens from here.
             hf |= {k: v for k, v in read_object(generation).items() if k == "eos_token_id"}
         return cls.from_dict(hf, str(file))
 
     @classmethod
-    def from_dict(cls, hf: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    def from_dict(cls, hf: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """As `from_hf`, from the parsed JSON; `source` names it in errors."""
-        require(
-            hf.get("model_type") == "deepseek_v2",
-            f"{source}: model_type is {hf.get('model_type')!r}; this engine runs 'deepseek_v2' only",
-        )
-
-        def support(name: str, *supported: Any) -> None:
-            value = hf.get(name, supported[0])
-            require(
-                value in supported,
-                f"{source}: {name} {value!r} is not supported; supported: {', '.join(map(repr, supported))}",
-            )
-
-        support("hidden_act", "silu")
-        support("scoring_func", "softmax", None)
-        support("mlp_bias", False, None)
-        support("quantization_config", None)
-        support("topk_method", "greedy", "group_limited_greedy", None)
+        kind = hf.get("model_type")
+        require(kind == "deepseek_v2", f"{source}: model_type is {kind!r}; this engine runs 'deepseek_v2' only")
+        for name, supported in SUPPORTED.items():
+            value, possible = hf.get(name, supported[0]), ", ".join(map(repr, supported))
+            require(value in supported, f"{source}: {name} {value!r} is not supported; supported: {possible}")
         values = {f.name: read_field(f, hf, source) for f in fields(cls) if not f.metadata}
         if hf.get("topk_method") != "group_limited_greedy":
             values |= {"n_group": 1, "topk_group": 1}
@@ -135,18 +126,13 @@ class ModelConfig:
         require(self.qk_rope_head_dim % 2 == 0, f"{source}: qk_rope_head_dim {self.qk_rope_head_dim} is odd")
         if self.n_routed_experts == 0:
             return
-        top_k, groups = self.num_experts_per_tok, self.n_group
+        top_k, experts, groups, chosen = self.num_experts_per_tok, self.n_routed_experts, self.n_group, self.topk_group
         require(self.moe_intermediate_size > 0, f"{source}: moe_intermediate_size is missing")
-        require(
-            self.n_routed_experts % groups == 0,
-            f"{source}: n_group {groups} does not divide n_routed_experts {self.n_routed_experts}",
-        )
-        reachable = self.topk_group * self.n_routed_experts // groups
-        require(
-            1 <= top_k <= reachable and self.topk_group <= groups,
-            f"{source}: num_experts_per_tok {top_k} of {reachable} experts in topk_group {self.topk_group} "
-            f"of n_group {groups} groups cannot be chosen",
-        )
+        require(experts % groups == 0, f"{source}: n_group {groups} does not divide n_routed_experts {experts}")
+        reachable = chosen * experts // groups
+        of = f"{reachable} experts in topk_group {chosen} of n_group {groups} groups"
+        ok = 1 <= top_k <= reachable and chosen <= groups
+        require(ok, f"{source}: num_experts_per_tok {top_k} of {of} cannot be chosen")
 
 
 def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
@@ -157,10 +143,8 @@ def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
         return f.default
     kind = type(f.default) if isinstance(f.default, bool | float) else int
     least = 1 if kind is int and f.default != 0 else 0
-    require(
-        isinstance(value, (int, float) if kind is float else int) and value >= least,
-        f"{source}: {f.name} is {value!r}; expected a {kind.__name__} of at least {least}",
-    )
+    ok = isinstance(value, (int, float) if kind is float else int) and value >= least
+    require(ok, f"{source}: {f.name} is {value!r}; expected a {kind.__name__} of at least {least}")
     return kind(value)
 
 
@@ -187,20 +171,11 @@ def read_rope(hf: dict[str, Any], source: str) -> RopeConfig:
 
     theta = number("rope_theta", hf.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    require(
-        kind in ("default", "yarn"),
-        f"{source}: rope type {kind!r} is not supported; supported: yarn, default",
-    )
+    require(kind in ("default", "yarn"), f"{source}: rope type {kind!r} is not supported; supported: yarn, default")
     if kind == "default":
         return RopeConfig(theta=theta)
-    longest = hf.get("max_position_embeddings") or 4096
     require(rope.get("factor") is not None, f"{source}: rope scaling of type yarn needs a factor")
-    return RopeConfig(
-        theta=theta,
-        factor=number("factor", 1.0),
-        original_max_position=int(number("original_max_position_embeddings", longest)),
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
-        mscale=number("mscale", 1.0),
-        mscale_all_dim=number("mscale_all_dim", 0.0),
-    )
+    original = int(number("original_max_position_embeddings", hf.get("max_position_embeddings") or 4096))
+    names = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    numbers = {name: number(name, getattr(RopeConfig, name)) for name in names}
+    return RopeConfig(theta=theta, original_max_position=original, **numbers)

@@ -1,9 +1,4 @@
-"""What a user asks for and gets, and what the scheduler knows of a request in between.
-
-Plain integers and strings; no torch. Read `batch.py` next.
-"""
-
-from __future__ import annotations
+"""What a user asks for and gets, and what the scheduler knows of it in between; no torch. Next: `batch.py`."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,13 +17,11 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. With a `seed` a request
-    gives the same tokens whatever runs beside it. `max_tokens` None means up to the model's context length.
-    `logprobs` k gives the sampled token's log-probability and the k most likely ones, as the model has
-    them: before temperature, penalties and biases. Before `min_tokens` nothing stops a completion.
-
-    Raises:
-        ValueError: a value is out of range; the message names it.
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. With a `seed` a request gives the same
+    tokens whatever runs beside it. `max_tokens` None means up to the model's context length. `logprobs` k gives the
+    sampled token's log-probability and the k most likely ones, as the model has them: before temperature, penalties
+    and biases. Before `min_tokens` nothing stops a completion. Raises ValueError, naming the value, if one is out of
+    range.
     """
 
     max_tokens: int | None = 16
@@ -53,9 +46,12 @@ class SamplingParams:
         stop, ids = as_tuple(self.stop), as_tuple(self.stop_token_ids)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
-        bias, repetition, longest = self.logit_bias, self.repetition_penalty, self.max_tokens or math.inf
+        repetition, longest = self.repetition_penalty, math.inf
+        if isinstance(self.max_tokens, int):
+            longest = self.max_tokens
+        biases_fit = all(is_int(t, 0) and is_number(b, -100, 100) for t, b in self.logit_bias.items())
         checks = (
-            ("max_tokens", self.max_tokens is None or is_int(self.max_tokens, 1), "at least 1"),
+            ("max_tokens", is_int(self.max_tokens, 1, or_none=True), "at least 1"),
             ("min_tokens", is_int(self.min_tokens, 0, longest), "at least 0 and at most max_tokens"),
             ("temperature", is_number(self.temperature, 0, 100), "in [0, 100]"),
             ("top_k", is_int(self.top_k, -1, MAX_SEED), "-1 or 0 (off), or at least 1"),
@@ -64,18 +60,10 @@ class SamplingParams:
             ("presence_penalty", is_number(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", is_number(self.frequency_penalty, -2, 2), "in [-2, 2]"),
             ("repetition_penalty", is_number(repetition, 0, 10) and repetition > 0, "in (0, 10]"),
-            (
-                "logit_bias",
-                all(is_int(t, 0) and is_number(b, -100, 100) for t, b in bias.items()),
-                "biases in [-100, 100] by token id",
-            ),
-            ("seed", self.seed is None or is_int(self.seed, -MAX_SEED, MAX_SEED), "a 64-bit integer"),
-            ("logprobs", self.logprobs is None or is_int(self.logprobs, 0), "at least 0"),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or is_int(self.prompt_logprobs, 0),
-                "at least 0",
-            ),
+            ("logit_bias", biases_fit, "biases in [-100, 100] by token id"),
+            ("seed", is_int(self.seed, -MAX_SEED, MAX_SEED, or_none=True), "a 64-bit integer"),
+            ("logprobs", is_int(self.logprobs, 0, or_none=True), "at least 0"),
+            ("prompt_logprobs", is_int(self.prompt_logprobs, 0, or_none=True), "at least 0"),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
             ("stop_token_ids", all(is_int(t, 0) for t in ids), "token ids"),
         )
@@ -90,8 +78,7 @@ class SamplingParams:
 
     @property
     def is_penalised(self) -> bool:
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        return penalties != (0, 0, 1)
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 def as_tuple(value: object) -> tuple[object, ...]:
@@ -102,8 +89,8 @@ def is_number(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_int(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and is_number(value, least, most)
+def is_int(value: object, least: int, most: float = math.inf, or_none: bool = False) -> bool:
+    return (or_none and value is None) or (isinstance(value, int) and is_number(value, least, most))
 
 
 @dataclass(frozen=True)
@@ -159,11 +146,8 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A request as the scheduler sees it.
-
-    Of `tokens`, positions [0, num_computed) have their latents in the cache or in a step already
-    planned. `num_in_flight` sampled tokens (0 or 1) are planned and not yet known here.
-    """
+    """A request as the scheduler sees it. Of `tokens`, positions [0, num_computed) have their latents in the cache or
+    in a step already planned. `num_in_flight` sampled tokens (0 or 1) are planned and not yet known here."""
 
     request_id: str
     prompt_token_ids: list[int]

@@ -1,7 +1,5 @@
 """The contract of an attention back-end. `reference.py` is the shortest complete one."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor
@@ -10,11 +8,9 @@ from minidcp.batch import CacheRows, Varlen
 
 
 class AttentionBackend(Protocol):
-    """Attention over one rank's shard of the latent cache, and among new tokens.
-
-    Every `lse` is [tokens, heads] float32, natural logarithm, -inf where a token sees nothing; its
-    output may then be anything. A back-end that computes otherwise converts at its own edge.
-    """
+    """Attention over one rank's shard of the latent cache, and among new tokens. Every `lse` is [tokens, heads]
+    float32, natural logarithm, -inf where a token sees nothing; its output may then be anything. A back-end that
+    computes otherwise converts at its own edge."""
 
     name: str  # for the log
     graphs: bool  # whether CUDA graphs can capture it: it never waits for the device
@@ -28,11 +24,9 @@ class AttentionBackend(Protocol):
         """Absorbed attention of B rows over this rank's shard.
 
         Args:
-            q_latent: [B, H, kv_lora_rank] queries with W_UK absorbed.
-            q_pe: [B, H, rope] their rotated parts.
+            q_latent: [B, H, kv_lora_rank] queries with W_UK absorbed; q_pe: [B, H, rope] their rotated parts.
             kv: [num_blocks, block_size, kv_lora_rank + rope] one layer's cache.
-            out: [B, H, kv_lora_rank], where the output would best be; a back-end that cannot
-                write there returns another tensor.
+            out: [B, H, kv_lora_rank], where the output would best be; who cannot write there returns another tensor.
 
         Returns:
             out [B, H, kv_lora_rank], before W_UV, and lse.

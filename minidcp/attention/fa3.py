@@ -1,10 +1,8 @@
 """FlashAttention-3: decode with q 64 + qv 512 over the paged latent cache, prefill in MHA form.
 
-The kernels come from whichever package is installed: the official `flash_attn_interface`, or the copy
-inside vLLM, whose one shared object is loaded without importing vLLM. Never both: their symbols collide.
+The kernels come from whichever package is installed: the official `flash_attn_interface`, or the copy inside vLLM,
+whose one shared object is loaded without importing vLLM. Never both: their symbols collide.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -76,10 +74,7 @@ def load_operators() -> Operators:
 
 
 class FA3Backend:
-    """FlashAttention-3 on one rank; `softmax_scale` multiplies the scores.
-
-    `num_heads` are those of the DCP group, which attend over this rank's shard.
-    """
+    """FlashAttention-3 on one rank; `softmax_scale` multiplies the scores. `num_heads` are those of the DCP group."""
 
     graphs = True
 

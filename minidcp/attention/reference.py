@@ -3,8 +3,6 @@
 It materialises scores and loops over prefill sequences; it is meant to be read, not to be fast.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

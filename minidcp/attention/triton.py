@@ -1,8 +1,4 @@
-"""Decode in our own kernels, prefill in the FlashAttention-2 that is part of torch: for any GPU with bf16,
-and the second opinion on FA3.
-"""
-
-from __future__ import annotations
+"""Decode in our own kernels, prefill in torch's own FlashAttention-2: for any GPU with bf16, and to check FA3."""
 
 import torch
 import torch.nn.functional as F

@@ -29,23 +29,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
 
 class Detokenizer:
-    """The text of one completion as it grows.
-
-    Text is held back while it ends inside a character, or in what may become a stop string.
-    """
+    """The text of one completion as it grows. It is held back while it ends inside a character, or in what may become a
+    stop string; before `min_tokens` these do not stop."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        stop: tuple[str, ...],
-        skip_special_tokens: bool,
-        min_tokens: int = 0,  # before which stop strings do not stop
+        self, tokenizer: PreTrainedTokenizerBase | None, stop: tuple[str, ...], skip_special: bool, min_tokens: int = 0
     ) -> None:
-        self.tokenizer, self.stop, self.skip_special_tokens = tokenizer, stop, skip_special_tokens
-        self.min_tokens = min_tokens
+        self.tokenizer, self.stop, self.skip_special, self.min_tokens = tokenizer, stop, skip_special, min_tokens
         self.ids: list[int] = []
-        # Text up to token `read` is out; decoding starts at `prefix` because a token's text can depend on
-        # the one before it.
+        # Text up to token `read` is out; decoding starts at `prefix` as a token's text can depend on the one before it.
         self.prefix = self.read = 0
         self.pending = ""
         self.stopped = False
@@ -55,32 +47,29 @@ class Detokenizer:
         if self.tokenizer is None or self.stopped:
             return ""
         self.ids.append(token)
-        before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
-        if after.endswith(REPLACEMENT) or len(after) <= len(before):
-            return ""
-        self.prefix, self.read = self.read, len(self.ids)
-        return self.release(after[len(before) :])
+        return self.take(whole=True)
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
         if self.tokenizer is None or self.stopped:
             return ""
-        before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
-        self.prefix, self.read = self.read, len(self.ids)
-        text = self.release(after[len(before) :])
+        text = self.take(whole=False)
         if not self.stopped:
             text, self.pending = text + self.pending, ""
         return text
 
+    def take(self, whole: bool) -> str:
+        """The text that the tokens from `read` on add; if it must be whole, none while it ends inside a character."""
+        before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
+        if whole and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
+            return ""
+        self.prefix, self.read = self.read, len(self.ids)
+        return self.release(after[len(before) :])
+
     def decode(self, start: int, end: int) -> str:
         assert self.tokenizer is not None
-        text = self.tokenizer.decode(
-            self.ids[start:end],
-            skip_special_tokens=self.skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
-        assert isinstance(text, str)
-        return text
+        options = dict(skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(self.ids[start:end], **options))
 
     def release(self, new: str) -> str:
         """Pass `new` text on, up to a stop string or the beginning of one."""

@@ -3,8 +3,7 @@
 It runs on the driver and touches no tensor. `scheduler.py` decides, `executor.py` reaches the ranks.
 """
 
-from __future__ import annotations
-
+import itertools
 import logging
 import os
 import secrets
@@ -16,7 +15,7 @@ import torch
 
 from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
-from minidcp.engine.executor import start_executor, under_torchrun
+from minidcp.engine.executor import Executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
@@ -61,7 +60,7 @@ class LLMEngine:
         self.model_config = model_config
         self.tokenizer = load_tokenizer(find_model(config.model))
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
-        self.executor = start_executor(config, model_config)
+        self.executor = Executor(config, model_config)
         try:
             self.config = self.init_cache(config, lower_max_model_len)
         except BaseException:
@@ -79,15 +78,14 @@ class LLMEngine:
         self.observer: StepObserver | None = None
 
     def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
-        """Size the cache from what the ranks have room for; the configuration with the final numbers.
-        A context length that nobody asked for is lowered to what fits."""
+        """Size the cache from what the ranks have room for; the configuration with the final numbers. A context length
+        that nobody asked for is lowered to what fits."""
         ready = self.executor.wait_ready()
         self.weight_bytes = max(r.bytes_read for r in ready)
         layout = Interleave(config.dcp_size, config.block_size)
         width = self.model_config.latent_dim * getattr(torch, config.dtype).itemsize
         block_bytes = self.model_config.num_hidden_layers * config.block_size * width
-        max_model_len = config.max_model_len or 0
-        num_blocks = config.num_blocks
+        max_model_len, num_blocks = config.max_model_len or 0, config.num_blocks
         if num_blocks is None:
             room = min(r.kv_bytes for r in ready) // block_bytes
             num_blocks = min(room, config.max_num_seqs * layout.num_blocks(max_model_len))
@@ -95,33 +93,19 @@ class LLMEngine:
         if lower_max_model_len and 0 < capacity < max_model_len:
             logger.warning("--max-model-len lowered from %d to the KV cache's %d tokens", max_model_len, capacity)
             max_model_len = capacity
-        require(
-            capacity >= max_model_len,
-            f"--max-model-len {max_model_len}: the KV cache holds {max(capacity, 0)} tokens "
-            f"({num_blocks} blocks of {config.block_size} × dcp {config.dcp_size}); "
-            "lower it, or raise --num-blocks or --dcp-size",
-        )
+        held = f"{max(capacity, 0)} tokens ({num_blocks} blocks of {config.block_size} × dcp {config.dcp_size})"
+        what = f"--max-model-len {max_model_len}: the KV cache holds {held}"
+        require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
         self.executor.init_cache(num_blocks)
-        logger.info(
-            "weights: %.1f MB read per rank; KV cache: %d blocks, %d tokens per rank, %d in all (dcp %d), "
-            "%d requests of %d tokens",
-            self.weight_bytes / 1e6,
-            num_blocks,
-            num_blocks * config.block_size,
-            capacity,
-            config.dcp_size,
-            num_blocks // layout.num_blocks(max_model_len),
-            max_model_len,
-        )
+        per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
+        requests = f"{num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
+        in_all = f"{capacity} in all (dcp {config.dcp_size}), {requests}"
+        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {per_rank}, {in_all}")
         return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
-        """Queue a prompt.
-
-        Raises:
-            ValueError: the prompt is empty, too long or holds unknown tokens, or needs a tokenizer that
-                the checkpoint lacks.
-        """
+        """Queue a prompt. Raises ValueError if it is empty, too long or holds unknown tokens, or needs a tokenizer that
+        the checkpoint lacks."""
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self.validate(tokens, params)
@@ -136,43 +120,37 @@ class LLMEngine:
         return request
 
     def tokenize(self, text: str, special_tokens: bool = True, field: str = "prompt") -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds (BOS) or without. A text that
-        must be too long is refused before that: tokenizing megabytes takes seconds."""
+        """Token ids of a text, with the special tokens that the tokenizer adds (BOS) or without. A text that must be
+        too long is refused before that: tokenizing megabytes takes seconds."""
         if self.tokenizer is None:
             raise ValueError(f"{field}: the checkpoint has no tokenizer; give token ids instead of text")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can express
             raise ValueError(f"{field}: is not valid Unicode ({error.reason})") from None
-        require(
-            len(text) <= self.max_model_len * self.longest_token,
-            f"This model's maximum context length is {self.max_model_len} tokens. However, your {field} has "
-            f"{len(text)} characters, more than so many tokens can hold.",
-        )
+        given = f"your {field} has {len(text)} characters, more than so many tokens can hold."
+        self.require_fit(len(text) <= self.max_model_len * self.longest_token, given)
         ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
         return ids
+
+    def require_fit(self, fits: bool, given: str) -> None:
+        require(fits, f"This model's maximum context length is {self.max_model_len} tokens. However, {given}")
 
     def validate(self, tokens: list[int], params: SamplingParams) -> None:
         require(len(tokens) > 0, "prompt: is empty; give at least one token")
         vocab = self.model_config.vocab_size
         bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab), None)
         require(bad is None, f"prompt: token id {bad!r} is out of range; the vocabulary has {vocab} tokens")
-        wanted = params.max_tokens or 1
-        require(
-            len(tokens) + wanted <= self.max_model_len,
-            f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
-            f"{len(tokens) + wanted} tokens ({len(tokens)} in the prompt, max_tokens {wanted}). "
-            "Shorten the prompt or lower max_tokens.",
-        )
+        wanted, length = params.max_tokens or 1, len(tokens)
+        given = f"you requested {length + wanted} tokens ({length} in the prompt, max_tokens {wanted})."
+        self.require_fit(length + wanted <= self.max_model_len, f"{given} Shorten the prompt or lower max_tokens.")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
             require((count or 0) <= vocab, f"{name} {count}: the vocabulary has {vocab} tokens")
         unknown = next((t for t in params.logit_bias if t >= vocab), None)
         require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
-        require(
-            not params.stop or self.tokenizer is not None,
-            f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
-        )
+        can_stop = not params.stop or self.tokenizer is not None
+        require(can_stop, f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids")
 
     def abort(self, *request_ids: str) -> None:
         """Forget requests and free what they hold; unknown ids are ignored (one may just have finished)."""
@@ -186,8 +164,8 @@ class LLMEngine:
         return self.scheduler.num_unfinished > 0 or bool(self.in_flight)
 
     def step(self) -> list[OutputDelta]:
-        """Plan and submit the next step, then take in the result of the one before it: planning
-        overlaps with running. Returns what that older step added to each request."""
+        """Plan and submit the next step, then take in the result of the one before it: planning overlaps with running.
+        Returns what that older step added to each request."""
         planned = self.scheduler.schedule()
         if planned is not None:
             self.executor.submit(planned.plan)
@@ -211,18 +189,18 @@ class LLMEngine:
         ]
         if self.observer is not None:
             self.observer.done(step, result)
-        self.stats.received_bytes = result.received_bytes
-        self.stats.steps += 1
-        self.stats.step_seconds += result.seconds
-        self.stats.prompt_tokens += len(plan.tokens)
-        self.stats.generated_tokens += len(deltas)
+        stats = self.stats
+        stats.received_bytes = result.received_bytes
+        stats.steps += 1
+        stats.step_seconds += result.seconds
+        stats.prompt_tokens += len(plan.tokens)
+        stats.generated_tokens += len(deltas)
         return deltas
 
     def advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> OutputDelta:
         """Add a sampled token to its request's text and finish the request if that ends it."""
         params, detokenizer = request.params, self.requests[request.request_id][1]
-        reason: FinishReason | None = None
-        text = ""
+        reason, text = None, ""
         if request.num_outputs > params.min_tokens and token in request.stop_ids:
             reason = FinishReason.STOP
         else:
@@ -263,50 +241,39 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     path = find_model(config.model)
     model_config = ModelConfig.from_hf(path)
     config.parallel.check_heads(model_config.num_attention_heads)
-    device = config.device
+    device, dtype, longest = config.device, config.dtype, model_config.max_position_embeddings
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cpu" or torch.cuda.is_available(), f"--device {device}: no CUDA device is available")
-    dtype = config.dtype
     if dtype == "auto":  # on a CPU bf16 is slower and less exact than fp32
         dtype = "bfloat16" if device != "cpu" else "float32"
-    longest = model_config.max_position_embeddings
-    max_model_len = config.max_model_len or longest
-    require(max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}")
-    ranks = config.ranks
+    max_len = config.max_model_len or longest
+    require(max_len <= longest, f"--max-model-len {max_len}: the model's positions end at {longest}")
+    batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
+    config = replace(config, model=str(path), device=device, dtype=dtype)
+    config = replace(config, max_model_len=max_len, max_num_batched_tokens=batched)
+    config = replace(config, ranks=choose_ranks(config))
+    config = replace(config, comm=choose_comm(config))
+    return replace(config, dcp_comm_backend=choose_exchange(config)), model_config
+
+
+def choose_ranks(config: EngineConfig) -> str:
+    """What ranks are for `--ranks auto`: torchrun's processes if there are any, else our own, or one thread."""
+    ranks, one = config.ranks, config.tp_size == 1
     require(ranks != "torchrun" or under_torchrun(), "--ranks torchrun: start the program with torchrun")
     if under_torchrun():
         world = int(os.environ["WORLD_SIZE"])
         require(world == config.tp_size, f"--tp-size {config.tp_size}: torchrun started {world} processes")
         require(ranks in ("auto", "torchrun"), f"--ranks {ranks}: under torchrun its processes are the ranks")
-        ranks = "torchrun"
-    elif ranks == "auto":
-        ranks = "threads" if config.tp_size == 1 and device == "cpu" else "processes"
-    require(
-        ranks != "threads" or device == "cpu" or config.tp_size == 1,
-        "--ranks threads: several ranks on GPUs are processes; use --ranks processes",
-    )
-    comm = choose_comm(config, device)
-    batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
-    return (
-        replace(
-            config,
-            model=str(path),
-            device=device,
-            dtype=dtype,
-            ranks=ranks,
-            comm=comm,
-            dcp_comm_backend=choose_exchange(config, comm),
-            max_model_len=max_model_len,
-            max_num_batched_tokens=batched,
-        ),
-        model_config,
-    )
+        return "torchrun"
+    possible = ranks != "threads" or config.device == "cpu" or one
+    require(possible, "--ranks threads: several ranks on GPUs are processes; use --ranks processes")
+    return ranks if ranks != "auto" else "threads" if one and config.device == "cpu" else "processes"
 
 
-def choose_comm(config: EngineConfig, device: str) -> str:
+def choose_comm(config: EngineConfig) -> str:
     """Collectives for `--comm auto`: symmetric memory where all ranks can read each other's GPU."""
-    if device == "cpu":
+    if config.device == "cpu":
         require(config.comm in ("auto", "gloo"), f"--comm {config.comm}: needs GPUs; CPUs use gloo")
         return "gloo"
     require(config.comm != "gloo", "--comm gloo: is for CPUs; use symmetric or nccl")
@@ -314,8 +281,8 @@ def choose_comm(config: EngineConfig, device: str) -> str:
         return "nccl" if config.comm == "auto" else config.comm
     gpus = torch.cuda.device_count()
     one_node = not under_torchrun() or int(os.environ["LOCAL_WORLD_SIZE"]) == config.tp_size
-    used = range(min(gpus, config.tp_size))
-    peers = all(torch.cuda.can_device_access_peer(a, b) for a in used for b in used if a != b)
+    pairs = itertools.permutations(range(min(gpus, config.tp_size)), 2)
+    peers = all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
     why = "" if one_node and peers else "the ranks are on several nodes" if peers else "the GPUs are not peers"
     require(config.comm != "symmetric" or not why, f"--comm symmetric: {why}; use nccl")
     comm = ("nccl" if why else "symmetric") if config.comm == "auto" else config.comm
@@ -326,16 +293,15 @@ def choose_comm(config: EngineConfig, device: str) -> str:
     return comm
 
 
-def choose_exchange(config: EngineConfig, comm: str) -> str:
+def choose_exchange(config: EngineConfig) -> str:
     """The exchange for `--dcp-comm-backend auto`: p2p where ranks can read each other's memory, else a2a."""
-    symmetric = comm == "symmetric"
-    require(
-        symmetric or config.dcp_comm_backend != "p2p" or config.dcp_size == 1,
-        f"--dcp-comm-backend p2p: needs symmetric memory (GPUs of one node), not --comm {comm}; use a2a",
-    )
-    if config.dcp_comm_backend != "auto":
-        return config.dcp_comm_backend
+    symmetric, exchange = config.comm == "symmetric", config.dcp_comm_backend
+    needs = f"needs symmetric memory (GPUs of one node), not --comm {config.comm}"
+    possible = symmetric or exchange != "p2p" or config.dcp_size == 1
+    require(possible, f"--dcp-comm-backend p2p: {needs}; use a2a")
+    if exchange != "auto":
+        return exchange
     exchange = "p2p" if symmetric else "a2a"
     if config.dcp_size > 1:
-        logger.info("exchange: %s (because collectives are %s)", exchange, comm)
+        logger.info("exchange: %s (because collectives are %s)", exchange, config.comm)
     return exchange

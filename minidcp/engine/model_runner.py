@@ -3,8 +3,6 @@
 How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are `cuda_graph.py`'s.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -35,8 +33,8 @@ GRAPH_BYTES = 1 << 30  # left free for CUDA graphs and what libraries take later
 
 @dataclass(frozen=True)
 class StepResult:
-    """One token per sampling row of the plan, in order, and log-probabilities if any of them or of the
-    scored tokens, which follow, are wanted."""
+    """One token per sampling row of the plan, in order, and log-probabilities if any of them or of the scored tokens,
+    which follow, are wanted."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
@@ -45,10 +43,8 @@ class StepResult:
 
 
 class PendingResult:
-    """A step that the device may still be working on; `wait` gives its result.
-
-    The copy to the host is started here, so that nothing else has to wait for the device.
-    """
+    """A step that the device may still be working on; `wait` gives its result. The copy to the host is started here,
+    so that nothing else has to wait for the device."""
 
     def __init__(self, sampled: Sampled | None, begin: float | torch.cuda.Event, received_bytes: int) -> None:
         self.sampled, self.begin, self.received_bytes = sampled, begin, received_bytes
@@ -75,11 +71,8 @@ def to_host(x: Tensor) -> Tensor:
 
 
 class ModelRunner:
-    """Runs steps on one rank. Every rank gets the same plans in the same order.
-
-    Raises:
-        ValueError: the checkpoint does not fit its config.json, or the back-end cannot run here.
-    """
+    """Runs steps on one rank. Every rank gets the same plans in the same order. Raises ValueError if the checkpoint
+    does not fit its config.json, or the back-end cannot run here."""
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, state: ParallelState, device: torch.device
@@ -87,39 +80,18 @@ class ModelRunner:
         assert config.max_model_len is not None  # engine.py hands out resolved configurations
         self.config, self.model_config, self.state = config, model_config, state
         self.device, self.dtype = device, getattr(torch, config.dtype)
-        self.max_model_len = config.max_model_len
+        self.max_model_len, self.budget = config.max_model_len, config.max_num_batched_tokens or 0
         self.interleave = Interleave(config.dcp_size, config.block_size)
-        self.policy = ContextPolicy(
-            model_config,
-            model_config.num_attention_heads // config.tp_size,
-            self.interleave,
-            config.prefill_strategy,
-            config.max_num_batched_tokens or 0,
-        )
-        self.attention = make_backend(
-            config.attention_backend,
-            model_config,
-            model_config.num_attention_heads * config.dcp_size // config.tp_size,
-            config.block_size,
-            device,
-            self.dtype,
-        )
-        if state.rank == 0:
-            logger.info(
-                "attention: %s; groups: %s; exchange: %s, %s",
-                self.attention.name,
-                type(state.tp).__name__,
-                config.dcp_comm_backend if config.dcp_size > 1 else "none",
-                config.exchange_policy,
-            )
+        heads = model_config.num_attention_heads // config.tp_size
+        self.policy = ContextPolicy(model_config, heads, self.interleave, config.prefill_strategy, self.budget)
+        self.attention = make_backend(config, model_config, device)
+        exchange = config.dcp_comm_backend if config.dcp_size > 1 else "none"
+        groups = f"groups: {type(state.tp).__name__}; exchange: {exchange}, {config.exchange_policy}"
+        self.log(f"attention: {self.attention.name}; {groups}")
         self.model, self.bytes_read = self.load()
-        extra = sum(layer.self_attn.peer_head_bytes for layer in self.model.layers)
-        if state.rank == 0 and extra:
-            logger.info(
-                "weights for other ranks' heads, so that %s: %.1f MB per rank",
-                "no q is gathered" if config.replicates_q else "exchanges can be narrow",
-                extra / 1e6,
-            )
+        if extra := sum(layer.self_attn.peer_head_bytes for layer in self.model.layers):
+            purpose = "no q is gathered" if config.replicates_q else "exchanges can be narrow"
+            self.log(f"weights for other ranks' heads, so that {purpose}: {extra / 1e6:.1f} MB per rank")
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -128,13 +100,17 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.replayed_bytes = 0  # that graphs received, which groups do not see
 
+    def log(self, message: str, level: int = logging.INFO) -> None:
+        """Rank 0 speaks for all."""
+        if self.state.rank == 0:
+            logger.log(level, message)
+
     def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
         """The model and how many bytes of weights were read for it."""
         if self.config.load_format == "dummy":
             random = RandomSource(self.dtype, self.device)
             return self.build(random), random.bytes_read
-        path = Path(self.config.model)
-        source = CheckpointSource(path, self.dtype, self.device, progress=self.state.rank == 0)
+        source = CheckpointSource(Path(self.config.model), self.dtype, self.device, progress=self.state.rank == 0)
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
@@ -143,14 +119,9 @@ class ModelRunner:
         return model, source.bytes_read
 
     def build(self, source: WeightSource) -> DeepseekV2ForCausalLM:
-        blueprint = Blueprint(
-            self.model_config,
-            self.state,
-            self.attention,
-            EXCHANGES[self.config.dcp_comm_backend],
-            self.config.needs_group_heads,
-            self.config.replicates_q,
-        )
+        c, exchange = self.config, EXCHANGES[self.config.dcp_comm_backend]
+        heads = c.needs_group_heads, c.replicates_q
+        blueprint = Blueprint(self.model_config, self.state, self.attention, exchange, *heads)
         return DeepseekV2ForCausalLM(blueprint, Weights(source), self.max_model_len)
 
     def measure_kv_bytes(self) -> int:
@@ -166,8 +137,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run_largest_prefill(self) -> None:
         """A step of max_num_batched_tokens new tokens on as much context, which stores nothing."""
-        left = self.config.max_num_batched_tokens or 0
-        plan = StepPlan()
+        left, plan = self.budget, StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
             length = min(left, -(-self.max_model_len // 2))
             plan.sampling.append(len(plan.slots))
@@ -176,47 +146,38 @@ class ModelRunner:
             plan.lengths.append(length)
             plan.tokens += [0] * length
             left -= length
-        self.cache = LatentCache(1, 1, self.config.block_size, self.model_config.latent_dim, self.dtype, self.device)
+        self.cache = self.make_cache(1, 1)
         self.cache.blocks = self.cache.blocks.expand(self.model_config.num_hidden_layers, -1, -1, -1)
         batch = self.build_batch(plan)
         self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
         torch.cuda.synchronize(self.device)
 
+    def make_cache(self, layers: int, num_blocks: int) -> LatentCache:
+        shape = layers, num_blocks, self.config.block_size, self.model_config.latent_dim
+        return LatentCache(shape, self.dtype, self.device)
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the cache and capture the decode graphs over it."""
-        layers, width = self.model_config.num_hidden_layers, self.model_config.latent_dim
-        self.cache = LatentCache(layers, num_blocks, self.config.block_size, width, self.dtype, self.device)
-        wanted = self.device.type == "cuda" and self.config.cuda_graph
-        if wanted and not self.attention.graphs and self.state.rank == 0:
-            logger.warning("no CUDA graphs: %s cannot be captured", self.attention.name)
-        if wanted and self.attention.graphs:
-            start = time.perf_counter()
-            with torch.inference_mode():
-                self.graphs = DecodeGraphs(
-                    self.forward,
-                    lambda: self.state.received_bytes,
-                    self.config.exchanges_narrow,
-                    self.config.max_num_seqs,
-                    self.tables.table.shape[1],
-                    self.interleave,
-                    self.state.dcp.rank,
-                    self.device,
-                )
-            if self.state.rank == 0:
-                seconds = time.perf_counter() - start
-                logger.info("captured %d CUDA graphs in %.1f s", len(self.graphs.sizes), seconds)
+        self.cache = self.make_cache(self.model_config.num_hidden_layers, num_blocks)
+        if self.device.type != "cuda" or not self.config.cuda_graph:
+            return
+        if not self.attention.graphs:
+            self.log(f"no CUDA graphs: {self.attention.name} cannot be captured", logging.WARNING)
+            return
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(self.forward, self.config, self.state, self.tables, self.device)
+        self.log(f"captured {len(self.graphs.sizes)} CUDA graphs in {time.perf_counter() - start:.1f} s")
 
     def build_batch(self, plan: StepPlan) -> ForwardBatch:
-        return ForwardBatch.build(
-            plan, self.tables, self.policy, self.state.dcp.rank, self.config.exchanges_narrow, self.device
-        )
+        narrow, rank = self.config.exchanges_narrow, self.state.dcp.rank
+        return ForwardBatch.build(plan, self.tables, self.policy, rank, narrow, self.device)
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """A step up to logits [S + K, vocab] and the best tokens [S], which become the slots' last ones."""
         assert self.cache is not None
         self.state.begin_step()
-        decode_tokens = self.last_tokens[batch.decode_slots]
-        token_ids = torch.cat([decode_tokens, batch.prefill_tokens.long()])
+        token_ids = torch.cat([self.last_tokens[batch.decode_slots], batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
         best = logits[: len(batch.sample_slots)].argmax(-1)
         return logits, self.share_tokens(best, batch.sample_slots)
@@ -238,7 +199,7 @@ class ModelRunner:
         self.tables.update(plan)
         self.sampler.admit(plan)
         if self.graphs is not None and plan.num_decode == len(plan.slots):
-            logits, tokens, received = self.graphs.replay(plan, self.tables)
+            logits, tokens, received = self.graphs.replay(plan)
             self.replayed_bytes += received
             slots = self.graphs.inputs[2, : plan.num_decode]
         else:

@@ -1,10 +1,8 @@
 """From logits to tokens: greedy, or the Gumbel-max trick with temperature, top-k and top-p.
 
-Randomness is a function of (seed, position, token id), not of a generator's state: a request's tokens
-do not depend on what runs beside it, on preemption, or on the device.
+Randomness is a function of (seed, position, token id), not of a generator's state: a request's tokens do not depend on
+what runs beside it, on preemption, or on the device.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ class Sampled:
     top_ids: Tensor | None = None  # [len(wanted), most] the most likely ones, best first
     top_values: Tensor | None = None
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Sampled:
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
         changed = (None if x is None else change(x) for x in (self.own, self.top_ids, self.top_values))
         return Sampled(change(self.tokens), self.num_sampled, self.wanted, *changed)
 
@@ -83,8 +81,8 @@ class Sampler:
             scaled = adjusted / temperature.clamp(min=1e-5)[:, None]
             if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
                 scaled = mask_unlikely(scaled, params)
-            seeds = column([a.seed for a in rows], torch.int64, logits)
-            noise = gumbel_noise(seeds, column(positions, torch.int64, logits), logits.shape[1])
+            seeds, places = (column(x, torch.int64, logits) for x in ([a.seed for a in rows], positions))
+            noise = gumbel_noise(seeds, places, logits.shape[1])
             tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
         for row, a in enumerate(rows):
             if a.params.is_penalised:
@@ -105,11 +103,9 @@ class Sampler:
         return Sampled(tokens, len(rows), wanted, own, top_ids, top_values)
 
     def adjust(self, x: Tensor, a: Admission, position: int) -> Tensor:
-        """Logits x [vocab] of the token at `position`, with penalties, biases and bans.
-
-        Penalties as in OpenAI's API (presence, frequency: of the output) and in CTRL, arXiv:1909.05858
-        (repetition: of prompt and output, dividing positive and multiplying negative logits).
-        """
+        """Logits x [vocab] of the token at `position`, with penalties, biases and bans. Penalties as in OpenAI's API
+        (presence, frequency: of the output) and in CTRL, arXiv:1909.05858 (repetition: of prompt and output, dividing
+        positive and multiplying negative logits)."""
         p = a.params
         if p.is_penalised:
             if a.slot not in self.counts:
@@ -137,8 +133,8 @@ def column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those
-    that are min_p times as likely as the likeliest."""
+    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those that are
+    min_p times as likely as the likeliest."""
     vocab = logits.shape[1]
     ordered, ids = logits.sort(-1, descending=True)
     top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64, logits)
@@ -154,11 +150,9 @@ def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise [S, vocab] from seeds [S] and positions [S].
-
-    The bits come from the splitmix64 finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom
-    number generators", 2014) applied twice, so that neither neighbouring seeds nor positions correlate.
-    """
+    """Standard Gumbel noise [S, vocab] from seeds [S] and positions [S]. The bits come from the splitmix64 finaliser
+    (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014) applied twice, so that neither
+    neighbouring seeds nor positions correlate."""
     stream = mix64(mix64(seeds) + positions)
     bits = mix64(stream[:, None] + torch.arange(vocab, device=seeds.device))
     # 23 bits, in (0, 1): with 24, + 0.5 rounds the largest to 1.0, whose noise is infinite.

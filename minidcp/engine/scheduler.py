@@ -1,10 +1,8 @@
 """Continuous batching in integers: who computes which tokens in the next step.
 
-Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted
-when blocks run out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
+Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted when blocks run
+out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
 """
-
-from __future__ import annotations
 
 import heapq
 from collections import deque
@@ -25,23 +23,17 @@ class PlannedStep:
     plan: StepPlan
     requests: list[Request]
 
-    def sampling_requests(self) -> list[Request]:
-        return [self.requests[row] for row in self.plan.sampling]
-
 
 class Scheduler:
-    """Plans steps ahead of their results: a request's next token may be sampled but not known yet.
-
-    The caller plans step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe
-    because workers execute plans in order: whatever a late plan overwrites, earlier ones have read.
-    """
+    """Plans steps ahead of their results: a request's next token may be sampled but not known yet. The caller plans
+    step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe because workers execute plans in
+    order: whatever a late plan overwrites, earlier ones have read."""
 
     def __init__(
         self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
     ) -> None:
-        self.blocks, self.mixed_steps = blocks, mixed_steps
-        self.decoded_last = False
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.blocks, self.max_num_batched_tokens = blocks, max_num_batched_tokens
+        self.mixed_steps, self.decoded_last = mixed_steps, False
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
@@ -97,17 +89,11 @@ class Scheduler:
         """Make room for one more token, preempting younger requests if need be; False: it was preempted."""
         if request.num_computed < len(request.blocks) * self.blocks.tokens_per_block:
             return True
-        while not self.extend(request, 1, step):
+        while (blocks := self.blocks.allocate(1)) is None:
             victim = self.running[-1]
             self.preempt(victim)
             if victim is request:
                 return False
-        return True
-
-    def extend(self, request: Request, count: int, step: PlannedStep) -> bool:
-        blocks = self.blocks.allocate(count)
-        if blocks is None:
-            return False
         self.hand_over(request, blocks, step)
         return True
 
@@ -118,15 +104,12 @@ class Scheduler:
         request.blocks += blocks
 
     def admit(self, request: Request, step: PlannedStep) -> bool:
-        """Move a waiting request to running, with blocks for all its known tokens and one more. Those of
-        its longest cached beginning are shared; at least one token is always computed."""
+        """Move a waiting request to running, with blocks for all its known tokens and one more. Those of its longest
+        cached beginning are shared; at least one token is always computed, and all whose logits are wanted."""
         if not self.free_slots or request.num_in_flight:
             return False
-        size = self.blocks.tokens_per_block
-        usable = (len(request.tokens) - 1) // size
-        params = request.params
-        if params.prompt_logprobs is not None:
-            usable = 0  # all of it is to be computed
+        params, size = request.params, self.blocks.tokens_per_block
+        usable = (len(request.tokens) - 1) // size if params.prompt_logprobs is None else 0
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.match(request.block_hashes[:usable])
@@ -145,8 +128,8 @@ class Scheduler:
         if not request.num_outputs:
             request.cached_tokens = request.num_computed
         self.hand_over(request, shared + fresh, step)
-        history = tuple(request.tokens) if params.is_penalised else ()
         num_prompt = len(request.prompt_token_ids)
+        history = tuple(request.tokens) if params.is_penalised else ()
         step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
         request.status = Status.RUNNING
         self.running.append(request)
@@ -177,11 +160,9 @@ class Scheduler:
             request.num_in_flight += 1
 
     def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
-        """Hand in a step's sampled tokens; returns the requests that each of them belongs to, in order.
-
-        A finished request is returned too (its token is one too many); the caller passes it over.
-        """
-        requests = step.sampling_requests()
+        """Hand in a step's sampled tokens; returns the requests that each of them belongs to, in order. A finished
+        request is returned too (its token is one too many); the caller passes it over."""
+        requests = [step.requests[row] for row in step.plan.sampling]
         for request, token in zip(requests, tokens, strict=True):
             request.num_in_flight -= 1
             if request.status is not Status.FINISHED:
@@ -209,21 +190,17 @@ class Scheduler:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self.leave(request)
-        request.status = Status.FINISHED
-        request.finish_reason = reason
+        request.status, request.finish_reason = Status.FINISHED, reason
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it is computed anew, first in line, when there is room."""
         self.leave(request)
-        request.status = Status.WAITING
-        request.num_computed = 0
+        request.status, request.num_computed = Status.WAITING, 0
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
     def leave(self, request: Request) -> None:
         self.running.remove(request)
         self.blocks.release(request.blocks)
-        request.blocks = []
-        request.num_published = 0
         heapq.heappush(self.free_slots, request.slot)
-        request.slot = -1
+        request.blocks, request.num_published, request.slot = [], 0, -1

@@ -1,8 +1,4 @@
-"""One rank: receives commands, runs steps, reports. The same code in a thread, in a process of ours and
-under torchrun; `executor.py` starts it.
-"""
-
-from __future__ import annotations
+"""One rank: receives commands, runs steps, reports. The same in threads, in processes of ours and torchrun's."""
 
 import contextlib
 import logging
@@ -26,13 +22,6 @@ from minidcp.parallel.state import ParallelState, init_process_state
 
 
 @dataclass(frozen=True)
-class InitCache:
-    """Allocate this many blocks; answered by Ready."""
-
-    num_blocks: int
-
-
-@dataclass(frozen=True)
 class Ready:
     """The last thing asked for is done: the model is loaded, or the cache allocated."""
 
@@ -49,13 +38,13 @@ class Failed:
     died: bool = False
 
 
-Command = StepPlan | InitCache | None  # None: stop
+Command = StepPlan | int | None  # run a step; allocate so many cache blocks, answered by Ready; stop
 Join = Callable[[EngineConfig, torch.device], ParallelState]
 
 
 def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool = True) -> bool:
-    """Be rank `rank` of the driver at the other end of the connection: serve commands until told to stop
-    (True) or until something fails, which is reported (False).
+    """Be rank `rank` of the driver at the other end of the connection: serve commands until told to stop (True) or
+    until something fails, which is reported (False).
 
     The first message is (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU.
     """
@@ -83,8 +72,8 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
         loading = False  # from here on a ValueError is a defect of ours: requests are checked before
         report_result = report_from_thread(rank, report) if device.type == "cuda" else None
         while (command := receive()) is not None:
-            if isinstance(command, InitCache):
-                runner.allocate_cache(command.num_blocks)
+            if isinstance(command, int):
+                runner.allocate_cache(command)
                 report(Ready())
                 continue
             pending = runner.execute(command)
@@ -92,6 +81,10 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
                 report_result(pending)
             elif rank == 0:
                 report(pending.wait())
+    except threading.BrokenBarrierError:  # another thread has failed, and says why
+        while receive() is not None:
+            pass
+        return True
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
         report(Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error))
@@ -100,8 +93,8 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
 
 
 def watch(connection: Connection) -> Callable[[], Command]:
-    """`connection.recv` by way of a thread, so that a driver that dies is noticed, and this process ended,
-    even while the rank waits for its peers in a collective."""
+    """`connection.recv` by way of a thread, so that a driver that dies is noticed, and this process ended, even while
+    the rank waits for its peers in a collective."""
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     def read() -> None:
@@ -118,10 +111,8 @@ def watch(connection: Connection) -> Callable[[], Command]:
 
 
 def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None]) -> Callable[[PendingResult], None]:
-    """A thread waits for the device, so that the next step can be launched while this one runs.
-
-    Rank 0 reports results; the others wait too, because only so does a rank learn that its device failed.
-    """
+    """A thread waits for the device, so that the next step can be launched while this one runs. Rank 0 reports
+    results; the others wait too, because only so does a rank learn that its device failed."""
     pending: queue.SimpleQueue[PendingResult] = queue.SimpleQueue()
 
     def run() -> None:
@@ -142,7 +133,7 @@ def join_processes(config: EngineConfig, device: torch.device) -> ParallelState:
 
 
 def main() -> None:
-    """A process of ProcessExecutor's; its argument is the inherited file descriptor of the connection."""
+    """A process that the driver started; its argument is the inherited file descriptor of the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     # Rank 0 speaks for all, as loudly as the driver; the others only of what goes wrong.
     level = int(os.environ["MINIDCP_LOG_LEVEL"]) if os.environ["RANK"] == "0" else logging.ERROR

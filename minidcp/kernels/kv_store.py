@@ -1,7 +1,5 @@
 """From the kv_a projection to the paged cache: norm, rope and store in one Triton kernel, and its twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -15,13 +13,11 @@ from minidcp.kernels.rope import rotate_ref
 def store_latents(
     kv: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
-    """Normalise the latents, rotate the keys, and write token i to row slot_mapping[i] of this rank's
-    cache; -1 writes nothing there.
+    """Normalise the latents, rotate the keys, and write token i to row slot_mapping[i] of this rank's cache; -1 writes
+    nothing there.
 
     Args:
-        kv: [T, C + R] output of kv_a_proj_with_mqa.
-        norm_weight: [C] of kv_a_layernorm.
-        eps: of that norm.
+        kv: [T, C + R] output of kv_a_proj_with_mqa; norm_weight: [C] of kv_a_layernorm, and its eps.
         cos_sin: [T, R] float32.
         cache: [num_blocks, block_size, C + R], contiguous; changed in place.
         slot_mapping: [T] integers; no row appears twice.

@@ -1,10 +1,8 @@
 """Merging partial attention results by their log-sum-exp: two Triton kernels and their torch twins.
 
-LSEs are natural logarithms in fp32; -inf marks an empty shard, whose output may hold anything, NaN
-too: it is masked, never multiplied by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1.
+LSEs are natural logarithms in fp32; -inf marks an empty shard, whose output may hold anything, NaN too: it is masked,
+never multiplied by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -18,8 +16,7 @@ def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None)
     """Attention over the union of N shards.
 
     Args:
-        outs: [N, T, H, D] partial outputs, any strides with a contiguous D.
-        lses: [N, T, H] float32, any strides.
+        outs: [N, T, H, D] partial outputs, contiguous D; lses: [N, T, H] float32. Other strides are free.
         dtype: of the result; outs' by default.
 
     Returns:
@@ -81,8 +78,8 @@ def merge_kernel(
 
 @triton.jit
 def add_partials(top, total, acc, parts, lses):
-    """Add partials, tuples of parts [ROWS, DIM] and lses [ROWS], to the sums over those before, which are
-    scaled by exp(-top), the largest lse so far."""
+    """Add partials, tuples of parts [ROWS, DIM] and lses [ROWS], to the sums over those before, which are scaled by
+    exp(-top), the largest lse so far."""
     new_top = top
     for i in tl.static_range(len(lses)):
         new_top = tl.maximum(new_top, lses[i])
@@ -109,15 +106,10 @@ def store_merged(top, total, acc, out, lse, row, there, d, dim):
 
 
 def rescale_partial(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of the union: its partial output times exp(its lse - lse of the union).
+    """Rank `rank`'s share of the union: its partial output times exp(its lse - lse of the union).
 
-    Args:
-        out: [T, H, D] this rank's partial output, contiguous D.
-        lses: [N, T, H] float32, every rank's.
-        rank: whose partial `out` is.
-
-    Returns:
-        [T, H, D] in out's dtype, to be summed over the ranks, and the union's lse [T, H] float32.
+    From out [T, H, D] with contiguous D and every rank's lses [N, T, H] float32: [T, H, D] in out's dtype, to be summed
+    over the ranks, and the union's lse [T, H] float32.
     """
     if not use_triton(out):
         return rescale_partial_ref(out, lses, rank)

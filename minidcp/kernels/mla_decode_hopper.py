@@ -1,20 +1,13 @@
 """The inner loop of MLA decode for Hopper GPUs: `mla_decode_kernel`'s contract, in Gluon.
 
-Gluon is Triton with layouts and memory in the programmer's hand. It is needed here because Triton lets
-both warpgroups compute the same scores; here each takes half of a tile's tokens, and then half of the
-latent dim of the output.
+Gluon is Triton with layouts and memory in the programmer's hand. It is needed here because Triton lets both warpgroups
+compute the same scores; here each takes half of a tile's tokens, and then half of the latent dim of the output.
 """
-
-from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 # Triton 3.9 has the new names, 3.6 only the old ones.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -51,8 +44,8 @@ def hopper_kernel(
     BLOCK_SIZE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr,
     BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """One program attends with BLOCK_H heads of one row over one split of its context. Programs with the
-    other heads of that row run beside it and find the keys in the L2 cache."""
+    """One program attends with BLOCK_H heads of one row over one split of its context. Programs with the other heads of
+    that row run beside it and find the keys in the L2 cache."""
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     by_token: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])  # scores
     by_dim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, LATENT // 2, 16])  # output

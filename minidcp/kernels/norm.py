@@ -1,7 +1,5 @@
 """RMSNorm, alone or with the residual added first: a Triton kernel and its torch twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -11,15 +9,12 @@ from minidcp.kernels import use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y = x + residual (or x), normalised: y / rms(y) · weight.
-
-    Computed in float32 and rounded before the product with the weight, as DeepSeek's code does.
+    """y = x + residual (or x), normalised: y / rms(y) · weight. Computed in float32 and rounded before the product with
+    the weight, as DeepSeek's code does.
 
     Args:
-        x: [T, D], contiguous D.
-        weight: [D].
-        eps: added to the mean square.
-        residual: [T, D] or None.
+        x, residual: [T, D], contiguous D.
+        weight: [D]; eps: added to the mean square.
 
     Returns:
         The normalised rows and y (x itself without a residual), both [T, D] in x's dtype.

@@ -3,8 +3,6 @@
 `parallel/symmetric.py` says when that is safe. No torch twins: a CPU has no peer memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import triton
@@ -18,14 +16,14 @@ MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
 
 @dataclass(frozen=True)
 class Meeting:
-    """What kernels need to wait for each other: program p of a rank goes on when program p of every peer
-    has come as far. It waits for no other, and programs start in the order of their numbers, so a kernel
-    may have more of them than run at once; where ranks share a GPU, fewer must leave room for the peers.
+    """What kernels need to wait for each other: program p of a rank goes on when program p of every peer has come as
+    far. It waits for no other, and programs start in the order of their numbers, so a kernel may have more of them than
+    run at once; where ranks share a GPU, fewer must leave room for the peers.
 
     Attributes:
         programs: the most that a kernel has, on every rank the same, at most MAX_PROGRAMS.
-        pads: [N] int64, addresses of every rank's [N, MAX_PROGRAMS] int32, zero at first. Entry [n, p] is
-            how many meetings program p of rank n has come to; rank n itself writes it everywhere.
+        pads: [N] int64, addresses of every rank's [N, MAX_PROGRAMS] int32, zero at first. Entry [n, p] is how many
+            meetings program p of rank n has come to; rank n itself writes it everywhere.
         epochs: [MAX_PROGRAMS] int32, how many meetings this rank's program p has been through.
     """
 
@@ -70,12 +68,8 @@ def peer_pointer(pointers, n, like):
 
 
 def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out: Tensor) -> None:
-    """out[t, n] = elements [offset, offset + W) of row t of rank n's buffer, for all ranks in `pointers`.
-
-    Args:
-        pointers: [M] int64, addresses of [T, stride] elements of out's dtype, multiples of 16.
-        out: [T, M, W], contiguous.
-    """
+    """out[t, n] = elements [offset, offset + W) of row t of rank n's buffer, for all ranks in `pointers`: [M] int64,
+    addresses of [T, stride] elements of out's dtype, multiples of 16. out is [T, M, W], contiguous."""
     rows, peers, width = out.shape
     tile = choose_tile(rows * width)
     tiles = triton.cdiv(rows * width, tile) * peers
@@ -98,8 +92,8 @@ def read_kernel(
 
 
 def sum_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out: Tensor) -> None:
-    """out[t] = the sum over the ranks of elements [offset, offset + W) of row t of their buffers, added in
-    their order and in float32: the same bits on every rank. As `read_peers`, with out [T, W]."""
+    """out[t] = the sum over the ranks of elements [offset, offset + W) of row t of their buffers, added in their order
+    and in float32: the same bits on every rank. As `read_peers`, with out [T, W]."""
     rows, width = out.shape
     tile = choose_tile(rows * width)
     tiles = triton.cdiv(rows * width, tile)
@@ -123,24 +117,16 @@ def sum_kernel(
 
 
 def merge_peers(
-    meeting: Meeting,
-    pointers: Tensor,
-    lse_offset: int,
-    staged_lse: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    merged: Tensor,
+    meeting: Meeting, pointers: Tensor, lse_offset: int, staged_lse: Tensor, lse: Tensor, out: Tensor, merged: Tensor
 ) -> None:
     """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
 
-    Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset`
-    there is room for their LSEs, which are put there here: attention back-ends write them where they like.
+    Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room
+    for their LSEs, which are put there here: attention back-ends write them where they like.
 
     Args:
-        staged_lse: [T, N * H] float32, that place in this rank's buffer.
-        lse: [T, N * H] float32, this rank's, to be copied there.
-        out: [T, H, dim], contiguous, to be written, of the partial outputs' dtype.
-        merged: [T, H] float32, contiguous, to be written.
+        staged_lse: [T, N * H] float32, that place in this rank's buffer, where `lse`, this rank's, is copied to.
+        out: [T, H, dim], contiguous, to be written, of the partial outputs' dtype; merged: [T, H] float32, likewise.
     """
     tokens, heads = lse.shape
     own, dim = out.shape[1:]
@@ -191,7 +177,7 @@ def merge_kernel(
 
 
 def choose_tile(count: int) -> int:
-    """Elements: few for a small tensor, so that many programs share it, and many for a large one, so that
-    a thread has several loads under way."""
+    """Elements: few for a small tensor, so that many programs share it, and many for a large one, so that a thread has
+    several loads under way."""
     tile: int = triton.next_power_of_2(count) // 128
     return min(16384, max(1024, tile))

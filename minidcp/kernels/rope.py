@@ -1,7 +1,5 @@
 """Rotary embedding of queries, in the rotate-half layout: a Triton kernel and its torch twin."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -11,13 +9,8 @@ from minidcp.kernels import use_triton
 
 
 def rotate(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
-    """Rotate every head of x; computed in float32.
-
-    Args:
-        x: [T, H, R], contiguous R; may be a slice of a wider tensor.
-        cos_sin: [T, R] float32, the cosines of R / 2 angles and then their sines.
-        out: as x, to be written; may be x itself.
-    """
+    """Rotate every head of x [T, H, R], computed in float32, into `out`, which may be x itself. Both have contiguous R
+    and may be slices of wider tensors. cos_sin [T, R] float32: the cosines of R / 2 angles and then their sines."""
     if not use_triton(x):
         out.copy_(rotate_ref(x, cos_sin))
         return

@@ -1,10 +1,8 @@
 """Blocks as integers: who uses which, and which can be reused for a prompt with the same beginning.
 
-A block is free (nobody uses it), live (requests use it) or cached (nobody uses it, but its content is
-known by a hash and kept until the room is needed). Ranks and tensors do not appear here.
+A block is free (nobody uses it), live (requests use it) or cached (nobody uses it, but its content is known by a hash
+and kept until the room is needed). Ranks and tensors do not appear here.
 """
-
-from __future__ import annotations
 
 import hashlib
 from array import array
@@ -13,16 +11,11 @@ from collections.abc import Sequence
 
 
 class BlockManager:
-    """Reference-counted blocks with a prefix cache: `free + cached + live == total` at any time.
-
-    A block's hash chains its parent's, so equal hashes mean equal tokens from the beginning on.
-    Cached blocks are evicted least recently used first.
-    """
+    """Reference-counted blocks with a prefix cache: `free + cached + live == total` at any time. A block's hash chains
+    its parent's: equal hashes mean equal tokens from the beginning on. The least recently used are evicted first."""
 
     def __init__(self, num_blocks: int, tokens_per_block: int, prefix_cache: bool = True) -> None:
-        self.num_blocks = num_blocks
-        self.tokens_per_block = tokens_per_block
-        self.prefix_cache = prefix_cache
+        self.num_blocks, self.tokens_per_block, self.prefix_cache = num_blocks, tokens_per_block, prefix_cache
         self.ref_counts = [0] * num_blocks
         self.free: deque[int] = deque(range(num_blocks))
         self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -91,10 +84,9 @@ class BlockManager:
         """The longest run of known blocks for these hashes from the beginning; takes no reference."""
         blocks: list[int] = []
         for digest in hashes:
-            block = self.block_of.get(digest)
-            if block is None:
+            if digest not in self.block_of:
                 break
-            blocks.append(block)
+            blocks.append(self.block_of[digest])
         return blocks
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:

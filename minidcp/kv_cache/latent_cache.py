@@ -4,29 +4,16 @@ MLA stores one vector per token that all heads share: the normed latent and the 
 Which token lies where is `interleave.py`'s; which block is whose, `block_manager.py`'s.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 
 class LatentCache:
-    """[layers, num_blocks, block_size, latent_dim], zeroed once.
+    """`shape` is [layers, num_blocks, block_size, latent_dim]. Zeroed once, because attention kernels may read (and
+    mask) the unused slots of a request's last block: whatever memory held before could be NaN."""
 
-    Zeroed because attention kernels may read (and mask) the unused slots of a request's last block:
-    whatever memory held before could be NaN.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        latent_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.blocks = torch.zeros(num_layers, num_blocks, block_size, latent_dim, dtype=dtype, device=device)
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, index: int) -> Tensor:
         """One layer's [num_blocks, block_size, latent_dim]."""

@@ -1,10 +1,8 @@
 """DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it.
 
-Prefill attends in MHA form, decode in absorbed form; `MLAAttention` shows them side by side. What a
-kernel does is in `kernels/`, who holds which token in `kv_cache/interleave.py`.
+Prefill attends in MHA form, decode in absorbed form; `MLAAttention` shows them side by side. What a kernel does is in
+`kernels/`, who holds which token in `kv_cache/interleave.py`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -29,75 +27,54 @@ LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What every layer of one rank is built from. `group_heads`: whether it needs W_UK and W_UV of all
-    heads of its DCP group; `replicated_q`: whether it computes their q, too."""
+    """What every layer of one rank is built from."""
 
     config: ModelConfig
     state: ParallelState
     attention: AttentionBackend
     exchange: Exchange
-    group_heads: bool
-    replicated_q: bool
+    group_heads: bool  # whether it needs W_UK and W_UV of all heads of its DCP group
+    replicated_q: bool  # whether it computes their q, too
 
 
 class MLAAttention:
-    """Multi-head latent attention (arXiv:2405.04434 §2.1) for this rank's heads.
-
-    H heads are this rank's, G those of its DCP group. W_UK and W_UV are the halves of kv_b_proj.
-    """
+    """Multi-head latent attention (arXiv:2405.04434 §2.1). H heads are this rank's, G those of its DCP group. W_UK and
+    W_UV are the halves of kv_b_proj."""
 
     def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
-        c, state = blueprint.config, blueprint.state
+        c, state, bias = blueprint.config, blueprint.state, blueprint.config.attention_bias
         tp, dcp = state.tp, state.dcp
         self.config, self.state, self.replicated_q = c, state, blueprint.replicated_q
         self.attention, self.exchange = blueprint.attention, blueprint.exchange
         self.num_heads = c.num_attention_heads // tp.size
         own_heads = Shard(0, tp.rank, tp.size)
         group_heads = Shard(0, state.dcp_group_index, tp.size // dcp.size)
-        if c.q_lora_rank is None:
-            self.q_a_proj = None
-            q_in, q_name = c.hidden_size, "q_proj"
-        else:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, weights.scope("q_a_proj"), bias=c.attention_bias)
+        self.q_a_proj, q_in, q_scope = None, c.hidden_size, weights.scope("q_proj")
+        if c.q_lora_rank is not None:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, weights.scope("q_a_proj"), bias=bias)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
-            q_in, q_name = c.q_lora_rank, "q_b_proj"
-        self.q_b_proj = Linear(  # q_proj where there is no q_lora
-            q_in,
-            c.num_attention_heads * c.qk_head_dim,
-            weights.scope(q_name),
-            group_heads if self.replicated_q else own_heads,
-        )
-        q_heads = self.num_heads * (dcp.size if self.replicated_q else 1)
-        self.q_b_proj.reorder_rope(q_heads, c.qk_rope_head_dim)
+            q_in, q_scope = c.q_lora_rank, weights.scope("q_b_proj")
+        q_shard = group_heads if self.replicated_q else own_heads
+        # Where there is no q_lora this is q_proj.
+        self.q_b_proj = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
+        self.q_b_proj.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
         first = dcp.rank * self.num_heads  # of this rank's heads among the group's
         rows = slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim)
         self.own_q_b_proj = self.q_b_proj.part(rows) if self.replicated_q else self.q_b_proj
 
-        self.kv_a_proj_with_mqa = Linear(
-            c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=c.attention_bias
-        )
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
         self.kv_a_proj_with_mqa.reorder_rope(1, c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS)
 
-        kv_b_proj = weights.read(
-            "kv_b_proj.weight",
-            c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim),
-            c.kv_lora_rank,
-            shard=group_heads if blueprint.group_heads else own_heads,
-        )
-        by_head = kv_b_proj.view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-        w_uk, w_uv = by_head.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
+        kv_b_proj = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
+        w_uk, w_uv = kv_b_proj.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self.group_w_uk, self.group_w_uv = w_uk, w_uv  # [G or H, nope, C], [G or H, v, C]
         own = slice(first, first + self.num_heads) if blueprint.group_heads else slice(None)
         self.w_uk, self.w_uv = w_uk[own], w_uv[own]  # [H, nope, C], [H, v, C]; views, no second copy
 
-        self.o_proj = Linear(
-            c.num_attention_heads * c.v_head_dim,
-            c.hidden_size,
-            weights.scope("o_proj"),
-            Shard(1, tp.rank, tp.size),
-            bias=c.attention_bias,
-        )
+        o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
+        self.o_proj = Linear(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
 
     @property
     def peer_head_bytes(self) -> int:
@@ -125,18 +102,15 @@ class MLAAttention:
     def attend_shards(self, x: Tensor, cos_sin: Tensor, kv: Tensor, rows: CacheRows) -> tuple[Tensor, Tensor]:
         """Absorbed form over the sharded cache; x [T, q's input] -> [T, H, v] and lse [T, H].
 
-        Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can
-        stand on either side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per
-        head. Narrow: the group's heads, 192 and 128 cross. Where ranks read each other's
-        memory, what crosses is written there at once.
+        Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can stand on either
+        side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per head. Narrow: the group's
+        heads, 192 and 128 cross. Where ranks read each other's memory, what crosses is written there at once.
         """
         c, dcp, tokens = self.config, self.state.dcp, len(x)
         if rows.narrow or self.replicated_q:
-            if self.replicated_q:
-                q = self.project_q(self.q_b_proj, x, cos_sin)  # [T, G, nope + rope]
-            else:
-                own = dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
-                q = gather_heads(self.project_q(self.q_b_proj, x, cos_sin, own), dcp)
+            own = None if self.replicated_q else dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
+            q = self.project_q(self.q_b_proj, x, cos_sin, own)
+            q = q if self.replicated_q else gather_heads(q, dcp)  # [T, G, nope + rope]
             q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
             q_latent = multiply_by_head(q_nope, self.group_w_uk)
         else:
@@ -161,8 +135,8 @@ class MLAAttention:
         return multiply_by_head(latent, self.w_uv.mT), lse
 
     def prefill(self, x: Tensor, cos_sin: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """MHA form, this rank's heads: new tokens among themselves, merged by LSE with what they find in
-        the cache; x [T, q's input] -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
+        """MHA form, this rank's heads: new tokens among themselves, merged by LSE with what they find in the cache;
+        x [T, q's input] -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
         assert batch.prefill is not None
         q = self.project_q(self.own_q_b_proj, x, cos_sin)
         out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
@@ -208,17 +182,13 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
 
 class DecoderLayer:
     def __init__(self, blueprint: Blueprint, index: int, weights: Weights) -> None:
-        config, state = blueprint.config, blueprint.state
-        self.tp = state.tp
-        norm = (config.hidden_size, config.rms_norm_eps)
-        self.input_layernorm = RMSNorm(norm[0], weights.scope("input_layernorm"), norm[1])
-        self.post_attention_layernorm = RMSNorm(norm[0], weights.scope("post_attention_layernorm"), norm[1])
+        config, state, mlp = blueprint.config, blueprint.state, weights.scope("mlp")
+        self.tp, hidden, eps = state.tp, config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, weights.scope("input_layernorm"), eps)
+        self.post_attention_layernorm = RMSNorm(hidden, weights.scope("post_attention_layernorm"), eps)
         self.self_attn = MLAAttention(blueprint, weights.scope("self_attn"))
-        self.mlp: MoE | MLP
-        if config.is_moe_layer(index):
-            self.mlp = MoE(config, state, weights.scope("mlp"))
-        else:
-            self.mlp = MLP(config, config.intermediate_size, state, weights.scope("mlp"))
+        dense = not config.is_moe_layer(index)
+        self.mlp = MLP(config, config.intermediate_size, state, mlp) if dense else MoE(config, state, mlp)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
@@ -242,11 +212,10 @@ class DeepseekV2ForCausalLM:
         self.norm = RMSNorm(config.hidden_size, model.scope("norm"), config.rms_norm_eps)
         head = self.embed_tokens.weight
         if not config.tie_word_embeddings:
-            shape, shard = (config.vocab_size, config.hidden_size), Shard(0, state.tp.rank, state.tp.size)
-            head = weights.read("lm_head.weight", *shape, shard=shard)
+            by_token = Shard(0, state.tp.rank, state.tp.size)
+            head = weights.read("lm_head.weight", config.vocab_size, config.hidden_size, shard=by_token)
         self.lm_head = LMHead(head, config.vocab_size, state.tp)
-        device = self.embed_tokens.weight.device
-        self.rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim, max_model_len, device)
+        self.rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim, max_model_len, head.device)
 
     def __call__(self, token_ids: Tensor, cache: LatentCache, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> float32 logits [S, vocab] of the batch's sampled tokens, on every rank."""

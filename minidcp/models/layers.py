@@ -1,10 +1,8 @@
 """The parts of DeepSeek-V2 that are not attention: norms, embedding, MLPs and experts.
 
-Plain callables over plain tensors. Attributes carry Hugging Face's names; sharded ones hold this
-rank's part. `deepseek_v2.py` puts them together.
+Plain callables over plain tensors. Attributes carry Hugging Face's names; sharded ones hold this rank's part.
+`deepseek_v2.py` puts them together.
 """
-
-from __future__ import annotations
 
 import copy
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
-from minidcp.models.weights import Shard, Weights, deinterleave_rope_rows
+from minidcp.models.weights import WHOLE, Shard, Weights, deinterleave_rope_rows
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 
@@ -37,16 +35,13 @@ class RMSNorm:
 
 
 class Linear:
-    """x @ weight.T (+ bias). With a shard of dim 0 the outputs are this rank's; with one of dim 1 the
-    inputs are, and the result is this rank's summand (the bias is then added on rank 0 only)."""
+    """x @ weight.T (+ bias). With a shard of dim 0 the outputs are this rank's; with one of dim 1 the inputs are, and
+    the result is this rank's summand (the bias is then added on rank 0 only)."""
 
-    def __init__(
-        self, in_dim: int, out_dim: int, weights: Weights, shard: Shard | None = None, bias: bool = False
-    ) -> None:
+    def __init__(self, in_dim: int, out_dim: int, weights: Weights, shard: Shard = WHOLE, bias: bool = False) -> None:
         self.weight = weights.read("weight", out_dim, in_dim, shard=shard)
-        by_input = shard is not None and shard.dim == 1
-        self.bias = weights.read("bias", out_dim, shard=None if by_input else shard) if bias else None
-        if shard is not None and by_input and shard.index > 0:
+        self.bias = weights.read("bias", out_dim, shard=WHOLE if shard.dim == 1 else shard) if bias else None
+        if shard.dim == 1 and shard.index > 0:
             self.bias = None
 
     def reorder_rope(self, num_heads: int, rope_dim: int) -> None:
@@ -55,7 +50,7 @@ class Linear:
         if self.bias is not None:
             self.bias = deinterleave_rope_rows(self.bias, num_heads, rope_dim)
 
-    def part(self, rows: slice) -> Linear:
+    def part(self, rows: slice) -> "Linear":
         """The same without a bias, for some of the outputs; the weights are shared."""
         assert self.bias is None
         part = copy.copy(self)
@@ -71,8 +66,7 @@ class VocabParallelEmbedding:
     """Token embeddings, vocabulary rows sharded over the TP group."""
 
     def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = weights.read("weight", *shape, shard=Shard(0, tp.rank, tp.size))
+        self.weight = weights.read("weight", config.vocab_size, config.hidden_size, shard=Shard(0, tp.rank, tp.size))
         self.tp = tp
 
     def __call__(self, token_ids: Tensor) -> Tensor:
@@ -133,15 +127,13 @@ class Router:
 
 
 class MoE:
-    """Routed experts plus the shared ones, every expert's intermediate dim sharded over TP, so that all
-    ranks do the same work whatever the routing. Gives this rank's summand."""
+    """Routed experts plus the shared ones, every expert's intermediate dim sharded over TP, so that all ranks do the
+    same work whatever the routing. Gives this rank's summand."""
 
     def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
         self.gate = Router(config, weights.scope("gate"))
-        experts = [
-            MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}"))
-            for e in range(config.n_routed_experts)
-        ]
+        scopes = [weights.scope(f"experts.{e}") for e in range(config.n_routed_experts)]
+        experts = [MLP(config, config.moe_intermediate_size, state, scope) for scope in scopes]
         # Both as grouped_mm wants them: [experts, in, out].
         self.gate_up_proj = torch.stack([e.gate_up_proj for e in experts]).transpose(1, 2)
         self.down_proj = torch.stack([e.down_proj for e in experts]).transpose(1, 2)
@@ -156,8 +148,7 @@ class MoE:
     def run_experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_experts, top_k = self.gate_up_proj.shape[0], topk_ids.shape[1]
         expert, order = topk_ids.flatten().sort(stable=True)  # (token, choice) pairs by expert
-        ends = torch.searchsorted(expert, torch.arange(num_experts, device=x.device), right=True)
-        offs = ends.to(torch.int32)
+        offs = torch.searchsorted(expert, torch.arange(num_experts, device=x.device), right=True).to(torch.int32)
         gate, up = F.grouped_mm(x[order // top_k], self.gate_up_proj, offs=offs).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=offs)
         weighted = out.float() * topk_weights.flatten()[order, None]

@@ -1,10 +1,8 @@
 """Rotary position embedding with YaRN scaling: the angles. `kernels/rope.py` rotates, in halves.
 
-The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after
-which rotating halves gives bit for bit the same scores.
+The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which
+rotating halves gives bit for bit the same scores.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -15,11 +13,10 @@ from minidcp.model_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
-    """[dim / 2] float32. YaRN as in DeepSeek-V2's modeling code (arXiv:2309.00071, §3.2 "NTK-by-parts"):
-    wavelengths that fit `original_max_position` less than beta_slow times are stretched by `factor`,
-    those that fit more than beta_fast times are kept, with a linear ramp over the dims between."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    plain = 1.0 / config.theta**exponent
+    """[dim / 2] float32. YaRN as in DeepSeek-V2's modeling code (arXiv:2309.00071, §3.2 "NTK-by-parts"): wavelengths
+    that fit `original_max_position` less than beta_slow times are stretched by `factor`, those that fit more than
+    beta_fast times are kept, with a linear ramp over the dims between."""
+    plain = 1.0 / config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if config.factor <= 1:
         return plain
 

@@ -1,10 +1,8 @@
 """Where weights come from: safetensors read slice by slice, so that a rank reads only its share.
 
-The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint
-that lacks some or holds others is refused with a list before a byte is read.
+The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks
+some or holds others is refused with a list before a byte is read.
 """
-
-from __future__ import annotations
 
 import json
 import zlib
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -22,13 +21,12 @@ from minidcp.config import require
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts along `dim`. Parts are rounded up to a multiple of `align` and
-    padded with zeros: zero rows of an up projection meet zero columns of the down projection, and change
-    nothing."""
+    """Part `index` of `count` equal parts along `dim`. Parts are rounded up to a multiple of `align` and padded with
+    zeros: zero rows of an up projection meet zero columns of the down projection, and change nothing."""
 
-    dim: int
-    index: int
-    count: int
+    dim: int = 0
+    index: int = 0
+    count: int = 1
     align: int = 1
 
     def bounds(self, length: int) -> tuple[int, int, int]:
@@ -37,14 +35,20 @@ class Shard:
         start = min(self.index * size, length)
         return start, min(start + size, length), size
 
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return *whole[: self.dim], self.bounds(whole[self.dim])[2], *whole[self.dim + 1 :]
+
+
+WHOLE = Shard()
+
 
 class WeightSource(Protocol):
     """Something that hands out tensors by name, and remembers how much it read."""
 
     bytes_read: int
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """The tensor `name`, whose whole shape in the checkpoint is `shape`, or one shard of it."""
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        """A shard of the tensor `name`, whose whole shape in the checkpoint is `shape`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,10 @@ class Weights:
     source: WeightSource
     prefix: str = ""
 
-    def scope(self, name: str) -> Weights:
+    def scope(self, name: str) -> "Weights":
         return Weights(self.source, f"{self.prefix}{name}.")
 
-    def read(self, name: str, *shape: int, shard: Shard | None = None) -> Tensor:
+    def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
         return self.source.read(self.prefix + name, shape, shard)
 
 
@@ -68,27 +72,31 @@ class RecordingSource:
         self.bytes_read = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         self.shapes[name] = shape
-        sizes = list(shape)
-        if shard is not None:
-            sizes[shard.dim] = shard.bounds(shape[shard.dim])[2]
-        return torch.empty(sizes, device="meta")
+        return torch.empty(shard.shape(shape), device="meta")
 
 
 class CheckpointSource:
-    """A directory of safetensors in the hub's format, on `device` in `dtype`.
-
-    Raises:
-        ValueError: the index or a shard is missing, truncated or not safetensors.
-    """
+    """A directory of safetensors in the hub's format, on `device` in `dtype`. Raises ValueError if the index or a shard
+    is missing, truncated or not safetensors."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
-        self.path, self.dtype, self.device = path, dtype, device
-        self.file_of = find_tensors(path)
+        self.path, self.dtype, self.device, self.bytes_read = path, dtype, device, 0
         self.files: dict[str, Any] = {}
-        self.bytes_read = 0
+        self.file_of = self.find_tensors()
         self.bar = tqdm(desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress)
+
+    def find_tensors(self) -> dict[str, str]:
+        """The file of every tensor: from the index where there is one, else of the single file."""
+        index, single = self.path / "model.safetensors.index.json", "model.safetensors"
+        if index.exists():
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{index}: not a safetensors index") from None
+        require((self.path / single).exists(), f"{self.path}: neither {index.name} nor {single} is there")
+        return dict.fromkeys(self.open(single).keys(), single)
 
     def open(self, file: str) -> Any:
         if file not in self.files:
@@ -101,11 +109,7 @@ class CheckpointSource:
         return self.files[file]
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Compare names and shapes with what the model will ask for.
-
-        Raises:
-            ValueError: lists tensors that are missing, left over or of another shape.
-        """
+        """Raises ValueError with a list of what is missing, left over or of another shape than the model asks for."""
         held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
         problems = {
             "missing": sorted(expected.keys() - held),
@@ -125,26 +129,16 @@ class CheckpointSource:
         if found:
             raise ValueError(f"{self.path}: the weights do not fit config.json: {found}")
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        view = self.open(self.file_of[name]).get_slice(name)
-        if shard is None:
-            whole: Tensor = view[:]
-            self.count(whole)
-            return whole.to(device=self.device, dtype=self.dtype)
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         start, stop, size = shard.bounds(shape[shard.dim])
+        view = self.open(self.file_of[name]).get_slice(name)
         part: Tensor = view[(slice(None),) * shard.dim + (slice(start, stop),)]
-        self.count(part)
-        if stop - start == size:
-            return part.to(device=self.device, dtype=self.dtype)
-        sizes = list(shape)
-        sizes[shard.dim] = size
-        padded = torch.zeros(sizes, dtype=self.dtype, device=self.device)
-        padded.narrow(shard.dim, 0, stop - start).copy_(part)
-        return padded
-
-    def count(self, part: Tensor) -> None:
         self.bytes_read += part.nbytes
         self.bar.update()
+        part = part.to(device=self.device, dtype=self.dtype)
+        missing = size - (stop - start)
+        behind = [0, 0] * (len(shape) - shard.dim - 1)  # F.pad counts dims from the last
+        return F.pad(part, [*behind, 0, missing]) if missing else part
 
     def close(self) -> None:
         self.bar.close()
@@ -152,35 +146,26 @@ class CheckpointSource:
 
 
 class RandomSource:
-    """Random weights of the right shapes, for measuring without a checkpoint: std 0.02, norms 1.
-
-    With all but equal weights the router would send every token to the same experts, and steps would
-    look faster than they are.
-    """
+    """Random weights of the right shapes, for measuring without a checkpoint: std 0.02, norms 1. With all but equal
+    weights the router would send every token to the same experts, and steps would look faster than they are."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.bytes_read = 0
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        sizes, part = list(shape), 0
-        if shard is not None:
-            sizes[shard.dim], part = shard.bounds(shape[shard.dim])[2], shard.index
-        if len(sizes) == 1:
-            return torch.ones(sizes, dtype=self.dtype, device=self.device)
-        # Seeded by name and part, so that what is replicated is equal on all ranks.
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {part}".encode()))
-        out = torch.empty(sizes, dtype=self.dtype, device=self.device).normal_(0, 0.02, generator=generator)
-        self.bytes_read += out.nbytes
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        out = torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
+        if out.dim() > 1:
+            # Seeded by name and part, so that what is replicated is equal on all ranks.
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {shard.index}".encode()))
+            out.normal_(0, 0.02, generator=generator)
+            self.bytes_read += out.nbytes
         return out
 
 
 def find_model(model: str) -> Path:
-    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress).
-
-    Raises:
-        ValueError: neither a directory nor a hub name that can be downloaded.
-    """
+    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress). Raises
+    ValueError if it is neither a directory nor a hub name that can be downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -191,28 +176,9 @@ def find_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
     except Exception as error:
-        raise ValueError(
-            f"--model-path {model!r}: no such directory, and it could not be downloaded from the "
-            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from None
-
-
-def find_tensors(path: Path) -> dict[str, str]:
-    """The file of every tensor: from the index where there is one, else of the single file."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{index}: not a safetensors index") from None
-    single = path / "model.safetensors"
-    if not single.exists():
-        raise ValueError(f"{path}: neither {index.name} nor {single.name} is there")
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{single}: truncated or not safetensors ({error})") from None
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        message = "no such directory, and it could not be downloaded from the Hugging Face hub"
+        raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
 
 
 def preview(names: list[str], most: int = 8) -> str:
@@ -221,8 +187,8 @@ def preview(names: list[str], most: int = 8) -> str:
 
 
 def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:
-    """Reorder the last `rope_dim` of each head's rows, in a weight [rows, in] or bias [rows], from pairs
-    (0, 1, 2, 3, …) to halves (0, 2, …, 1, 3, …), which is what `kernels/rope.py` rotates."""
+    """Reorder the last `rope_dim` of each head's rows, in a weight [rows, in] or bias [rows], from pairs (0, 1, 2, 3,
+    …) to halves (0, 2, …, 1, 3, …), which is what `kernels/rope.py` rotates."""
     by_head = x.unflatten(0, (num_heads, -1))
     keep, rope = by_head.split([by_head.shape[1] - rope_dim, rope_dim], 1)
     return torch.cat([keep, rope[:, 0::2], rope[:, 1::2]], 1).flatten(0, 1)

@@ -1,10 +1,7 @@
-"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for
-my heads. Exact: softmax over a union of shards is the LSE-weighted mean of the shards' results.
+"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for my heads.
 
-The arithmetic of the merge is in `kernels/merge.py`.
+Exact: softmax over a union of shards is the LSE-weighted mean of the shards' results (`kernels/merge.py`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Where a collective takes or gives something of every rank, the ranks are in dim 
 the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s.
 """
 
-from __future__ import annotations
-
 import threading
 
 import torch
@@ -14,10 +12,8 @@ from torch import Tensor
 
 
 class Group:
-    """`size` ranks that call the same collectives in the same order. Results are equal on all ranks,
-    bit for bit, where the contract says they are the same tensor. Inputs are never changed.
-
-    This class is the group of one rank, where nothing moves."""
+    """`size` ranks that call the same collectives in the same order. Results are equal on all ranks, bit for bit, where
+    the contract says they are the same tensor. Inputs are never changed. This class is the group of one rank."""
 
     rank, size = 0, 1
     received_bytes = 0  # from other ranks, since the start; what a CUDA graph replays is counted once
@@ -27,8 +23,7 @@ class Group:
         return
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory of like's dtype and device for the very next collective's input, which may then find it
-        where it must be and copy nothing."""
+        """Memory of like's kind for the very next collective's input, which may then lie where it must, uncopied."""
         return like.new_empty(shape)
 
     def count(self, x: Tensor, peers: float = 1) -> None:
@@ -57,14 +52,12 @@ class Group:
 
 
 class TorchGroup(Group):
-    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has
-    them in dim 1 is transposed before and after."""
+    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has them in dim 1
+    is transposed before and after."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = group.rank()
-        self.size = group.size()
-        self.root = dist.get_global_rank(group, 0)
+        self.group, self.root = group, dist.get_global_rank(group, 0)
+        self.rank, self.size = group.rank(), group.size()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
@@ -108,9 +101,9 @@ class Rendezvous:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
-        # Two sets of places, used in turn. A rank can be at most one collective ahead of the slowest:
-        # it passes barrier n + 1 only after all have read what barrier n published, so when it writes
-        # for n + 2 nobody reads the places of n any more. Hence one barrier per collective is enough.
+        # Two sets of places, used in turn. A rank can be at most one collective ahead of the slowest: it passes barrier
+        # n + 1 only after all have read what barrier n published, so when it writes for n + 2 nobody reads the places
+        # of n any more. Hence one barrier per collective is enough.
         self.places: list[list[Tensor | None]] = [[None] * size, [None] * size]
 
 
@@ -118,9 +111,7 @@ class ThreadGroup(Group):
     """Ranks are threads of one process: for the CPU, where eight ranks then start in a moment."""
 
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
-        self.rendezvous = rendezvous
-        self.rank = rank
-        self.size = rendezvous.barrier.parties
+        self.rendezvous, self.rank, self.size = rendezvous, rank, rendezvous.barrier.parties
         self.calls = 0
 
     def publish(self, x: Tensor) -> list[Tensor]:
@@ -131,7 +122,7 @@ class ThreadGroup(Group):
         try:
             self.rendezvous.barrier.wait()
         except threading.BrokenBarrierError:
-            raise RuntimeError("another rank of this engine failed") from None
+            raise threading.BrokenBarrierError("another rank of this engine failed") from None
         return [place for place in places if place is not None]
 
     def all_reduce(self, x: Tensor) -> Tensor:

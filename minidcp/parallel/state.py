@@ -1,7 +1,5 @@
 """Which groups a rank belongs to. Built once per rank and handed to constructors; there is no global."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,10 +17,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class ParallelState:
-    """One rank's view: `tp` are all ranks, `dcp` those that share a KV cache with this one.
-
-    `dcp` is a run of consecutive tp ranks, so the heads of a DCP group are consecutive too.
-    """
+    """One rank's view: `tp` are all ranks, `dcp` those that share a KV cache with this one: a run of consecutive tp
+    ranks, so the heads of a DCP group are consecutive too."""
 
     tp: Group
     dcp: Group
@@ -60,12 +56,8 @@ def build_thread_states(config: ParallelConfig) -> tuple[list[ParallelState], li
 
 
 def init_process_state(config: ParallelConfig, comm: str, device: torch.device) -> ParallelState:
-    """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own
-    launcher has set, and build this rank's groups.
-
-    Args:
-        comm: "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers.
-    """
+    """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own launcher has set,
+    and build this rank's groups. `comm` is "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers."""
     if comm == "symmetric":
         sharing = count_ranks_per_gpu(config.tp_size)
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -73,15 +65,9 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
             programs = max(1, programs // (8 * sharing))  # the late ones need room
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if comm == "nccl" else "gloo",
-            init_method="env://",
-            rank=int(os.environ["RANK"]),
-            world_size=config.tp_size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
-    rank, size = dist.get_rank(), config.dcp_size
-    world = dist.group.WORLD
+        kind, mine = "nccl" if comm == "nccl" else "gloo", int(os.environ["RANK"])
+        dist.init_process_group(kind, "env://", COLLECTIVE_TIMEOUT, world_size=config.tp_size, rank=mine)
+    rank, size, world = dist.get_rank(), config.dcp_size, dist.group.WORLD
     assert world is not None
 
     def wrap(group: dist.ProcessGroup) -> Group:

@@ -1,10 +1,8 @@
 """Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink.
 
-The buffers are allocated once, with the same layout on every rank, so CUDA graphs can hold their
-addresses. The contract is in `group.py`, the kernels are in `kernels/peer.py`.
+The buffers are allocated once, with the same layout on every rank, so CUDA graphs can hold their addresses. The
+contract is in `group.py`, the kernels are in `kernels/peer.py`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -26,36 +24,27 @@ ONE_SHOT_BYTES = 512 << 10  # above it an all-reduce reads every value twice ins
 class SymmetricGroup(Group):
     """Ranks whose GPUs can read each other's memory (several may share one GPU, for tests).
 
-    A collective has its input in this rank's buffer, put there by `empty`'s user or else by a copy, and
-    one kernel that waits for the peers and reads theirs. Two halves are used in turn, so that one meeting
-    per collective is enough: a rank that writes for collective n + 2 has met all peers in n + 1, and they
-    came there only after their kernels of n had read what n's half held.
-    A CUDA graph repeats the halves it was captured with, so every step begins with `begin_step`.
+    A collective has its input in this rank's buffer, put there by `empty`'s user or else by a copy, and one kernel that
+    waits for the peers and reads theirs. Two halves are used in turn, so that one meeting per collective is enough: a
+    rank that writes for collective n + 2 has met all peers in n + 1, and they came there only after their kernels of n
+    had read what n's half held. A CUDA graph repeats the halves it was captured with: a step begins with `begin_step`.
 
-    Args:
-        programs: at most so many of a kernel wait at once. Where ranks share a GPU they must leave room for
-            whatever they wait for.
+    At most `programs` of a kernel wait at once: where ranks share a GPU they leave room for whatever they wait for.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
-        self.rank, self.size = group.rank(), group.size()
+        self.rank, self.size, self.calls = group.rank(), group.size(), 0
         self.buffer = symm_mem.empty(2 * HALF_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
-        self.halves = [
-            to_device([address + half * HALF_BYTES for address in self.handle.buffer_ptrs], device) for half in (0, 1)
-        ]
+        buffers = torch.tensor(self.handle.buffer_ptrs, dtype=torch.int64, device=device)
+        self.halves = [buffers, buffers + HALF_BYTES]
         most = MAX_PROGRAMS.value
         least = torch.tensor(min(programs, most), device="cpu")  # GPUs may differ
         dist.all_reduce(least, dist.ReduceOp.MIN, group)
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
-        pads = symm_mem.rendezvous(self.pads, group)
-        self.meeting = Meeting(
-            self.rank,
-            to_device(pads.buffer_ptrs, device),
-            torch.zeros(most, dtype=torch.int32, device=device),
-            int(least),
-        )
-        self.calls = 0
+        pads = torch.tensor(symm_mem.rendezvous(self.pads, group).buffer_ptrs, dtype=torch.int64, device=device)
+        epochs = torch.zeros(most, dtype=torch.int32, device=device)
+        self.meeting = Meeting(self.rank, pads, epochs, int(least))
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody comes to a meeting before all pads are zero
 
@@ -128,8 +117,8 @@ class SymmetricGroup(Group):
         return out.view(x.shape)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """The exchange in one kernel: from this rank's partial attention for the heads of all ranks
-        (out [T, N * H, D] and lse [T, N * H]) to that over all shards for its own ([T, H, D], [T, H])."""
+        """The exchange in one kernel: from this rank's partial attention for the heads of all ranks (out [T, N * H, D]
+        and lse [T, N * H]) to that over all shards for its own ([T, H, D], [T, H])."""
         tokens, heads, dim = out.shape
         own = heads // self.size
         merged, merged_lse = out.new_empty(tokens, own, dim), lse.new_empty(tokens, own)
@@ -141,7 +130,3 @@ class SymmetricGroup(Group):
         self.count(merged, self.size - 1)
         self.count(merged_lse, self.size - 1)
         return merged, merged_lse
-
-
-def to_device(addresses: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)

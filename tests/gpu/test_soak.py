@@ -12,7 +12,7 @@ from checkpoints import Oracle, make_prompt, measure_errors
 
 from minidcp import LLM, EngineConfig, SamplingParams
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.executor import EngineDeadError, ProcessExecutor
+from minidcp.engine.executor import EngineDeadError
 
 pytestmark = pytest.mark.gpu
 OPTIONS = dict(device="cuda", max_model_len=512, max_num_batched_tokens=512)
@@ -73,7 +73,6 @@ def test_a_killed_rank_ends_everything(checkpoint: Oracle) -> None:
         engine.add_request(str(i), [5] * 50, SamplingParams(max_tokens=400, ignore_eos=True))
     for _ in range(20):
         engine.step()
-    assert isinstance(engine.executor, ProcessExecutor)
     processes = engine.executor.processes
     os.kill(processes[3].pid, signal.SIGKILL)
     start = time.monotonic()
