@@ -149,7 +149,7 @@ class ServeConfig(Options):
     """Everything a user can choose of the HTTP server; times are in seconds."""
 
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0 lets the system choose", least=0)
+    port: int = option(8000, "port to listen on; 0 lets the system choose")
     served_model_name: str | None = option(None, "the model's name in the API; default: MODEL")
     api_key: str | None = option(None, "what clients must send as bearer token; default: $MINIDCP_API_KEY")
     max_num_queued_requests: int = option(4096, "requests that may wait; beyond it clients get 503", least=0)
