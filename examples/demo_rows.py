@@ -110,7 +110,10 @@ def fill_with_retrieval(row: Row, rng: Random) -> None:
         if space >= 3 * shortest and rng.random() < 0.3:
             space = rng.randint(shortest, space - shortest)
         most = next(n for n, length in zip(QUESTIONS, LENGTHS, strict=True) if length >= space)
-        wanted = 1 if space < 1000 and rng.random() < 0.3 else most
+        if space < 1000:
+            wanted = 1 if rng.random() < 0.3 else most
+        else:
+            wanted = most * 2 if space > 4000 and rng.random() < 0.5 else most
         context = make_context(rng, count_tokens, space - wanted * QUESTION_TOKENS - 4)
         asked = rng.sample(context.facts, min(wanted, len(context.facts)))
         row.add_document(rng, [problem for _, problem in asked], context.text)

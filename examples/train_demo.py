@@ -76,7 +76,7 @@ CONFIG: dict[str, Any] = {
     "use_cache": True,
 }
 QUESTION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
-WARM_UP, DECAY = 0.02, 0.55  # shares of the training: to the full learning rate, and from there to nothing
+WARM_UP = 90  # steps in which the learning rate rises
 
 
 def make_model(seed: int) -> DeepseekV2ForCausalLM:
@@ -112,12 +112,17 @@ class Source:
 
     def make_step(self, step: int) -> list[RowBatch]:
         rng = Random(self.args.seed * 1_000_003 + step)
-        length = choose_length(rng, step / self.args.steps, self.args.longest)
-        tokens = self.args.batch_tokens
+        length = choose_length(rng, self.grown(step), self.args.longest)
+        other = choose_length(rng, self.grown(step), self.args.longest)
+        first = ("words", LENGTHS[2]) if rng.random() < self.args.words else ("retrieval", other)
         return [
-            make_batch(rng, self.tokenize, kind, tokens // length, length)
-            for kind, length in (("words", LENGTHS[2]), ("retrieval", length))
+            make_batch(rng, self.tokenize, kind, self.args.batch_tokens // length, length)
+            for kind, length in (first, ("retrieval", length))
         ]
+
+    def grown(self, step: int) -> float:
+        """How far the rows have grown: from the start, if the model can already look things up."""
+        return 1.0 if self.args.start else step / self.args.steps
 
     def produce(self, first: int, stride: int, queue: Queue[list[RowBatch]]) -> None:
         for step in range(first, self.args.steps, stride):
@@ -138,7 +143,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
         on_gpu = self.device.type == "cuda"
-        self.model = make_model(args.seed).to(self.device)
+        if args.start:
+            model = DeepseekV2ForCausalLM.from_pretrained(args.start, dtype=torch.float32).train()
+        else:
+            model = make_model(args.seed)
+        self.model = model.to(self.device)
         self.forward = TrainingForward(
             self.model,
             torch.bfloat16 if on_gpu else torch.float32,
@@ -174,11 +183,10 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return report
 
-    @torch.no_grad()
     def measure(self, batch: RowBatch) -> float:
         """The share of answers each of whose tokens is the most likely one after the right ones before it."""
         tokens, labels = self.load(batch)
-        _, right, _ = self.forward(tokens)
+        _, right, _ = self.forward(tokens)  # without no_grad, for which all would be compiled again
         labels = labels[:, 1:]
         number = labels + torch.arange(len(labels), device=labels.device)[:, None] * 1000
         answers = torch.unique(number[labels > 1])
@@ -211,14 +219,14 @@ def save(model: DeepseekV2ForCausalLM, tokenizer: Tokenizer, directory: Path) ->
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def scale_rate(progress: float) -> float:
+def scale_rate(step: int, progress: float, decay: float) -> float:
     """Warm-up, constant, then down to zero by a straight line."""
-    return min(1.0, progress / WARM_UP, max(0.0, (1 - progress) / DECAY))
+    return min(1.0, (step + 1) / WARM_UP, max(0.0, (1 - progress) / decay))
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    tokenizer = make_tokenizer(args.seed)
+    tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json")) if args.start else make_tokenizer(args.seed)
     source = Source(tokenizer, args)
     held_out = {
         f"{kind}-{length}": make_batch(
@@ -236,7 +244,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     for step in range(args.steps):
         elapsed = (time.perf_counter() - start) / 60
         progress = max((step + 1) / args.steps, elapsed / args.minutes)
-        report = trainer.step(first if step == 0 else next(batches), scale_rate(progress))
+        report = trainer.step(first if step == 0 else next(batches), scale_rate(step, progress, args.decay))
         last = step + 1 == args.steps or progress >= 1
         if last or (step + 1) % args.report == 0 or step < 3:
             losses = " ".join(f"{float(x):.4f}" for x in report)
@@ -260,12 +268,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where to write the checkpoint")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, with rows of every length")
     parser.add_argument("--steps", type=int, default=5000, help="updates, of two batches each")
     parser.add_argument("--minutes", type=float, default=20.0, help="stop, with the learning rate down, by then")
     parser.add_argument("--batch-tokens", type=int, default=33792, help="of a batch; a multiple of the longest row")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="the longest row to train on")
     parser.add_argument("--lr", type=float, default=3e-3, help="of vectors, embedding, head and router")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="of all other matrices")
+    parser.add_argument("--decay", type=float, default=0.55, help="share of the training in which the rate falls")
+    parser.add_argument("--words", type=float, default=1.0, help="share of steps with word problems in them")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make batches")
     parser.add_argument("--report", type=int, default=100, help="steps from one line to the next")
