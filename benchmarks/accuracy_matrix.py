@@ -52,7 +52,9 @@ class Cell:
 
     def agrees_with(self, base: Cell) -> bool:
         """Every accuracy is within the base's 95 % interval."""
-        return all(row["low"] <= self.summary[k]["accuracy"] <= row["high"] for k, row in base.summary.items())
+        return all(
+            row["low"] <= self.summary[k]["accuracy"] <= row["high"] for k, row in base.summary.items()
+        )
 
 
 def list_engines(
@@ -101,7 +103,9 @@ def run_matrix(
     for concurrency, answers, seconds in base:
         yield Cell("tp1", concurrency, seconds, summarize(answers, reference))
     for name, options in engines.items():
-        for concurrency, answers, seconds in ask(model, common | options, tokenizer, questions, concurrencies):
+        for concurrency, answers, seconds in ask(
+            model, common | options, tokenizer, questions, concurrencies
+        ):
             yield Cell(name, concurrency, seconds, summarize(answers, reference))
 
 
@@ -112,7 +116,8 @@ def size_cache(options: dict[str, Any], tokens: int, block_size: int) -> dict[st
 
 def format_cell(cell: Cell) -> str:
     kinds = "  ".join(
-        f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>4}" for row in cell.summary.values()
+        f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>4}"
+        for row in cell.summary.values()
     )
     return f"{cell.name:<36} {cell.concurrency:>4}  {kinds}  {cell.seconds:>6.1f}"
 
@@ -153,7 +158,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     questions = [q for kind in KINDS for q in make_questions(tokenizer, kind, args.questions, args.longest)]
 
-    print(f"{'engine':<36} at a time: {', '.join(KINDS)}: accuracy (95 % interval), answers unlike one rank's; seconds")
+    print(
+        f"{'engine':<36} at a time: {', '.join(KINDS)}: accuracy (95 % interval), answers unlike one rank's; seconds"
+    )
     cells: list[Cell] = []
     for cell in run_matrix(args.model, engines, common, questions, concurrencies):
         cells.append(cell)

@@ -152,7 +152,11 @@ def make_comparison(rng: Random, steps: Steps) -> Problem:
     for before, name in zip(names, names[1:], strict=False):
         kind, x, k = rng.choice("+-*"), rng.randint(2, 40), rng.randint(2, 5)
         values.append(steps.do(values[-1], kind, k if kind == "*" else x))
-        what = {"+": f"{x} more {thing} than", "-": f"{x} fewer {thing} than", "*": f"{k} times as many {thing} as"}[kind]
+        what = {
+            "+": f"{x} more {thing} than",
+            "-": f"{x} fewer {thing} than",
+            "*": f"{k} times as many {thing} as",
+        }[kind]
         parts.append(f"{name} has {what} {before}.")
     if rng.random() < 0.4:
         parts.append(f"How many {thing} does {names[2]} have?")
@@ -186,7 +190,9 @@ def make_share(rng: Random, steps: Steps) -> Problem:
         return steps.finish(f"{question} How many {thing} does each {one} get?")
     x = rng.randint(2, 40)
     steps.do(share, "-", x)
-    return steps.finish(f"{question} Each {one} then sells {x} {thing}. How many {thing} does each {one} have now?")
+    return steps.finish(
+        f"{question} Each {one} then sells {x} {thing}. How many {thing} does each {one} have now?"
+    )
 
 
 FAMILIES = (make_stock, make_packs, make_shop, make_comparison, make_rate, make_share)

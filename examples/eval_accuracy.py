@@ -64,7 +64,9 @@ def pick_fact(context: Context, place: float) -> Problem:
     return min(context.facts, key=lambda fact: abs(fact[0] - wanted))[1]
 
 
-def make_texts(kind: str, number: int, length_of: Callable[[str], int], longest: int) -> Iterator[tuple[str, str]]:
+def make_texts(
+    kind: str, number: int, length_of: Callable[[str], int], longest: int
+) -> Iterator[tuple[str, str]]:
     """Prompts and results. Contexts are of four lengths, and in each the needle goes from one end to the other."""
     rng = Random(f"{SEED} {kind}")
     lengths = [n for n in CONTEXT_TOKENS if n <= longest] or [longest]
@@ -137,7 +139,9 @@ def use_server(url: str, tokenizer: PreTrainedTokenizerBase) -> Answerer:
     def post(prompt: list[int]) -> list[int]:
         body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0.0, "stop": ["\n"]}
         request = urllib.request.Request(
-            f"{url.rstrip('/')}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{url.rstrip('/')}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=600) as response:
             text = json.load(response)["choices"][0]["text"]
@@ -188,7 +192,13 @@ def summarize(answers: list[Answer], reference: list[Answer] | None = None) -> d
         ours = [a for a in answers if a.kind == kind]
         right = sum(a.right for a in ours)
         low, high = find_interval(right, len(ours))
-        table[kind] = {"questions": len(ours), "right": right, "accuracy": right / len(ours), "low": low, "high": high}
+        table[kind] = {
+            "questions": len(ours),
+            "right": right,
+            "accuracy": right / len(ours),
+            "low": low,
+            "high": high,
+        }
         if reference is not None:
             theirs = [a for a in reference if a.kind == kind]
             pairs = zip(ours, theirs, strict=True)
@@ -213,13 +223,17 @@ def open_answerer(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_engine_flags(parser)
     parser.add_argument("--url", help="ask a running server instead of starting an engine")
     parser.add_argument("--transformers", action="store_true", help="ask transformers instead")
     parser.add_argument("--questions", type=int, default=200, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="some of them, by commas")
-    parser.add_argument("--longest", type=int, default=CONTEXT_TOKENS[-1], help="tokens of a retrieval prompt")
+    parser.add_argument(
+        "--longest", type=int, default=CONTEXT_TOKENS[-1], help="tokens of a retrieval prompt"
+    )
     parser.add_argument("--concurrency", type=int, default=64, help="questions asked together")
     parser.add_argument("--json", type=Path, help="write figures and answers there")
     parser.add_argument("--reference", type=Path, help="such a file, to count answers that differ from it")
