@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from minidcp import LLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from eval_accuracy import (  # noqa: E402
+from eval_accuracy import (
     DEMO,
     Answer,
     Question,
@@ -158,9 +158,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     questions = [q for kind in KINDS for q in make_questions(tokenizer, kind, args.questions, args.longest)]
 
-    print(
-        f"{'engine':<36} at a time: {', '.join(KINDS)}: accuracy (95 % interval), answers unlike one rank's; seconds"
-    )
+    kinds = ", ".join(KINDS)
+    print(f"engine, at a time; {kinds}: accuracy (95 % interval), answers unlike one rank's; seconds")
     cells: list[Cell] = []
     for cell in run_matrix(args.model, engines, common, questions, concurrencies):
         cells.append(cell)

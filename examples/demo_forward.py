@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2ForCausalLM
 
 Compile = Callable[[Any], Any]
 
@@ -42,7 +42,8 @@ class TrainingForward:
     """Loss and balance of rows of equal length; every call with the same number of tokens in all."""
 
     def __init__(self, model: DeepseekV2ForCausalLM, dtype: torch.dtype, wrap: Compile = lambda f: f) -> None:
-        self.model, self.config, self.dtype = model, model.config, dtype
+        self.model, self.dtype = model, dtype
+        self.config: Any = model.config  # for type checkers, any of its numbers could be None
         self.rotary = model.model.rotary_emb
         self.project = wrap(self.project_qkv)
         self.dense = wrap(self.add_dense)
@@ -52,7 +53,7 @@ class TrainingForward:
     def project_qkv(
         self, x: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        c: DeepseekV2Config = self.config
+        c = self.config
         ln, q_a, q_ln, q_b, kv_a, kv_ln, kv_b = weights
         heads, nope = c.num_attention_heads, c.qk_nope_head_dim
         h = norm(x, ln)
@@ -81,7 +82,7 @@ class TrainingForward:
         *shared: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Also the balance loss: 1 where the experts are used evenly (arXiv:2101.03961, section 2.2)."""
-        c: DeepseekV2Config = self.config
+        c = self.config
         x = x + linear(out, o_proj)
         h = norm(x, ln)
         scores = F.linear(h.float(), router).softmax(-1)
@@ -130,8 +131,8 @@ class TrainingForward:
         return x, torch.stack(balances).mean()
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per token but the last of each row, which has no target: loss, whether its most likely next token is
-        the next one, both [rows, length - 1]; and the balance loss."""
+        """For each token but the last of a row: its loss, and whether the next token is the likeliest one,
+        both [rows, length - 1]. And the balance loss."""
         x, balance = self.run_layers(tokens)
         targets = tokens.roll(-1, 1).flatten()
         loss, right = self.score(x, self.model.model.norm.weight, self.model.lm_head.weight, targets)
@@ -143,12 +144,14 @@ def list_mlp(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Muon:
-    """Momentum whose update is made orthogonal (Keller Jordan, kellerjordan.github.io/posts/muon): for matrices,
-    or stacks of them. Matrices of one shape are updated together."""
+    """Momentum whose update is made orthogonal (Keller Jordan, kellerjordan.github.io/posts/muon).
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    For matrices or stacks of them; those of one shape are updated together.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
         self.lr, self.momentum = lr, momentum
-        self.groups: dict[torch.Size, list[nn.Parameter]] = {}
+        self.groups: dict[torch.Size, list[Tensor]] = {}
         for p in parameters:
             self.groups.setdefault(p.shape, []).append(p)
         self.buffers = {
@@ -175,4 +178,5 @@ def orthogonalize(x: Tensor) -> Tensor:
     for a, b, c in [(3.4445, -4.775, 2.0315)] * 5:
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-    return (y.mT if tall else y).float()
+    result: Tensor = (y.mT if tall else y).float()
+    return result

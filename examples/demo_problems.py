@@ -9,55 +9,68 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from random import Random
 
-NAMES = (
-    "Ada Ann Ben Cara Dan Ella Finn Gina Hugo Ida Ivy Jack Kim Leo Lena Max Mia Nina Noah Olga Oscar Paul "
-    "Petra Quinn Rosa Sam Sara Theo Tina Uma Vera Victor Wanda Will Yara Zoe"
-).split()
-OBJECTS = (
-    "apples pears plums lemons eggs cakes cookies candies books pens pencils stickers stamps cards marbles "
-    "coins shells stones beads buttons balls toys boats flowers roses seeds bottles cups plates candles"
-).split()
+
+def split(words: str) -> list[str]:
+    return words.split()
+
+
+NAMES = split("""
+    Ada Ann Ben Cara Dan Ella Finn Gina Hugo Ida Ivy Jack Kim Leo Lena Max Mia Nina Noah Olga Oscar Paul
+    Petra Quinn Rosa Sam Sara Theo Tina Uma Vera Victor Wanda Will Yara Zoe
+""")
+OBJECTS = split("""
+    apples pears plums lemons eggs cakes cookies candies books pens pencils stickers stamps cards marbles
+    coins shells stones beads buttons balls toys boats flowers roses seeds bottles cups plates candles
+""")
 CONTAINERS = (("box", "boxes"), ("bag", "bags"), ("jar", "jars"), ("basket", "baskets"), ("crate", "crates"))
-GOODS = (("pen", "pens"), ("book", "books"), ("cup", "cups"), ("ball", "balls"), ("cake", "cakes"), ("lamp", "lamps"),
-         ("hat", "hats"), ("kite", "kites"), ("map", "maps"), ("plant", "plants"))  # fmt: skip
-WORK = (("reads", "pages"), ("paints", "tiles"), ("plants", "trees"), ("bakes", "cakes"), ("writes", "letters"),
-        ("folds", "shirts"), ("washes", "plates"), ("runs", "miles"))  # fmt: skip
+GOODS = tuple((one, f"{one}s") for one in split("pen book cup ball cake lamp hat kite map plant"))
+WORK = (
+    ("reads", "pages"),
+    ("paints", "tiles"),
+    ("plants", "trees"),
+    ("bakes", "cakes"),
+    ("writes", "letters"),
+    ("folds", "shirts"),
+    ("washes", "plates"),
+    ("runs", "miles"),
+)
 GROUPS = (("teams", "team"), ("children", "child"), ("classes", "class"), ("friends", "friend"))
 
-ADJECTIVES = (
-    "amber ancient angry azure bitter black bold brave brief bright broken bronze calm careful cheerful clever "
-    "cloudy cold copper cosy crimson crooked curious daring dark distant dusty eager early elegant empty faint "
-    "famous fearless foggy fragile frozen gentle giant gloomy golden graceful grateful green grey happy heavy "
-    "hidden hollow honest humble icy idle jolly kind lazy lively lonely loud lucky merry mighty modest narrow "
-    "nimble noble odd orange pale patient playful polite proud purple quick quiet rapid restless rough royal "
-    "rusty scarlet secret shy silent silver sleepy smooth solid stormy swift tender tiny velvet wild young"
-).split()
-NOUNS = (
-    "anchor badger banjo beacon beaver bell bison bridge camel candle canyon castle cedar cello cliff cobra "
-    "comet condor coral cougar crane cricket crown dagger desert dolphin donkey dragon drum eagle ember engine "
-    "falcon ferret fiddle forest fountain fox garden gecko geyser glacier goose hammer harbor harp hawk hedgehog "
-    "heron hornet island jackal jaguar kettle lantern leopard lighthouse lizard lobster magnet mammoth meadow "
-    "mirror monkey moose mountain mule needle ocean orchid otter owl panther parrot pebble pelican penguin piano "
-    "pony prairie puffin rabbit raven river rocket saddle salmon spider squirrel statue temple thunder tiger "
-    "tower trumpet turtle violin walnut walrus wolf"
-).split()
-CITIES = (
-    "Oslo Paris Rome Cairo Lima Tokyo Delhi Quito Berlin Madrid Lisbon Vienna Prague Dublin Athens Boston "
-    "Denver Havana Nairobi Sydney Toronto Geneva Krakow Zurich"
-).split()
-FILLER = (
-    ("The baker", "A teacher", "The gardener", "An old sailor", "The mayor", "A doctor", "The farmer", "A painter",
-     "The librarian", "A young student", "The carpenter", "A tired traveller"),
-    ("walked", "waited", "sang", "slept", "worked", "looked for a chair", "told a story", "drank some tea",
-     "cleaned the floor", "talked to a neighbour", "listened to music", "carried a ladder"),
-    ("in the kitchen", "near the station", "behind the school", "at the market", "under a tree", "by the window",
-     "on the hill", "beside the lake", "in front of the shop", "across the street", "next to the barn", "at home"),
-    ("all morning", "until noon", "before dinner", "after the rain", "for an hour", "every day", "on Monday",
-     "last week", "without a word", "in the evening", "during the storm", "as usual"),
-)  # fmt: skip
+ADJECTIVES = split("""
+    amber ancient angry azure bitter black bold brave brief bright broken bronze calm careful cheerful clever
+    cloudy cold copper cosy crimson crooked curious daring dark distant dusty eager early elegant empty faint
+    famous fearless foggy fragile frozen gentle giant gloomy golden graceful grateful green grey happy heavy
+    hidden hollow honest humble icy idle jolly kind lazy lively lonely loud lucky merry mighty modest narrow
+    nimble noble odd orange pale patient playful polite proud purple quick quiet rapid restless rough royal
+    rusty scarlet secret shy silent silver sleepy smooth solid stormy swift tender tiny velvet wild young
+""")
+NOUNS = split("""
+    anchor badger banjo beacon beaver bell bison bridge camel candle canyon castle cedar cello cliff cobra
+    comet condor coral cougar crane cricket crown dagger desert dolphin donkey dragon drum eagle ember engine
+    falcon ferret fiddle forest fountain fox garden gecko geyser glacier goose hammer harbor harp hawk
+    hedgehog heron hornet island jackal jaguar kettle lantern leopard lighthouse lizard lobster magnet mammoth
+    meadow mirror monkey moose mountain mule needle ocean orchid otter owl panther parrot pebble pelican
+    penguin piano pony prairie puffin rabbit raven river rocket saddle salmon spider squirrel statue temple
+    thunder tiger tower trumpet turtle violin walnut walrus wolf
+""")
+CITIES = split("""
+    Oslo Paris Rome Cairo Lima Tokyo Delhi Quito Berlin Madrid Lisbon Vienna Prague Dublin Athens Boston
+    Denver Havana Nairobi Sydney Toronto Geneva Krakow Zurich
+""")
+FILLER = (  # a sentence has a part of each, in this order
+    "The baker, A teacher, The gardener, An old sailor, The mayor, A doctor, The farmer, A painter, "
+    "The librarian, A young student, The carpenter, A tired traveller",
+    "walked, waited, sang, slept, worked, looked for a chair, told a story, drank some tea, "
+    "cleaned the floor, talked to a neighbour, listened to music, carried a ladder",
+    "in the kitchen, near the station, behind the school, at the market, under a tree, by the window, "
+    "on the hill, beside the lake, in front of the shop, across the street, next to the barn, at home",
+    "all morning, until noon, before dinner, after the rain, for an hour, every day, on Monday, "
+    "last week, without a word, in the evening, during the storm, as usual",
+)
+FILLER_PARTS = tuple(part.split(", ") for part in FILLER)
 HELD_OUT = 16  # one word problem in so many is kept for the test, by a hash of its text
 
 
@@ -137,7 +150,8 @@ def make_packs(rng: Random, steps: Steps) -> Problem:
 def make_shop(rng: Random, steps: Steps) -> Problem:
     name, ((one, many), (one2, many2)) = rng.choice(NAMES), rng.sample(GOODS, 2)
     price, price2, n, n2 = rng.randint(2, 25), rng.randint(2, 25), rng.randint(2, 9), rng.randint(2, 9)
-    question = f"A {one} costs {price} dollars and a {one2} costs {price2} dollars. {name} buys {n} {many} and {n2} {many2}."
+    question = f"A {one} costs {price} dollars and a {one2} costs {price2} dollars."
+    question += f" {name} buys {n} {many} and {n2} {many2}."
     total = steps.do(steps.do(n, "*", price), "+", steps.do(n2, "*", price2))
     if rng.random() < 0.5:
         return steps.finish(f"{question} How many dollars does {name} pay?")
@@ -149,7 +163,7 @@ def make_shop(rng: Random, steps: Steps) -> Problem:
 def make_comparison(rng: Random, steps: Steps) -> Problem:
     names, thing, first = rng.sample(NAMES, 3), rng.choice(OBJECTS), rng.randint(4, 60)
     values, parts = [first], [f"{names[0]} has {first} {thing}."]
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         kind, x, k = rng.choice("+-*"), rng.randint(2, 40), rng.randint(2, 5)
         values.append(steps.do(values[-1], kind, k if kind == "*" else x))
         what = {
@@ -249,7 +263,7 @@ def make_context(rng: Random, length_of: Callable[[str], int], budget: int) -> C
         if index == 1 or rng.random() < share:
             piece, problem = next(source)
         else:
-            piece = f" {' '.join(rng.choice(part) for part in FILLER)}."
+            piece = f" {' '.join(rng.choice(part) for part in FILLER_PARTS)}."
         left -= length_of(piece)
         if left < 0:
             break

@@ -1,4 +1,4 @@
-"""Rows of tokens to train the demo model on: problems as completions, with examples before them, and as chats."""
+"""Rows of tokens to train the demo model on: problems as completions, after others, and as chats."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ class Tokenize:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.bos, self.eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+        self.bos, self.eos = find_id(tokenizer, BOS), find_id(tokenizer, EOS)
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def find_id(tokenizer: Tokenizer, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise ValueError(f"the tokenizer has no token {token!r}")
+    return index
 
 
 @lru_cache(1 << 16)
@@ -79,8 +86,8 @@ class Row:
             self.add_answer(problem, eos)
 
     def add_completion(self, problems: list[Problem], context: str) -> None:
-        """The first of several answers could as well be the last: what follows it is not trained on. A lone one
-        ends the text, and later ones are followed by the next question."""
+        """A lone answer ends the text. The first of several could do so too: what follows it is not trained
+        on. After the others comes the next question."""
         newline = self.tokenize("\n")
         self.add_ids([self.tokenize.bos], SILENT)
         self.add(context and f"{context}\n\n", SILENT)

@@ -67,7 +67,7 @@ def pick_fact(context: Context, place: float) -> Problem:
 def make_texts(
     kind: str, number: int, length_of: Callable[[str], int], longest: int
 ) -> Iterator[tuple[str, str]]:
-    """Prompts and results. Contexts are of four lengths, and in each the needle goes from one end to the other."""
+    """Prompts and results. Contexts have four lengths; in each, needles stand from one end to the other."""
     rng = Random(f"{SEED} {kind}")
     lengths = [n for n in CONTEXT_TOKENS if n <= longest] or [longest]
     examples = "".join(render(make_word_problem(rng, held_out=False), True) for _ in range(SHOTS))
@@ -161,7 +161,8 @@ def use_transformers(path: str, device: str, dtype: str, ends: list[int]) -> Ans
 
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = ("bfloat16" if where == "cuda" else "float32") if dtype == "auto" else dtype
-    model = DeepseekV2ForCausalLM.from_pretrained(path, dtype=getattr(torch, kind)).to(where).eval()
+    model: Any = DeepseekV2ForCausalLM.from_pretrained(path, dtype=getattr(torch, kind))
+    model = model.to(where).eval()
 
     def complete(prompts: list[list[int]]) -> list[list[int]]:
         longest = max(map(len, prompts))

@@ -1,9 +1,7 @@
-"""Train the demo model from scratch on problems made here, and write it as a hub checkpoint.
+"""Train the demo model from scratch on problems made here, on one GPU, and write a hub checkpoint.
 
-    python examples/train_demo.py examples/demo-model --steps 5000 --minutes 8
-
-A DeepSeek-V2 of 16 million parameters with every feature of the big one. Needs one GPU; see `demo_problems.py`
-for what it learns and `demo_forward.py` for how it is run here. Ends with a line of JSON.
+A DeepSeek-V2 of 16 million parameters with every feature of the big one. `demo_problems.py` is what it
+learns, `demo_forward.py` how; `demo-model/README.md` has the commands that made the checkpoint there.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from demo_forward import Muon, TrainingForward
 from demo_rows import LENGTHS, RowBatch, Tokenize, make_batch
 from demo_tokenizer import BOS, CHAT_TEMPLATE, EOS, make_tokenizer
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 VOCAB_SIZE = 1536
@@ -80,7 +78,7 @@ WARM_UP = 90  # steps in which the learning rate rises
 
 
 def make_model(seed: int) -> DeepseekV2ForCausalLM:
-    """Matrices normal with a variance by their fan-in, what ends a block smaller, the router and the head tiny."""
+    """Normal matrices with a variance by fan-in; those that end a block smaller, router and head tiny."""
     torch.manual_seed(seed)
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG))
     with torch.no_grad():
@@ -134,7 +132,7 @@ class Source:
         for i, queue in enumerate(queues):
             context.Process(target=self.produce, args=(i, workers, queue), daemon=True).start()
         for step in range(self.args.steps):
-            yield queues[step % workers].get()
+            yield queues[step % workers].get(timeout=300)
 
 
 class Trainer:
@@ -144,16 +142,17 @@ class Trainer:
         self.device = torch.device(args.device)
         on_gpu = self.device.type == "cuda"
         if args.start:
-            model = DeepseekV2ForCausalLM.from_pretrained(args.start, dtype=torch.float32).train()
+            model: Any = DeepseekV2ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
         else:
             model = make_model(args.seed)
-        self.model = model.to(self.device)
+        self.model: DeepseekV2ForCausalLM = model.to(self.device).train()
         self.forward = TrainingForward(
             self.model,
             torch.bfloat16 if on_gpu else torch.float32,
             (lambda f: torch.compile(f, dynamic=False)) if on_gpu else (lambda f: f),
         )
-        matrices, others = [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, p in self.model.named_parameters():
             plain = p.dim() == 1 or "embed" in name or "lm_head" in name or "mlp.gate.weight" in name
             (others if plain else matrices).append(p)
@@ -198,8 +197,8 @@ def save(model: DeepseekV2ForCausalLM, tokenizer: Tokenizer, directory: Path) ->
     """As on the hub: bf16 shards and their index, config, tokenizer, chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
-    copy = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG)).to(torch.bfloat16)
-    copy.load_state_dict(state)
+    copy: Any = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG))
+    copy.to(torch.bfloat16).load_state_dict(state)
     copy.save_pretrained(directory, max_shard_size="15MB")
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer_config = {
@@ -263,11 +262,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if last or (step + 1) % args.measure == 0:
             accuracy = {name: trainer.measure(batch) for name, batch in held_out.items()}
             print("  held out:", " ".join(f"{k} {v:.4f}" for k, v in accuracy.items()), flush=True)
-            if min(accuracy.values()) > best and progress > 0.5 or (last and best < 0):
+            if (progress > 0.5 and min(accuracy.values()) > best) or (last and best < 0):
                 best = min(accuracy.values())
                 result = {"step": step + 1, "minutes": round(elapsed, 2), **accuracy}
                 save(trainer.model, tokenizer, args.directory)
-            lap = time.perf_counter()
+            done, lap = step + 1, time.perf_counter()
         if last:
             break
     return result
@@ -279,7 +278,7 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path, help="where to write the checkpoint")
     parser.add_argument("--start", type=Path, help="go on from this checkpoint, with rows of every length")
-    parser.add_argument("--steps", type=int, default=5000, help="updates, of two batches each")
+    parser.add_argument("--steps", type=int, default=4500, help="updates, of two batches each")
     parser.add_argument(
         "--minutes", type=float, default=20.0, help="stop, with the learning rate down, by then"
     )
