@@ -115,11 +115,13 @@ def size_cache(options: dict[str, Any], tokens: int, block_size: int) -> dict[st
 
 
 def format_cell(cell: Cell) -> str:
-    kinds = "  ".join(
-        f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>4}"
-        for row in cell.summary.values()
-    )
-    return f"{cell.name:<36} {cell.concurrency:>4}  {kinds}  {cell.seconds:>6.1f}"
+    parts = [f"{cell.name:<36} {cell.concurrency:>4}"]
+    for row in cell.summary.values():
+        drift = "-" if row["drift"] is None else f"{row['drift']:.1e}"
+        parts.append(
+            f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>3} {drift:>7}"
+        )
+    return "  ".join([*parts, f"{cell.seconds:>6.1f}"])
 
 
 def main() -> None:
@@ -159,7 +161,8 @@ def main() -> None:
     questions = [q for kind in KINDS for q in make_questions(tokenizer, kind, args.questions, args.longest)]
 
     kinds = ", ".join(KINDS)
-    print(f"engine, at a time; {kinds}: accuracy (95 % interval), answers unlike one rank's; seconds")
+    print(f"engine; at a time; {kinds}: accuracy (95 % interval), answers unlike one rank's, largest")
+    print("difference in log-probability of those alike; seconds")
     cells: list[Cell] = []
     for cell in run_matrix(args.model, engines, common, questions, concurrencies):
         cells.append(cell)

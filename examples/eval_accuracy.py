@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from demo_problems import Context, Problem, make_context, make_word_problem
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -32,7 +32,14 @@ SEED, SHOTS = 2026, 5  # training draws from other seeds, and never draws a word
 CONTEXT_TOKENS = (1024, 2048, 4096, 8192)
 MAX_TOKENS = 96
 KINDS = ("words", "retrieval", "chat")
-Answerer = Callable[[list[list[int]]], list[list[int]]]  # prompts to completions, all at once
+
+
+class Completion(NamedTuple):
+    tokens: list[int]
+    logprob: float | None = None  # of all of them together, where it is known
+
+
+Answerer = Callable[[list[list[int]]], list[Completion]]  # of prompts, all at once
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Answer:
     text: str
     tokens: list[int]
     right: bool
+    logprob: float | None
 
 
 def render(problem: Problem, with_answer: bool = False) -> str:
@@ -100,13 +108,14 @@ def make_questions(
     return questions
 
 
-def judge(tokenizer: PreTrainedTokenizerBase, question: Question, tokens: list[int]) -> Answer:
+def judge(tokenizer: PreTrainedTokenizerBase, question: Question, completion: Completion) -> Answer:
     """Right is what ends with the result."""
-    ends = find_ends(tokenizer)
+    tokens, ends = completion.tokens, find_ends(tokenizer)
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     text = str(tokenizer.decode(tokens[:stop])).strip()
     words = text.removesuffix(".").split()
-    return Answer(question.kind, question.result, text, tokens[:stop], words[-1:] == [question.result])
+    right = words[-1:] == [question.result]
+    return Answer(question.kind, question.result, text, tokens[:stop], right, completion.logprob)
 
 
 def find_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,17 +127,18 @@ def answer_all(
     tokenizer: PreTrainedTokenizerBase, questions: list[Question], complete: Answerer, concurrency: int
 ) -> list[Answer]:
     """`concurrency` questions go together; the answers are in the questions' order."""
-    tokens: list[list[int]] = []
+    completions: list[Completion] = []
     for start in range(0, len(questions), concurrency):
-        tokens += complete([q.prompt for q in questions[start : start + concurrency]])
-    return [judge(tokenizer, q, t) for q, t in zip(questions, tokens, strict=True)]
+        completions += complete([q.prompt for q in questions[start : start + concurrency]])
+    return [judge(tokenizer, q, c) for q, c in zip(questions, completions, strict=True)]
 
 
 def use_engine(llm: LLM, ends: list[int]) -> Answerer:
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=ends)
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=ends, logprobs=0)
 
-    def complete(prompts: list[list[int]]) -> list[list[int]]:
-        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    def complete(prompts: list[list[int]]) -> list[Completion]:
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
+        return [Completion(o.token_ids, sum(p.logprob for p in o.logprobs or [])) for o in outputs]
 
     return complete
 
@@ -136,7 +146,7 @@ def use_engine(llm: LLM, ends: list[int]) -> Answerer:
 def use_server(url: str, tokenizer: PreTrainedTokenizerBase) -> Answerer:
     """One request a prompt, all at a time. A text has only one tokenization that the model writes."""
 
-    def post(prompt: list[int]) -> list[int]:
+    def post(prompt: list[int]) -> Completion:
         body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0.0, "stop": ["\n"]}
         request = urllib.request.Request(
             f"{url.rstrip('/')}/v1/completions",
@@ -145,9 +155,9 @@ def use_server(url: str, tokenizer: PreTrainedTokenizerBase) -> Answerer:
         )
         with urllib.request.urlopen(request, timeout=600) as response:
             text = json.load(response)["choices"][0]["text"]
-        return [int(t) for t in tokenizer.encode(text, add_special_tokens=False)]
+        return Completion(tokenizer.encode(text, add_special_tokens=False))
 
-    def complete(prompts: list[list[int]]) -> list[list[int]]:
+    def complete(prompts: list[list[int]]) -> list[Completion]:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(post, prompts))
 
@@ -164,7 +174,7 @@ def use_transformers(path: str, device: str, dtype: str, ends: list[int]) -> Ans
     model: Any = DeepseekV2ForCausalLM.from_pretrained(path, dtype=getattr(torch, kind))
     model = model.to(where).eval()
 
-    def complete(prompts: list[list[int]]) -> list[list[int]]:
+    def complete(prompts: list[list[int]]) -> list[Completion]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=where)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=where)
@@ -173,7 +183,7 @@ def use_transformers(path: str, device: str, dtype: str, ends: list[int]) -> Ans
                 ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, do_sample=False,
                 eos_token_id=ends, pad_token_id=ends[0],
             )  # fmt: skip
-        return [row[longest:].tolist() for row in out]
+        return [Completion(row[longest:].tolist()) for row in out]
 
     return complete
 
@@ -187,7 +197,8 @@ def find_interval(right: int, number: int) -> tuple[float, float]:
 
 
 def summarize(answers: list[Answer], reference: list[Answer] | None = None) -> dict[str, dict[str, Any]]:
-    """For each kind: accuracy, its interval, and how many answers have other tokens than the reference's."""
+    """For each kind: accuracy and its interval. Against the reference: how many answers have other tokens,
+    and how far the log-probability of those with the same tokens is off at most."""
     table: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(a.kind for a in answers):
         ours = [a for a in answers if a.kind == kind]
@@ -202,8 +213,11 @@ def summarize(answers: list[Answer], reference: list[Answer] | None = None) -> d
         }
         if reference is not None:
             theirs = [a for a in reference if a.kind == kind]
-            pairs = zip(ours, theirs, strict=True)
-            table[kind]["differ"] = sum(a.tokens != b.tokens for a, b in pairs)
+            same = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.tokens == b.tokens]
+            table[kind]["differ"] = len(ours) - len(same)
+            known = [(a.logprob, b.logprob) for a, b in same]
+            drifts = [abs(x - y) for x, y in known if x is not None and y is not None]
+            table[kind]["drift"] = max(drifts, default=None)
     return table
 
 

@@ -41,6 +41,8 @@ def test_every_engine_gives_the_right_answers_and_the_tokens_of_one_rank(
         for kind, row in cell.summary.items():
             assert row["differ"] == 0, f"{cell.name}: {kind}"
             assert row["accuracy"] == 1.0, f"{cell.name}: {kind}"
+            # LSEs of the wrong base change none of its answers, so sure is the model; but this, by 0.02.
+            assert row["drift"] < 1e-5, f"{cell.name}: {kind}"
 
 
 def test_the_forward_for_training_is_transformers_own() -> None:
