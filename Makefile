@@ -17,7 +17,7 @@ test: $(VENV)/.dev  ## lint, type-check and test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

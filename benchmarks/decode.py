@@ -17,9 +17,7 @@ from minidcp.request import SamplingParams
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_flags(parser)
     parser.add_argument("--batch", default="8", help="requests that decode together; several by commas")
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens of each")

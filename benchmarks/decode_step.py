@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.batch import CacheRows, StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.batch import Admission, CacheRows, StepPlan
+from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner
+from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, MoE
 from minidcp.parallel.exchange import gather_heads
-from minidcp.parallel.group import Group, SingleGroup
+from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
+from minidcp.request import SamplingParams
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
 CONFIGS = Path(__file__).parent / "configs"
@@ -96,10 +98,8 @@ class Step:
             self.plan.starts.append(context)
             self.plan.lengths.append(1)
             self.plan.new_blocks += [(row, i, row * blocks + i) for i in range(blocks)]
-            self.plan.sample.rows.append(row)
-        s = self.plan.sample
-        s.temperature, s.top_k, s.top_p = [0.0] * batch_size, [0] * batch_size, [1.0] * batch_size
-        s.seed, s.position, s.logprobs = [0] * batch_size, [0] * batch_size, [-1] * batch_size
+            self.plan.sampling.append(row)
+            self.plan.admitted.append(Admission(row, SamplingParams(temperature=0.0)))
         runner.tables.update(self.plan)
         rows = runner.build_batch(self.plan).decode
         assert rows is not None
@@ -214,9 +214,7 @@ class Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="deepseek-v2, deepseek-v2-lite, or a directory with a config.json")
     parser.add_argument("--batch", default="1,8,32,128,256,512", help="batch sizes")
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache per request")
@@ -227,7 +225,7 @@ def main() -> None:
     sizes = [int(b) for b in args.batch.split(",")]
     path = CONFIGS / args.model if (CONFIGS / args.model).is_dir() else Path(args.model)
     n = args.emulate_rank_of
-    group: Group = SingleGroup() if n == 1 else EmulatedGroup(n)
+    group: Group = Group() if n == 1 else EmulatedGroup(n)
     config = EngineConfig(
         str(path),
         tp_size=n,
@@ -244,9 +242,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     with torch.inference_mode():
-        runner = ModelRunner(
-            config, ModelConfig.from_hf(path), ParallelState(group, group), torch.device("cuda")
-        )
+        runner = ModelRunner(config, ModelConfig.from_hf(path), ParallelState(group, group), torch.device("cuda"))
         runner.allocate_cache(max(sizes) * runner.interleave.num_blocks(args.context + 1))
         assert runner.cache is not None
         runner.cache.blocks.normal_()
@@ -264,9 +260,7 @@ def measure(step: Step) -> dict[str, float]:
     bound = sum(part[1] for part in parts.values())
     rest = alone - sum(part[0] for part in parts.values())
     policy = "narrow" if step.rows.narrow else "wide"
-    print(
-        f"batch {step.b} ({policy}): {alone * 1e3:.2f} ms, floor {bound * 1e3:.2f}, ratio {alone / bound:.2f}"
-    )
+    print(f"batch {step.b} ({policy}): {alone * 1e3:.2f} ms, floor {bound * 1e3:.2f}, ratio {alone / bound:.2f}")
     for name, (seconds, least) in parts.items():
         ratio = f"{seconds / least:6.2f}" if least else "     -"
         print(f"    {name:12} {seconds * 1e3:8.3f} ms   floor {least * 1e3:8.3f}   ratio {ratio}")

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
-from minidcp.config import ModelConfig, ParallelConfig, RopeConfig
+from minidcp.config import ParallelConfig
 from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig, RopeConfig
 from minidcp.models.deepseek_v2 import Blueprint, MLAAttention, multiply_by_head
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES, gather_heads
@@ -257,9 +258,7 @@ def print_threshold(times: dict[Any, float], size: int, link_gb_per_s: float | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="time on GPUs with so many ranks")
     parser.add_argument("--link-gb-per-s", type=float, help="of NVLink, where the ranks share a GPU")
     args = parser.parse_args()

@@ -91,7 +91,7 @@ def compare_decode(tokens: int, context: int) -> None:
     table = torch.randperm(tokens * blocks, device="cuda").view(tokens, blocks).to(torch.int32)
     lens = torch.full((tokens,), context, dtype=torch.int32, device="cuda")
     q, q_pe, scale = normal(tokens, 128, 512), normal(tokens, 128, 64), 192**-0.5
-    limits = TritonBackend(scale, 64, torch.device("cuda")).limits
+    limits = TritonBackend(scale, torch.device("cuda")).limits
     ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale, limits)] * 8)
     line = f"{tokens:5} x {context:6}: Triton {ours * 1e6:8.1f} µs"
     try:

@@ -16,18 +16,15 @@ import time
 import torch
 
 from minidcp.cli import add_engine_flags, engine_config
-from minidcp.config import ModelConfig
 from minidcp.engine.engine import LLMEngine
+from minidcp.model_config import ModelConfig
 from minidcp.request import SamplingParams
 
 
 def count_flops(c: ModelConfig, length: int) -> float:
     """Of a prompt of that length, computed from its beginning; the head only for its last token."""
     heads, hidden = c.num_attention_heads, c.hidden_size
-    if c.q_lora_rank is None:
-        q = hidden * heads * c.qk_head_dim
-    else:
-        q = c.q_lora_rank * (hidden + heads * c.qk_head_dim)
+    q = hidden * heads * c.qk_head_dim if c.q_lora_rank is None else c.q_lora_rank * (hidden + heads * c.qk_head_dim)
     kv = hidden * c.latent_dim + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
     attention = q + kv + heads * c.v_head_dim * hidden
     moe_layers = sum(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
@@ -77,9 +74,7 @@ class Driver:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_flags(parser)
     parser.add_argument("--prompts", default="4x8192", help="how many prompts of how many tokens")
     parser.add_argument("--long", type=int, default=65536, help="tokens of the long prompt")

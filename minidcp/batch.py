@@ -14,23 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidcp.config import ModelConfig
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
+from minidcp.request import SamplingParams
 
 Array = NDArray[np.int64]
 
 
-@dataclass
-class SampleColumns:
-    """The rows of a step that sample a token, and how; one entry per such row in every list."""
+@dataclass(frozen=True)
+class Admission:
+    """What the workers must know of a request, from the first step that it has a slot in."""
 
-    rows: list[int] = field(default_factory=list)
-    temperature: list[float] = field(default_factory=list)
-    top_k: list[int] = field(default_factory=list)
-    top_p: list[float] = field(default_factory=list)
-    seed: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
-    logprobs: list[int] = field(default_factory=list)  # how many of the most likely; -1 is none at all
+    slot: int
+    params: SamplingParams
+    seed: int = 0
+    num_prompt: int = 0
+    stop_ids: tuple[int, ...] = ()  # not to be chosen before params.min_tokens
+    history: tuple[int, ...] = ()  # prompt and output so far, if penalties count them
 
 
 @dataclass
@@ -48,7 +48,10 @@ class StepPlan:
     lengths: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
-    sample: SampleColumns = field(default_factory=SampleColumns)
+    admitted: list[Admission] = field(default_factory=list)
+    sampling: list[int] = field(default_factory=list)  # rows whose last token gets a successor
+    # (row, how many tokens before its last, their known successor) whose log-probabilities are wanted
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +149,7 @@ class ForwardBatch:
     positions: Tensor  # [T]
     slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
     decode_slots: Tensor  # [num_decode] whose last sampled tokens are the decode rows'
-    sample_index: Tensor  # [S] tokens whose logits are needed
+    sample_index: Tensor  # [S + K] tokens whose logits are needed: S get a successor, K have one
     sample_slots: Tensor  # [S]
     decode: CacheRows | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
@@ -164,22 +167,22 @@ class ForwardBatch:
     ) -> ForwardBatch:
         """`narrow` says which exchange so many rows get."""
         interleave, d = policy.layout, plan.num_decode
-        slots, starts, lengths = (
-            np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths)
-        )
+        slots, starts, lengths = (np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths))
         row_of_token = np.repeat(np.arange(len(slots)), lengths)
         positions = starts[row_of_token] + ranges(lengths)
         local = interleave.local_slot(positions)
         block_ids = tables.table[slots[row_of_token], local // interleave.block_size]
         mine = interleave.owner_of(positions) == rank
-        sample_rows = np.array(plan.sample.rows, dtype=np.int64)
+        ends = np.cumsum(lengths)
+        sampling = np.array(plan.sampling, dtype=np.int64)
+        scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
             "slot_mapping": np.where(mine, interleave.cache_slot(block_ids, local), -1),
             "decode_slots": slots[:d],
-            "sample_index": np.cumsum(lengths)[sample_rows] - 1,
-            "sample_slots": slots[sample_rows],
+            "sample_index": np.concatenate([ends[sampling], ends[scored[:, 0]] - scored[:, 1]]) - 1,
+            "sample_slots": slots[sampling],
         }
         names = list(arrays)
         chunks, cached = lengths[d:], starts[d:]

@@ -7,81 +7,41 @@ import logging
 import sys
 import time
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from minidcp.config import CHOICES, EngineConfig, flag
+from minidcp.config import EngineConfig, Options, ServeConfig, flag
 from minidcp.engine.executor import EngineDeadError
 from minidcp.llm import LLM
 from minidcp.request import SamplingParams
 
-# What users of other engines type.
-ALIASES = {
-    "tp_size": ["--tensor-parallel-size", "-tp"],
-    "dcp_size": ["--decode-context-parallel-size", "-dcp"],
-    "num_blocks": ["--num-gpu-blocks-override"],
-    "max_model_len": ["--context-length"],
-    "max_num_seqs": ["--max-running-requests"],
-    "gpu_memory_utilization": ["--mem-fraction-static"],
-}
-HELP = {
-    "tp_size": "ranks that share the model",
-    "dcp_size": "ranks that share one KV cache; divides --tp-size",
-    "dcp_comm_backend": "how partial attention is exchanged",
-    "attention_backend": "attention kernels; auto is fa3, else triton, and reference on a CPU",
-    "comm": "collectives: symmetric memory (one node) or nccl; gloo on CPUs",
-    "exchange_policy": "where W_UK and W_UV are applied: wide, narrow, or by batch size",
-    "q_proj": "sharded, or replicated: all heads of the DCP group on each rank, and no q is gathered",
-    "prefill_strategy": "how prefill sees its cached context: gather_kv, gather_q, or what is faster",
-    "mixed_steps": "decode rows and prompt chunks in one step",
-    "narrow_threshold": "rows from which auto exchanges narrow",
-    "device": "cpu, cuda, or auto",
-    "dtype": "of weights and cache; auto is bfloat16 on GPUs, float32 on CPUs",
-    "ranks": "how ranks are started; auto is processes, or a thread for one rank on a CPU",
-    "block_size": "tokens per block and rank",
-    "num_blocks": "KV cache blocks; default: what memory allows",
-    "max_model_len": "longest prompt + completion in tokens; default: the model's",
-    "max_num_seqs": "requests that run at once",
-    "max_num_batched_tokens": "tokens per step; longer prompts are computed in chunks",
-    "gpu_memory_utilization": "share of GPU memory to use",
-    "prefix_cache": "reuse the KV cache of equal prompt beginnings",
-    "cuda_graph": "replay decode steps as CUDA graphs",
-    "load_format": "dummy: random weights, to measure with a config.json alone",
-}
+
+def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """A flag per option."""
+    for field, kinds in options.options():
+        names = [flag(field.name), *field.metadata["aliases"]]
+        arguments: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+        if kinds[0] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = field.metadata["choices"] if kinds[0] is str else None
+            arguments |= {"type": kinds[0], "choices": choices or None}
+        parser.add_argument(*names, dest=field.name, **arguments)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag per field of EngineConfig."""
+    """The model, a flag per field of EngineConfig, and what users of SGLang type."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name")
-    parser.add_argument(
-        "--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag"
-    )
-    types = get_type_hints(EngineConfig)
-    for field in fields(EngineConfig):
-        if field.name == "model":
-            continue
-        names = [flag(field.name), *ALIASES.get(field.name, [])]
-        kind = next((t for t in get_args(types[field.name]) if t is not type(None)), types[field.name])
-        options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": HELP[field.name]}
-        if kind is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(*names, type=kind, choices=CHOICES.get(field.name), **options)
+    parser.add_argument("--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    add_flags(parser, EngineConfig)
     # SGLang's spellings that are not simply another name.
-    switch: dict[str, Any] = {"action": "store_const", "default": argparse.SUPPRESS}
-    parser.add_argument(
-        "--enable-symm-mem", dest="comm", const="symmetric", **switch, help="--comm symmetric"
-    )
-    parser.add_argument(
-        "--disable-radix-cache", dest="prefix_cache", const=False, **switch, help="--no-prefix-cache"
-    )
-    parser.add_argument(
-        "--disable-cuda-graph",
-        "--enforce-eager",
-        dest="cuda_graph",
-        const=False,
-        **switch,
-        help="--no-cuda-graph",
-    )
+    for names, dest, const, meaning in (
+        (["--enable-symm-mem"], "comm", "symmetric", "--comm symmetric"),
+        (["--disable-radix-cache"], "prefix_cache", False, "--no-prefix-cache"),
+        (["--disable-cuda-graph", "--enforce-eager"], "cuda_graph", False, "--no-cuda-graph"),
+    ):
+        parser.add_argument(
+            *names, dest=dest, action="store_const", const=const, default=argparse.SUPPRESS, help=meaning
+        )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="accepted and ignored: no remote code is ever run"
     )
@@ -93,8 +53,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         raise ValueError("MODEL is missing: a checkpoint directory or a Hugging Face name")
     if args.model and args.model_flag and args.model != args.model_flag:
         raise ValueError(f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
-    options = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "model"}
-    return EngineConfig(model=model, **options)
+    return EngineConfig(model=model, **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()})
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -102,7 +61,8 @@ def serve(args: argparse.Namespace) -> int:
         from minidcp_server.app import serve as run  # the engine runs where no web framework is installed
     except ImportError as error:
         raise ValueError(f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})") from None
-    code: int = run(engine_config(args), args.host, args.port, args.served_model_name)
+    options = {f.name: getattr(args, f.name) for f, _ in ServeConfig.options()}
+    code: int = run(engine_config(args), ServeConfig(**options))
     return code
 
 
@@ -128,9 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("serve", help="serve an OpenAI-compatible HTTP API", allow_abbrev=False)
     add_engine_flags(p)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 lets the system choose")
-    p.add_argument("--served-model-name", help="the model's name in the API; default: MODEL")
+    add_flags(p, ServeConfig)
     p.set_defaults(run=serve)
 
     p = commands.add_parser("generate", help="complete prompts and print them", allow_abbrev=False)

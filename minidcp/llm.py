@@ -92,6 +92,7 @@ class LLM:
                     if completion.logprobs is not None and delta.logprobs is not None:
                         completion.logprobs.append(delta.logprobs)
                     output.cached_tokens = delta.cached_tokens
+                    output.prompt_logprobs = delta.prompt_logprobs or output.prompt_logprobs
                     generated += len(delta.token_ids)
                     if delta.finish_reason is not None:
                         completion.finish_reason = delta.finish_reason.value

@@ -1,49 +1,69 @@
-"""The HTTP endpoints. Bodies are in `protocol.py`; the engine's thread is in `async_engine.py`."""
+"""The HTTP endpoints. Bodies are in `protocol.py`, what generates in `generation.py`, the engine's thread in
+`async_engine.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import reprlib
 import socket
 import sys
-import uuid
-from collections.abc import AsyncIterator, Awaitable
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from dataclasses import replace
+from os import environ
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from minidcp.config import EngineConfig
+from minidcp import __version__
+from minidcp.config import EngineConfig, ServeConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError, is_driver
-from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
+from minidcp.request import SamplingParams
 
-from .async_engine import AsyncEngine
+from .async_engine import AsyncEngine, UnavailableError
+from .generation import Chat, Generation
+from .middleware import Gate
 from .protocol import (
     UNSUPPORTED,
-    Choice,
+    Body,
+    ChatRequest,
+    Completion,
     CompletionRequest,
-    CompletionResponse,
+    DetokenizeRequest,
     ErrorResponse,
-    Logprobs,
-    ModelCard,
-    ModelList,
-    PromptTokensDetails,
-    Usage,
+    TokenizeRequest,
+    TokenizeResponse,
 )
+from .tokenization import Tokenization
 
 logger = logging.getLogger("minidcp")
-T = TypeVar("T")
-SHUTDOWN_SECONDS = 30  # for running requests after SIGTERM
+# What a message may begin with and an error's `param` name.
+BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+FIELDS = {*UNSUPPORTED, *(name for body in BODIES for name in body.model_fields)}
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
 
 
-def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
+def documented(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of an endpoint that answers whole or as a stream of events."""
+    data = {"type": "string", "description": "a chunk or an error, as JSON; in the last event [DONE]"}
+    event = {"type": "object", "description": "one of the events", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"model": answer, "content": {"text/event-stream": {"schema": event}}}}
+
+
+def create_app(engine: AsyncEngine) -> FastAPI:
     """The application; its lifespan starts and closes the engine's thread."""
 
     @asynccontextmanager
@@ -52,9 +72,82 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="minidcp", lifespan=lifespan)
-    completions = Completions(engine, model_name)
+    app = FastAPI(title="minidcp", version=__version__, lifespan=lifespan, responses=ERRORS)
+    app.add_middleware(Gate, config=engine.config)
+    add_error_handlers(app)
+    spelling, name = Tokenization(engine), engine.model_name
 
+    def check_model(body: Body) -> None:
+        if body.model is not None and body.model != name:
+            raise HTTPException(404, f"model {body.model!r} does not exist; this server has {name!r}")
+
+    @app.post("/v1/completions", responses=documented(Completion))
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        check_model(body)
+        return await (await Generation.begin(engine, spelling, body)).answer(request)
+
+    @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
+    async def complete_chat(body: ChatRequest, request: Request) -> Response:
+        check_model(body)
+        return await (await Chat.begin_chat(engine, spelling, body)).answer(request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        inner = engine.engine
+        card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minidcp"}
+        card |= {"root": inner.config.model, "max_model_len": inner.max_model_len}
+        return {"object": "list", "data": [card]}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        check_model(body)
+        return await spelling.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        check_model(body)
+        return {"prompt": await spelling.detokenize(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return spelling.describe()
+
+    @app.get("/health", response_class=Response)
+    async def health() -> Response:
+        engine.check_health()
+        return Response()
+
+    @app.get("/health_generate", response_class=Response)
+    async def health_generate() -> Response:
+        """Generates a token, on all ranks."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        async for _ in engine.generate([([0], params)]):
+            pass
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        # Always the plain format: in the other one, scrapers turn the colons of names into underscores.
+        return Response(engine.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/load")
+    async def load() -> dict[str, Any]:
+        return engine.metrics.describe_load(engine.engine, name)
+
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def status_page() -> str:
+        return page
+
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -63,8 +156,11 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
         where = [str(part) for part in first["loc"] if part != "body"]
-        message = f"{where[0]}: {first['msg']}" if where else str(first["msg"])
-        return error_response(400, message, where[0] if where else None)
+        if not where:
+            return error_response(400, str(first["msg"]))
+        missing = first["type"] == "missing"
+        what = ".".join(where) if missing else f"{where[0]} {reprlib.repr(first['input'])}"
+        return error_response(400, f"{what}: {first['msg']}", where[0])
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -75,12 +171,21 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
     @app.exception_handler(ValueError)
     async def user_error(_: Request, error: ValueError) -> Response:
         field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
-        known = field in CompletionRequest.model_fields or field in UNSUPPORTED
-        return error_response(400, str(error), field if known else None)
+        return error_response(400, str(error), field if field in FIELDS else None)
+
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> Response:
+        response = error_response(503, str(error))
+        response.headers["Retry-After"] = "1"
+        return response
 
     @app.exception_handler(EngineDeadError)
     async def dead(_: Request, error: EngineDeadError) -> Response:
-        return error_response(503, f"the engine has stopped: {error}")
+        return error_response(503, str(error))
+
+    @app.exception_handler(TimeoutError)
+    async def late(_: Request, error: TimeoutError) -> Response:
+        return error_response(504, str(error))
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: ClientDisconnect) -> Response:
@@ -90,217 +195,74 @@ def create_app(engine: AsyncEngine, model_name: str) -> FastAPI:
     async def defect(_: Request, __: Exception) -> Response:
         return error_response(500, "internal error; the server's log says more")
 
-    @app.get("/health")
-    async def health() -> Response:
-        if engine.death is not None:
-            raise engine.death
-        return Response()
-
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        inner = engine.engine
-        card = ModelCard(id=model_name, root=inner.config.model, max_model_len=inner.max_model_len)
-        return ModelList(data=[card])
-
-    @app.post("/v1/completions", response_model=CompletionResponse)
-    async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await completions.answer(body, request)
-
-    return app
-
-
-class Completions:
-    """POST /v1/completions."""
-
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
-        self.engine, self.model_name = engine, model_name
-
-    async def answer(self, body: CompletionRequest, request: Request) -> Response:
-        if body.model is not None and body.model != self.model_name:
-            message = f"model {body.model!r} does not exist; this server has {self.model_name!r}"
-            raise HTTPException(404, message)
-        params = body.sampling_params()
-        prompts = [await self.engine.tokenize(prompt) for prompt in body.prompts()]
-        if not prompts:
-            raise ValueError("prompt: is empty; give at least one")
-        for tokens in prompts:
-            self.engine.engine.validate(tokens, params)
-        completion_id = f"cmpl-{uuid.uuid4().hex}"
-        if body.stream:
-            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            events = self.stream(completion_id, prompts, params, usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        whole = self.collect(completion_id, prompts, params)
-        response = await unless_disconnected(request, whole)
-        return JSONResponse(response.model_dump())
-
-    async def collect(
-        self, completion_id: str, prompts: list[list[int]], params: SamplingParams
-    ) -> CompletionResponse:
-        choices = [self.new_choice(i, params) for i in range(len(prompts))]
-        count = cached = 0
-        async for index, delta in self.run(prompts, params):
-            choice = choices[index]
-            choice.text += delta.text
-            if choice.logprobs is not None and delta.logprobs is not None:
-                self.add_logprobs(choice.logprobs, delta.logprobs)
-            count += len(delta.token_ids)
-            if delta.finish_reason is not None:
-                choice.finish_reason = delta.finish_reason.value
-                cached += delta.cached_tokens
-        return CompletionResponse(
-            id=completion_id,
-            model=self.model_name,
-            choices=choices,
-            usage=count_usage(prompts, count, cached),
-        )
-
-    async def stream(
-        self, completion_id: str, prompts: list[list[int]], params: SamplingParams, include_usage: bool
-    ) -> AsyncIterator[str]:
-        """One event per token; clients measure latency by events, so those with empty text count too."""
-        head = CompletionResponse(id=completion_id, model=self.model_name, choices=[])
-        offsets = [0] * len(prompts)
-        count = cached = 0
-        try:
-            async for index, delta in self.run(prompts, params):
-                choice = self.new_choice(index, params)
-                choice.text = delta.text
-                if choice.logprobs is not None and delta.logprobs is not None:
-                    self.add_logprobs(choice.logprobs, delta.logprobs)
-                    choice.logprobs.text_offset = [offsets[index]]
-                    offsets[index] += len(choice.logprobs.tokens[0])
-                count += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    choice.finish_reason = delta.finish_reason.value
-                    cached += delta.cached_tokens
-                yield event(head.model_copy(update={"choices": [choice]}).model_dump_json(exclude={"usage"}))
-            if include_usage:
-                usage = count_usage(prompts, count, cached)
-                yield event(head.model_copy(update={"usage": usage}).model_dump_json())
-        except EngineDeadError as error:
-            yield event(ErrorResponse.of(503, f"the engine has stopped: {error}").model_dump_json())
-        yield event("[DONE]")
-
-    async def run(
-        self, prompts: list[list[int]], params: SamplingParams
-    ) -> AsyncIterator[tuple[int, OutputDelta]]:
-        """The deltas of all prompts as they come, with the prompt's index."""
-        merged: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue()
-
-        async def pump(index: int, tokens: list[int]) -> None:
-            try:
-                async for delta in self.engine.generate(tokens, params):
-                    merged.put_nowait((index, delta))
-                merged.put_nowait((index, None))
-            except Exception as error:
-                merged.put_nowait((index, error))
-
-        pumps = [asyncio.create_task(pump(i, tokens)) for i, tokens in enumerate(prompts)]
-        try:
-            left = len(pumps)
-            while left:
-                index, item = await merged.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    left -= 1
-                else:
-                    yield index, item
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-
-    def new_choice(self, index: int, params: SamplingParams) -> Choice:
-        return Choice(index=index, text="", logprobs=None if params.logprobs is None else Logprobs())
-
-    def add_logprobs(self, logprobs: Logprobs, entry: TokenLogprobs) -> None:
-        tokenizer = self.engine.engine.tokenizer
-        ids = {entry.token_id, *(token for token, _ in entry.top)}
-        logprobs.add(entry, {i: str(tokenizer.decode([i])) if tokenizer else f"token_id:{i}" for i in ids})
-
-
-async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
-    """The answer, or ClientDisconnect (and the answer's cancellation) if the client leaves before."""
-
-    async def wait_for_leaving() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(answer), asyncio.create_task(wait_for_leaving())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-def event(data: str) -> str:
-    """One server-sent event."""
-    return f"data: {data}\n\n"
-
-
-def count_usage(prompts: list[list[int]], completion: int, cached: int) -> Usage:
-    prompt = sum(map(len, prompts))
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-    )
-
 
 def error_response(status: int, message: str, param: str | None = None) -> Response:
+    message = message.encode(errors="backslashreplace").decode()  # templates quote halves of characters
     return JSONResponse(ErrorResponse.of(status, message, param).model_dump(), status_code=status)
 
 
-def serve(config: EngineConfig, host: str, port: int, model_name: str | None) -> int:
+class Server(uvicorn.Server):
+    """Told to stop, it takes no new connections, and gives requests `shutdown_timeout` seconds to end."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        wait = int(engine.config.shutdown_timeout) + 5
+        super().__init__(
+            uvicorn.Config(create_app(engine), log_level="warning", access_log=False, timeout_graceful_shutdown=wait)
+        )
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        loop, error = self.engine.loop, UnavailableError("the server is shutting down")
+        loop.call_soon_threadsafe(loop.call_later, self.engine.config.shutdown_timeout, self.engine.interrupt, error)
+
+
+def serve(config: EngineConfig, options: ServeConfig) -> int:
     """Serve until told to stop; returns the exit code, 1 if a rank ended.
 
     Raises:
         ValueError: the configuration or the checkpoint is wrong, or the address cannot be listened on.
     """
-    name = model_name or config.model
     if not is_driver():
         LLMEngine(config)  # does not return
-    listening = listen(host, port)  # before minutes of loading
-    with listening:
-        engine = LLMEngine(config)
+    options = replace(options, api_key=options.api_key or environ.get("MINIDCP_API_KEY"))
+    name = options.served_model_name or config.model
+    with listen(options.host, options.port) as listening:
+        address = f"http://{options.host}:{listening.getsockname()[1]}"
+
+        def load() -> LLMEngine:
+            engine = LLMEngine(config)
+            body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
+            key = " -H 'Authorization: Bearer …'" if options.api_key else ""
+            print(
+                f"Serving {name} on {address} (tp {config.tp_size}, dcp {config.dcp_size}). Try:\n\n"
+                f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n",
+                flush=True,
+            )
+            return engine
 
         def stop() -> None:
-            logger.error("a rank has ended; stopping: %s", async_engine.death)
+            if engine.loaded is not None:
+                logger.error("a rank has ended; stopping: %s", engine.failure)
             server.should_exit = True
 
-        async_engine = AsyncEngine(engine, on_death=stop)
-        settings = uvicorn.Config(
-            create_app(async_engine, name), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
-        )
-        server = uvicorn.Server(settings)
-        listening.listen()  # so that nobody who reads the address is refused
-        address = f"http://{host}:{listening.getsockname()[1]}"
-        body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
-        print(
-            f"Serving {name} on {address} (tp {config.tp_size}, dcp {config.dcp_size}). Try:\n\n"
-            f"curl {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n",
-            flush=True,
-        )
+        engine = AsyncEngine(load, options, name, on_end=stop)
+        server = Server(engine)
         server.run(sockets=[listening])
     sys.stdout.flush()
-    return 1 if async_engine.death is not None else 0
+    if engine.loaded is None and engine.failure is not None:
+        raise engine.failure
+    return 1 if engine.failure is not None else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 lets the system choose."""
+    """A socket that listens; port 0 lets the system choose."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen()
     except (OSError, OverflowError) as error:
         raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from None
     return bound

@@ -1,7 +1,7 @@
 """The engine in a thread of its own, and asyncio in front of it.
 
-Requests and aborts go in through a queue, deltas come back to each request's own asyncio queue. The
-engine itself (`minidcp/engine/engine.py`) knows nothing of asyncio.
+Requests and aborts go in through a queue, deltas come back to the queue of whoever asked. The engine itself
+(`minidcp/engine/engine.py`) knows nothing of asyncio.
 """
 
 from __future__ import annotations
@@ -10,28 +10,54 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+from minidcp.config import ServeConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams
 
+from .metrics import Metrics
+
+T = TypeVar("T")
+Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception | None]
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
 
 
-class AsyncEngine:
-    """Call `start` from the event loop before anything else; `on_death` runs in it if a rank ends."""
+class UnavailableError(RuntimeError):
+    """No request is taken, or none goes on, for a while."""
 
-    def __init__(self, engine: LLMEngine, on_death: Callable[[], None]) -> None:
-        self.engine, self.on_death = engine, on_death
+
+class AsyncEngine:
+    """Call `start` from the event loop before anything else. `make` loads the engine, in the thread;
+    `on_end` runs in the loop when that fails or a rank ends, and `failure` says why."""
+
+    def __init__(
+        self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str, on_end: Callable[[], None]
+    ) -> None:
+        self.make, self.config, self.model_name, self.on_end = make, config, model_name, on_end
+        self.loaded: LLMEngine | None = None
+        self.failure: Exception | None = None
+        self.metrics = Metrics(model_name)
         self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.streams: dict[str, asyncio.Queue[OutputDelta | EngineDeadError]] = {}
+        self.streams: dict[str, tuple[int, Stream]] = {}
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self.ids = itertools.count()
-        self.death: EngineDeadError | None = None
         self.stopping = False
+        self.last_progress = time.monotonic()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    @property
+    def engine(self) -> LLMEngine:
+        """Raises UnavailableError while it loads, and EngineDeadError when it has ended."""
+        if self.failure is not None:
+            raise EngineDeadError(f"the engine has stopped: {self.failure}")
+        if self.loaded is None:
+            raise UnavailableError("the model is loading")
+        return self.loaded
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -40,24 +66,28 @@ class AsyncEngine:
     def run(self) -> None:
         """The engine thread: take what came in, make a step, hand out what it gave."""
         try:
+            engine = self.make()
+            engine.observer = self.metrics
+            self.metrics.watch(engine)
+            self.loaded = engine
             while not self.stopping:
-                self.take_commands()
-                if self.engine.has_work:
-                    deltas = self.engine.step()
-                    if deltas:
+                self.take_commands(engine)
+                if engine.has_work:
+                    if deltas := engine.step():
                         self.loop.call_soon_threadsafe(self.deliver, deltas)
                 else:
-                    self.engine.check_health()
+                    engine.check_health()
+                self.last_progress = time.monotonic()
         except Exception as error:
-            death = error if isinstance(error, EngineDeadError) else EngineDeadError(repr(error))
-            self.loop.call_soon_threadsafe(self.die, death)
-            if death is not error:
+            self.loop.call_soon_threadsafe(self.fail, error)
+            user_error = isinstance(error, ValueError) and self.loaded is None
+            if not user_error and not isinstance(error, EngineDeadError):
                 raise  # a defect of ours: show where
 
-    def take_commands(self) -> None:
+    def take_commands(self, engine: LLMEngine) -> None:
         """Run what is in the inbox; wait for it a moment if there is nothing else to do."""
         try:
-            self.inbox.get(timeout=0 if self.engine.has_work else IDLE_SECONDS)()
+            self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
             while True:
                 self.inbox.get_nowait()()
         except queue.Empty:
@@ -65,49 +95,87 @@ class AsyncEngine:
 
     def deliver(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:
-            stream = self.streams.get(delta.request_id)
-            if stream is not None:  # else its client has left
-                stream.put_nowait(delta)
+            if delta.request_id in self.streams:  # else its client has left
+                index, stream = self.streams[delta.request_id]
+                stream.put_nowait((index, delta))
+                self.metrics.count_token(delta)
 
-    def die(self, death: EngineDeadError) -> None:
-        self.death = death
-        for stream in self.streams.values():
-            stream.put_nowait(death)
-        self.on_death()
+    def fail(self, error: Exception) -> None:
+        self.failure = error
+        self.interrupt(EngineDeadError(f"the engine has stopped: {error}"))
+        self.on_end()
 
-    async def tokenize(self, prompt: str | list[int]) -> list[int]:
-        """Token ids, computed off the event loop."""
-        if isinstance(prompt, list):
-            return prompt
-        return await asyncio.wrap_future(self.tokenizing.submit(self.engine.tokenize, prompt))
+    def interrupt(self, error: Exception) -> None:
+        """End every stream with an error."""
+        for _, stream in self.streams.values():
+            stream.put_nowait(error)
 
-    async def generate(self, tokens: list[int], params: SamplingParams) -> AsyncIterator[OutputDelta]:
-        """The deltas of one completion. Leaving early aborts it and frees its blocks.
+    def check_health(self) -> None:
+        """Raises UnavailableError or EngineDeadError, with the reason why nothing can be generated."""
+        engine, idle = self.engine, time.monotonic() - self.last_progress
+        if engine.has_work and idle > self.config.engine_timeout:
+            raise UnavailableError(f"the engine is stuck: no step has ended for {idle:.0f} s")
+
+    async def in_background(self, work: Callable[..., T], *arguments: object) -> T:
+        """What tokenizers do is slow: one thread does it, off the event loop."""
+        return await asyncio.wrap_future(self.tokenizing.submit(work, *arguments))
+
+    async def generate(
+        self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
+    ) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
+        """The deltas of some completions as they come, each with its request's index; an empty list after
+        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks.
 
         Raises:
+            UnavailableError: too many requests are waiting, or the server shuts down.
             EngineDeadError: a rank has ended.
+            TimeoutError: it took longer than --request-timeout.
         """
-        if self.death is not None:
-            raise self.death
-        request_id = f"request-{next(self.ids)}"
-        stream = self.streams[request_id] = asyncio.Queue()
-        self.inbox.put(lambda: self.engine.add_request(request_id, tokens, params))
-        finished = False
+        engine, limit = self.engine, self.config.max_num_queued_requests
+        if len(self.streams) + len(requests) > engine.config.max_num_seqs + limit:
+            raise UnavailableError(f"{limit} requests are waiting already (--max-num-queued-requests)")
+        stream: Stream = asyncio.Queue()
+        ids = [f"request-{next(self.ids)}" for _ in requests]
+        for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
+            self.streams[request_id] = index, stream
+            self.metrics.count_request(request_id, tokens, params)
+            self.inbox.put(lambda i=request_id, t=tokens, p=params: engine.add_request(i, t, p))  # type: ignore[misc]
+        timers = []
+        if self.config.request_timeout > 0:
+            late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
+            timers.append(self.loop.call_later(self.config.request_timeout, stream.put_nowait, late))
+        left = len(requests)
         try:
-            while not finished:
-                item = await stream.get()
-                if isinstance(item, EngineDeadError):
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
+            while left:
+                items = [await self.next_item(stream, keep_alive)]
+                while not stream.empty():
+                    items.append(stream.get_nowait())
+                if error := next((item for item in items if isinstance(item, Exception)), None):
+                    raise error
+                deltas = [item for item in items if isinstance(item, tuple)]
+                left -= sum(delta.finish_reason is not None for _, delta in deltas)
+                yield deltas
         finally:
-            del self.streams[request_id]
-            if not finished:
-                self.inbox.put(lambda: self.engine.abort(request_id))
+            for timer in timers:
+                timer.cancel()
+            for request_id in ids:
+                del self.streams[request_id]
+            if left:
+                self.metrics.forget(ids)
+                self.inbox.put(lambda: engine.abort(*ids))
+
+    async def next_item(self, stream: Stream, keep_alive: float) -> tuple[int, OutputDelta] | Exception | None:
+        if not keep_alive:
+            return await stream.get()
+        try:
+            return await asyncio.wait_for(stream.get(), keep_alive)
+        except TimeoutError:
+            return None
 
     def close(self) -> None:
         self.stopping = True
         self.inbox.put(lambda: None)
         self.thread.join(10)
-        self.engine.close()
+        if self.loaded is not None:
+            self.loaded.close()
         self.tokenizing.shutdown()

@@ -1,68 +1,138 @@
-"""What crosses the wire: OpenAI's request and response shapes, and how they map to the engine's.
+"""What crosses the wire: requests as clients send them, and how they map to the engine's parameters.
 
-Every optional field takes null; unknown fields are ignored, known ones that do nothing are refused.
+Every optional field takes null; unknown fields are ignored, known ones that would have no effect refused.
+Answers are dicts made in `generation.py`; their schema is that of OpenAI's own client.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from dataclasses import fields, replace
+from hashlib import sha256
+from typing import Any, ClassVar, Literal
 
+from openai import types
+from openai.types import completion_choice
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from minidcp.request import MAX_SEED, SamplingParams, TokenLogprobs
+from minidcp.request import MAX_SEED, SamplingParams
 
 # Known fields without effect here: refused unless they hold the value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "min_p": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
 }
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool | None = None
-
-
-class CompletionRequest(BaseModel):
-    """Body of POST /v1/completions."""
+class Body(BaseModel):
+    """What every POST takes."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(None, description="default 16; alias max_completion_tokens")
+
+    @model_validator(mode="after")
+    def refuse_unsupported(self) -> Body:
+        for name, neutral in UNSUPPORTED.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name} {value!r} is not supported; leave it out")
+        return self
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(Body):
+    """What completions and chats have in common. Fields of SamplingParams mean what they mean there."""
+
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = SamplingParams.max_tokens
+
+    max_tokens: int | None = Field(
+        None, description="default 16, in chats the room in the context; alias max_completion_tokens"
+    )
     max_completion_tokens: int | None = None
+    n: int | None = Field(None, ge=1, le=128)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(None, le=MAX_SEED)
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int | None = None
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    add_special_tokens: bool | None = Field(None, description="default true for prompts, false for chats")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: str | None = None
 
     @model_validator(mode="after")
-    def refuse_unsupported(self) -> CompletionRequest:
-        for name, neutral in UNSUPPORTED.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name} {value!r} is not supported; leave it out")
+    def check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only with stream true")
         return self
+
+    def count_logprobs(self) -> dict[str, int | None]:
+        """SamplingParams' fields that ask for log-probabilities."""
+        raise NotImplementedError
+
+    def samples(self) -> list[SamplingParams]:
+        """For each of a prompt's n choices. Raises ValueError, naming the field that is out of range."""
+        limits = (self.max_completion_tokens, self.max_tokens, self.DEFAULT_MAX_TOKENS)
+        given = {f.name: getattr(self, f.name, None) for f in fields(SamplingParams)}
+        given |= {"max_tokens": next((limit for limit in limits if limit is not None), None)}
+        given |= self.count_logprobs()
+        limit = given.pop("max_tokens")
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        params = SamplingParams(max_tokens=limit, **known)
+        if params.seed is None:
+            return [params] * (self.n or 1)
+        return [replace(params, seed=derive_seed(params.seed, j)) for j in range(self.n or 1)]
+
+
+def derive_seed(seed: int, sample: int) -> int:
+    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their
+    number, so that neighbouring seeds share no samples."""
+    if sample == 0:
+        return seed
+    return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    best_of: int | None = Field(None, description="only what n is")
+
+    @model_validator(mode="after")
+    def check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of {self.best_of}: must be n, {self.n or 1}; choices are not ranked here")
+        return self
+
+    def count_logprobs(self) -> dict[str, int | None]:
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
     def prompts(self) -> list[str | list[int]]:
         """The prompt in any of its four shapes, as a list of texts or token id lists."""
@@ -70,87 +140,102 @@ class CompletionRequest(BaseModel):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [[t for t in self.prompt if isinstance(t, int)]]
-        return [p for p in self.prompt if not isinstance(p, int)]
-
-    def sampling_params(self) -> SamplingParams:
-        """Raises ValueError, naming the field, where a value is out of range."""
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        given: dict[str, Any] = {
-            "max_tokens": limit,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "seed": self.seed,
-            "stop": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-            "skip_special_tokens": self.skip_special_tokens,
-            "logprobs": self.logprobs,
-        }
-        return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+        prompts: list[str | list[int]] = [p for p in self.prompt if not isinstance(p, int)]
+        if not prompts:
+            raise ValueError("prompt: is empty; give at least one")
+        return prompts
 
 
-class Logprobs(BaseModel):
-    """The completions API's columns, one entry per generated token."""
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
 
-    tokens: list[str] = []
-    token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] = []
-    text_offset: list[int] = []
-
-    def add(self, entry: TokenLogprobs, names: dict[int, str]) -> None:
-        """`names` gives the text of every token id in the entry."""
-        self.text_offset.append(self.text_offset[-1] + len(self.tokens[-1]) if self.tokens else 0)
-        self.tokens.append(names[entry.token_id])
-        self.token_logprobs.append(entry.logprob)
-        top: dict[str, float] = {}
-        for token, logprob in entry.top:
-            top.setdefault(names[token], logprob)  # two ids can share a text; the likelier one counts
-        top.setdefault(names[entry.token_id], entry.logprob)
-        self.top_logprobs.append(top)
+    type: str
+    text: str | None = None
 
 
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: Logprobs | None = None
-    finish_reason: str | None = None
+class ChatMessage(BaseModel):
+    """Other fields than these two reach the template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Raises ValueError if there is content other than text."""
+        content = self.content
+        if isinstance(content, list):
+            other = next((part for part in content if part.type != "text" or part.text is None), None)
+            if other is not None:
+                raise ValueError(
+                    f"messages: a content part of type {other.type!r} is not supported; only type 'text', with a text"
+                )
+            content = "\n".join(part.text or "" for part in content)  # as vLLM does
+        return (self.model_extra or {}) | {"role": self.role, "content": content}
 
 
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs {self.top_logprobs}: only with logprobs true")
+        return self
+
+    def count_logprobs(self) -> dict[str, int | None]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: a prompt, or messages for the chat template."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="default true; false for messages")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def check_prompt(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either prompt or messages")
+        return self
 
 
-class CompletionResponse(BaseModel):
-    """Body of the answer, and of every event of a stream."""
-
-    id: str
-    object: str = "text_completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: str = "model"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    owned_by: str = "minidcp"
-    root: str
+class TokenizeResponse(BaseModel):
+    count: int
     max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
 
 
-class ModelList(BaseModel):
-    object: str = "list"
-    data: list[ModelCard]
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
+
+    tokens: list[int]
+
+
+class Logprobs(completion_choice.Logprobs):
+    """As OpenAI's, but for a prompt's first token, which has none."""
+
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
+
+
+class CompletionChoice(completion_choice.CompletionChoice):
+    logprobs: Logprobs | None = None
+
+
+class Completion(types.Completion):
+    """The answer of POST /v1/completions."""
+
+    choices: list[CompletionChoice]  # type: ignore[assignment]
 
 
 class ErrorDetail(BaseModel):
@@ -167,6 +252,6 @@ class ErrorResponse(BaseModel):
 
     @classmethod
     def of(cls, status: int, message: str, param: str | None = None) -> ErrorResponse:
-        kinds = {400: "invalid_request_error", 404: "not_found_error", 503: "service_unavailable_error"}
+        kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
         return cls(error=ErrorDetail(message=message, type=kind, param=param, code=status))

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import make_checkpoint
-from test_server import Server, wait_until
+from serving import Server, wait_until
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import StepPlan
@@ -78,14 +78,12 @@ def within_seconds() -> Iterator[None]:
 class InFlight:
     """A streaming and another request to a server, both running; what became of them is in futures."""
 
-    def __init__(self, url: str) -> None:
-        body = dict(prompt=[5, 6, 7], max_tokens=ENDLESS.max_tokens, ignore_eos=True)
+    def __init__(self, url: str, max_tokens: int = 8000) -> None:
+        body = dict(prompt=[5, 6, 7], max_tokens=max_tokens, ignore_eos=True)
         self.endpoint, self.body = f"{url}/v1/completions", body
         self.lines: list[str] = []
         self.threads = ThreadPoolExecutor(2)
-        self.whole: Future[httpx.Response] = self.threads.submit(
-            httpx.post, self.endpoint, json=body, timeout=60
-        )
+        self.whole: Future[httpx.Response] = self.threads.submit(httpx.post, self.endpoint, json=body, timeout=60)
         self.streamed = self.threads.submit(self.stream)
         wait_until(lambda: len(self.lines) >= 5, 30, "the stream has not begun")
 

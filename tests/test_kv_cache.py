@@ -8,10 +8,10 @@ from checkpoints import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
-from minidcp.config import ModelConfig
+from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
 
 CONFIG = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
 layouts = st.builds(Interleave, st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 16]))
@@ -44,9 +44,7 @@ def test_interleave_of_arrays(layout: Interleave, seq_len: int, rank: int) -> No
 def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
     """Decode rows and prefill chunks of requests whose blocks are scattered at random."""
     layout = draw(layouts)
-    rows = draw(
-        st.lists(st.tuples(st.just(0) | st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5)
-    )
+    rows = draw(st.lists(st.tuples(st.just(0) | st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5))
     num_decode = draw(st.integers(0, len(rows)))
     plan = StepPlan(num_decode=num_decode)
     width = layout.num_blocks(120)
@@ -59,7 +57,7 @@ def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
         plan.new_blocks += [(slot, i, int(block)) for i, block in enumerate(table[slot])]
         if slot >= num_decode:
             plan.tokens += range(100 * slot, 100 * slot + length)
-    plan.sample = SampleColumns(rows=list(range(len(rows))))
+    plan.sampling = list(range(len(rows)))
     return layout, plan, table
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minidcp import LLM
-from minidcp.config import ModelConfig, RopeConfig
+from minidcp.model_config import ModelConfig, RopeConfig
 from minidcp.models.layers import Router
 from minidcp.models.rope import inverse_frequencies
 from minidcp.models.weights import Weights
@@ -64,8 +64,7 @@ def test_router_normalises_or_scales(normalise: bool) -> None:
     """As the original code does; transformers scales in both cases. By hand, token by token."""
     torch.manual_seed(0)
     config = ModelConfig.from_dict(
-        STYLES["v2"]
-        | {"model_type": "deepseek_v2", "norm_topk_prob": normalise, "routed_scaling_factor": 16.0}
+        STYLES["v2"] | {"model_type": "deepseek_v2", "norm_topk_prob": normalise, "routed_scaling_factor": 16.0}
     )
     weight = torch.randn(8, 64)
     router = Router(config, Weights(FixedSource({"weight": weight})))

@@ -17,22 +17,16 @@ from minidcp.kv_cache.latent_cache import LatentCache
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 EXCHANGES = list(product(("ag_rs", "a2a"), ("wide", "narrow")))
 CONFIGS = [
-    (tp, dcp, comm, policy)
-    for tp, dcp in PARALLEL
-    for comm, policy in (EXCHANGES if dcp > 1 else [("a2a", "wide")])
+    (tp, dcp, comm, policy) for tp, dcp in PARALLEL for comm, policy in (EXCHANGES if dcp > 1 else [("a2a", "wide")])
 ]
 
 
-UNEQUAL_MSCALES = dict(
-    type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5
-)
+UNEQUAL_MSCALES = dict(type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5)
 
 
 def check(oracle: Oracle, outputs: list[RequestOutput]) -> None:
     """Tokens equal, and the whole distribution at every step within 1e-4 of the oracle's."""
-    for prompt, output, tokens, logprobs in zip(
-        oracle.prompts, outputs, oracle.tokens, oracle.logprobs, strict=True
-    ):
+    for prompt, output, tokens, logprobs in zip(oracle.prompts, outputs, oracle.tokens, oracle.logprobs, strict=True):
         completion = output.outputs[0]
         assert completion.token_ids == tokens, f"prompt of {len(prompt)}"
         assert completion.logprobs is not None and len(completion.logprobs) == NUM_STEPS
@@ -73,9 +67,7 @@ def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -
     """Room for half of what six prompts want: requests lose their blocks and are computed anew. With the q
     projection replicated, so that every exchange and policy is tried with both."""
     some = slice(2, None, 3)
-    few = replace(
-        oracle, prompts=oracle.prompts[some], tokens=oracle.tokens[some], logprobs=oracle.logprobs[some]
-    )
+    few = replace(oracle, prompts=oracle.prompts[some], tokens=oracle.tokens[some], logprobs=oracle.logprobs[some])
     block_size = 4
     llm = run(
         few,

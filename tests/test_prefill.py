@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidcp import LLM, EngineConfig, SamplingParams
-from minidcp.batch import ContextPolicy, StepPlan
-from minidcp.config import ModelConfig
+from minidcp.batch import Admission, ContextPolicy, StepPlan
 from minidcp.engine.engine import LLMEngine
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
 
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 BLOCK_SIZE = 4
@@ -64,9 +64,6 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
 
     def run(plan: StepPlan) -> torch.Tensor | None:
         """The log-probabilities [rows that sample, vocab]."""
-        s, count = plan.sample, len(plan.sample.rows)
-        s.temperature, s.top_k, s.top_p = [0.0] * count, [0] * count, [1.0] * count
-        s.seed, s.position, s.logprobs = [0] * count, [0] * count, [128] * count
         engine.executor.submit(plan)
         entries = engine.executor.collect().logprobs or []
         return torch.tensor([[value for _, value in sorted(entry.top)] for entry in entries])
@@ -82,12 +79,14 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
             text = tokens[start : min(start + 600, prefix)]
             plan = StepPlan(0, [slot], [start], [len(text)], text, new_blocks)
             if slot < len(DECODES):
-                plan.sample.rows.append(0)
+                plan.sampling.append(0)
+            plan.admitted.append(Admission(slot, SamplingParams(temperature=0.0, logprobs=128)))
             run(plan)
             new_blocks = []
         last = long if prefix == 4000 else short
         last.new_blocks += new_blocks
-        last.sample.rows.append(len(last.slots))
+        last.sampling.append(len(last.slots))
+        last.admitted.append(Admission(slot, SamplingParams(temperature=0.0, logprobs=128)))
         last.slots.append(slot)
         last.starts.append(prefix)
         last.lengths.append(max(chunk, 1))
@@ -145,9 +144,7 @@ def test_steps_that_do_not_mix(stream: tuple) -> None:
     texts = []
     for mixed in (True, False):
         plans = []
-        with LLM(
-            str(path), device="cpu", mixed_steps=mixed, max_num_batched_tokens=32, max_num_seqs=4
-        ) as llm:
+        with LLM(str(path), device="cpu", mixed_steps=mixed, max_num_batched_tokens=32, max_num_seqs=4) as llm:
             record_plans(llm, plans)
             texts.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
         mixes = [0 < plan.num_decode < len(plan.slots) for plan in plans]

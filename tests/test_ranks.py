@@ -31,9 +31,7 @@ WHICH = (0, 3, 12, 17)
 @pytest.mark.parametrize(("tp", "dcp", "comm"), [(2, 2, "a2a"), (4, 2, "ag_rs")])
 def test_processes(v2: Oracle, tp: int, dcp: int, comm: str) -> None:
     params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    with LLM(
-        str(v2.path), tp_size=tp, dcp_size=dcp, dcp_comm_backend=comm, device="cpu", max_model_len=512
-    ) as llm:
+    with LLM(str(v2.path), tp_size=tp, dcp_size=dcp, dcp_comm_backend=comm, device="cpu", max_model_len=512) as llm:
         assert llm.engine.config.ranks == "processes"
         outputs = llm.generate([v2.prompts[i] for i in WHICH], params)
     assert [o.outputs[0].token_ids for o in outputs] == [v2.tokens[i][:16] for i in WHICH]

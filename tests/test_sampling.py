@@ -10,30 +10,25 @@ from make_demo_checkpoint import EOS, make_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from minidcp.batch import SampleColumns
+from minidcp import SamplingParams
+from minidcp.batch import Admission, StepPlan
 from minidcp.engine.detokenizer import Detokenizer
-from minidcp.engine.sampler import gumbel_noise, mask_unlikely, sample
+from minidcp.engine.sampler import Sampler, gumbel_noise, mask_unlikely
 
 N = 20_000
 
 
-def columns(
-    count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 7
-) -> SampleColumns:
-    """The same request at `count` positions."""
-    return SampleColumns(
-        rows=list(range(count)),
-        temperature=[temperature] * count,
-        top_k=[top_k] * count,
-        top_p=[top_p] * count,
-        seed=[seed] * count,
-        position=list(range(count)),
-        logprobs=[-1] * count,
-    )
+def choose(logits: torch.Tensor, *params: SamplingParams, sampler: Sampler | None = None) -> torch.Tensor:
+    """A token per row of logits, as params say, in turn; every row is the first request's next position."""
+    rows = list(range(len(logits)))
+    plan = StepPlan(len(rows), rows, rows, [1] * len(rows), sampling=rows)
+    sampler = sampler or Sampler()
+    sampler.admit(StepPlan(admitted=[Admission(row, params[row % len(params)], seed=7) for row in rows]))
+    return sampler.sample(logits, plan, logits.argmax(-1)).tokens
 
 
 def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:
-    tokens = sample(logits.expand(N, -1), columns(N, **how), logits.argmax(-1).expand(N)).tokens
+    tokens = choose(logits.expand(N, -1), SamplingParams(**how))
     return torch.bincount(tokens, minlength=logits.shape[-1]) / N
 
 
@@ -46,13 +41,15 @@ def test_temperature(temperature: float) -> None:
     assert (frequencies(LOGITS, temperature=temperature) - expected).abs().max() < 4 * 0.5 / N**0.5
 
 
-def test_top_k_and_top_p() -> None:
+def test_top_k_top_p_and_min_p() -> None:
     probs = LOGITS.softmax(-1)
     for how, kept in (
         (dict(top_k=3), 3),
         (dict(top_p=0.5), 1),  # the first alone has 0.55
         (dict(top_p=0.6), 2),
         (dict(top_k=1, top_p=0.9), 1),
+        (dict(min_p=0.2), 3),  # of e^0, e^-1, e^-1.5, e^-2 …
+        (dict(min_p=1.0), 1),
     ):
         expected = torch.where(torch.arange(6) < kept, probs, 0.0)
         expected /= expected.sum()
@@ -62,11 +59,46 @@ def test_top_k_and_top_p() -> None:
 def test_zero_temperature_is_greedy_beside_sampling_rows() -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 100)
-    how = columns(50)
-    how.temperature = [0.0, 1.0] * 25
-    tokens = sample(logits, how, logits.argmax(-1)).tokens
+    tokens = choose(logits, SamplingParams(temperature=0.0), SamplingParams())
     assert torch.equal(tokens[::2], logits[::2].argmax(-1))
     assert not torch.equal(tokens[1::2], logits[1::2].argmax(-1))
+
+
+def test_penalties_biases_and_bans_against_their_definitions() -> None:
+    """Step by step beside a row without any, with counts that grow by what was sampled."""
+    torch.manual_seed(0)
+    prompt, output, vocab = [3, 3, 5], [7], 12
+    plain = SamplingParams(temperature=0.0)
+    params = SamplingParams(
+        temperature=0.0,
+        presence_penalty=0.7,
+        frequency_penalty=0.3,
+        repetition_penalty=1.4,
+        logit_bias={2: 5.0, 9: -100.0},
+        min_tokens=3,
+    )
+    sampler = Sampler()
+    admitted = Admission(4, params, 0, len(prompt), stop_ids=(1,), history=(*prompt, *output))
+    sampler.admit(StepPlan(admitted=[Admission(0, plain), admitted]))
+    for step in range(6):
+        logits = torch.randn(2, vocab) * 3
+        expected = logits[1].clone()
+        for token in range(vocab):
+            if token in prompt or token in output:
+                expected[token] *= 1.4 if expected[token] < 0 else 1 / 1.4
+            expected[token] -= 0.3 * output.count(token) + 0.7 * (token in output)
+        expected[2] += 5
+        expected[9] -= 100
+        if step < 2:  # the output's second and third token
+            expected[1] = -torch.inf
+        before = logits.clone()
+        position = len(prompt) + len(output)
+        torch.testing.assert_close(sampler.adjust(logits[1], admitted, position), expected)
+        plan = StepPlan(2, [0, 4], [9, position - 1], [1, 1], sampling=[0, 1])
+        sampled = sampler.sample(logits, plan, logits.argmax(-1)).tokens
+        assert torch.equal(logits, before)
+        assert sampled.tolist() == [int(logits[0].argmax()), int(expected.argmax())]
+        output = [*output, int(sampled[1])]
 
 
 def test_noise_depends_on_seed_and_position_only() -> None:
@@ -95,7 +127,7 @@ def test_mask_against_brute_force(top_k: int, top_p: float, seed: int) -> None:
             break
         nucleus.append(token)
         total += p
-    masked = mask_unlikely(logits[None], columns(1, top_k=top_k, top_p=top_p))[0]
+    masked = mask_unlikely(logits[None], [SamplingParams(top_k=top_k, top_p=top_p)])[0]
     assert sorted((masked > -torch.inf).nonzero()[:, 0].tolist()) == sorted(nucleus)
     assert torch.equal(masked[nucleus], logits[nucleus])
 
@@ -125,9 +157,7 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 def test_text_grows_to_the_whole(text: str) -> None:
     parts = stream(Detokenizer(TOKENIZER, (), True), encode(text))
     assert "".join(parts) == text
-    assert (
-        all("\N{REPLACEMENT CHARACTER}" not in part for part in parts) or "\N{REPLACEMENT CHARACTER}" in text
-    )
+    assert all("\N{REPLACEMENT CHARACTER}" not in part for part in parts) or "\N{REPLACEMENT CHARACTER}" in text
 
 
 @given(st.lists(st.integers(2, 511), max_size=30))

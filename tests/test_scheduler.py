@@ -44,7 +44,7 @@ class FakeWorkers:
                 token = self.last[slot] if row < plan.num_decode else tokens.popleft()
                 block = self.tables[slot, pos // tokens_per_block]
                 self.cache[block, pos % tokens_per_block] = token
-            if row in plan.sample.rows:
+            if row in plan.sampling:
                 # "The model": a token that depends on all tokens that its block table leads to.
                 context = [
                     self.cache[self.tables[slot, p // tokens_per_block], p % tokens_per_block]
@@ -73,9 +73,7 @@ def solo(prompt: list[int], count: int) -> list[int]:
 @st.composite
 def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
     """(step of arrival, prompt length, max_tokens, step of abort or None); at most 30 tokens each."""
-    arrival = st.tuples(
-        st.integers(0, 30), st.integers(1, 20), st.integers(1, 10), st.none() | st.integers(0, 60)
-    )
+    arrival = st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 10), st.none() | st.integers(0, 60))
     return draw(st.lists(arrival, min_size=1, max_size=8))
 
 

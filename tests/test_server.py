@@ -8,132 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import signal
-import subprocess
-import sys
-import sysconfig
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from openai.types import Completion
+from serving import BOS, CONTEXT, LENGTH, LONG, PROMPT, Api, Local, Server, check_error, wait_until
 from tokenizers import Tokenizer
 
-from minidcp import EngineConfig
-from minidcp.engine.engine import LLMEngine
-from minidcp_server.app import create_app
-from minidcp_server.async_engine import AsyncEngine
-
-PROMPT = "Once upon a time"
-LENGTH = 16
-BOS = 0
-CONTEXT = 8192  # of the demo checkpoint
+pytest_plugins = ["serving"]
 TOKENS_PER_BLOCK = 16 * 2  # --block-size × --dcp-size
-# What the openai client passes on only as extra fields of the body.
-EXTRA = ("ignore_eos", "max_completion_tokens", "stop_token_ids", "top_k")
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-class Server:
-    """`minidcp serve` in a process of its own. Its output goes to files."""
-
-    def __init__(self, checkpoint: Path, logs: Path, *flags: str) -> None:
-        self.stdout, self.stderr = logs / "stdout", logs / "stderr"
-        command = [Path(sysconfig.get_path("scripts"), "minidcp"), "serve", checkpoint]
-        with self.stdout.open("w") as out, self.stderr.open("w") as err:
-            self.process = subprocess.Popen(
-                [*command, "--device", "cpu", "--port", "0", *flags], stdout=out, stderr=err
-            )
-        self.url = ""
-
-    def wait_until_healthy(self) -> None:
-        wait_until(self.is_healthy, 120, "the server is not healthy")
-
-    def is_healthy(self) -> bool:
-        assert self.process.poll() is None, self.stderr.read_text()
-        found = re.search(r" on (http://\S+) ", self.stdout.read_text())
-        if found is None:
-            return False
-        self.url = found[1]
-        return httpx.get(f"{self.url}/health").status_code == 200
-
-    def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        self.process.terminate()
-        return self.process.wait(20)
-
-    def kill(self) -> None:
-        """Whatever happened before, nothing is left."""
-        self.process.kill()
-        self.process.wait()
-
-
-@dataclass
-class Api:
-    """A server at `url` that serves the checkpoint `model`."""
-
-    url: str
-    model: str
-
-    def __post_init__(self) -> None:
-        self.options = dict(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60)
-        self.client = openai.OpenAI(**self.options)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def body(self, prompt: object = PROMPT, **fields: object) -> dict[str, Any]:
-        """Greedy and LENGTH tokens long, if `fields` do not say otherwise."""
-        defaults = dict(model=self.model, prompt=prompt, max_tokens=LENGTH, temperature=0, ignore_eos=True)
-        return defaults | fields
-
-    def arguments(self, prompt: object, fields: dict[str, object]) -> dict[str, Any]:
-        body = self.body(prompt, **fields)
-        return body | dict(extra_body={name: body.pop(name) for name in EXTRA if name in body})
-
-    def complete(self, prompt: object = PROMPT, **fields: object) -> Completion:
-        return self.client.completions.create(**self.arguments(prompt, fields))
-
-    async def complete_async(self, prompt: object = PROMPT, **fields: object) -> Completion:
-        async with openai.AsyncOpenAI(**self.options) as client:
-            return await client.completions.create(**self.arguments(prompt, fields))
-
-    def stream(self, prompt: object = PROMPT, **fields: object) -> list[Completion]:
-        return list(self.client.completions.create(**self.arguments(prompt, fields), stream=True))
-
-    def post(self, body: object) -> httpx.Response:
-        """Any JSON, also what is not valid in httpx's eyes: NaN, and halves of surrogate pairs."""
-        return self.post_bytes(json.dumps(body).encode())
-
-    def post_bytes(self, content: bytes) -> httpx.Response:
-        headers = {"Content-Type": "application/json"}
-        return self.http.post("/v1/completions", content=content, headers=headers)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo")
-    script = Path(__file__).parents[1] / "examples" / "make_demo_checkpoint.py"
-    subprocess.run([sys.executable, script, directory], check=True, capture_output=True)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(demo / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +182,7 @@ def test_top_k_and_top_p_that_leave_one_token_are_greedy(api: Api) -> None:
 
 
 def test_concurrent_requests_do_not_mix(api: Api) -> None:
-    prompts = [
-        f"{word} and so on" for word in ("Once", "Every", "How", "Now", "The", "user", "asks", "0 1 2")
-    ]
+    prompts = [f"{word} and so on" for word in ("Once", "Every", "How", "Now", "The", "user", "asks", "0 1 2")]
 
     async def all_at_once() -> list[Completion]:
         return await asyncio.gather(*(api.complete_async(p, max_tokens=12) for p in prompts))
@@ -386,15 +272,20 @@ def test_unknown_fields_and_values_that_ask_for_nothing_are_ignored(api: Api) ->
     assert response.json()["choices"][0]["text"] == api.complete().choices[0].text
 
 
-def check_error(response: httpx.Response, status: int, words: str, param: str | None = None) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(response.json()) == {"error"}
-    assert set(error) == {"message", "type", "param", "code"}
-    assert words in error["message"]
-    assert error["param"] == param
-    assert error["code"] == status
-    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+def test_biases_and_penalties_by_their_effect(api: Api) -> None:
+    def tokens(**fields: object) -> list[str]:
+        completion = api.complete(max_tokens=24, logprobs=0, **fields)
+        return completion.choices[0].logprobs.tokens
+
+    plain = tokens()
+    forced = tokens(logit_bias={"300": 100})
+    assert len(set(forced)) == 1 and forced != plain
+    assert len(set(tokens(logit_bias={"300": 100}, presence_penalty=2, frequency_penalty=2))) == 1  # 100 wins
+    assert len(set(tokens(logit_bias={"300": 20}, frequency_penalty=2))) > 1  # once said often enough
+    assert tokens(min_p=1, temperature=1) == plain
+    stops = dict(max_tokens=24, logit_bias={"300": 100}, stop_token_ids=[300])
+    assert api.complete(**stops).usage.completion_tokens == 1
+    assert api.complete(**stops, min_tokens=5).usage.completion_tokens == 6
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +315,8 @@ WRONG_VALUES = [
     ("max_tokens", -1),
     ("logprobs", -1),
     ("logprobs", 21),
+    ("n", 0),
+    ("n", 129),
     ("stop", ""),
     ("stop", ["a", ""]),
     ("prompt", []),
@@ -456,18 +349,20 @@ WRONG_TYPES = [
     ("logprobs", "x"),
     ("stream", "perhaps"),
     ("stream_options", 5),
+    ("n", "many"),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", -3),
+    ("repetition_penalty", 0),
+    ("min_tokens", -1),
+    ("min_tokens", 1000),
+    ("min_p", 2),
+    ("logit_bias", {"5": 200}),
+    ("logit_bias", {"x": 1}),
+    ("logit_bias", {"99999999": 1}),
 ]
 UNSUPPORTED = [
-    ("n", 2),
     ("best_of", 2),
-    ("echo", True),
     ("suffix", "x"),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -0.5),
-    ("repetition_penalty", 1.1),
-    ("min_tokens", 5),
-    ("min_p", 0.1),
-    ("logit_bias", {"5": 1}),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
     ("stream_options", {"include_usage": True}),  # without stream
@@ -487,15 +382,13 @@ def test_errors_reach_the_openai_client(api: Api, unharmed: None) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         api.complete(temperature=-1)
     assert refused.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="n 2"):
-        api.stream(n=2)  # no stream has begun: a status can still say it
+    with pytest.raises(openai.BadRequestError, match=r"n 200: .*128"):
+        api.stream(n=200)  # no stream has begun: a status can still say it
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         api.complete(model="no-such-model")
 
 
-@pytest.mark.parametrize(
-    ("length", "max_tokens"), [(CONTEXT, 1), (10 * CONTEXT, 1), (3, CONTEXT - 2), (3, 10**30)]
-)
+@pytest.mark.parametrize(("length", "max_tokens"), [(CONTEXT, 1), (10 * CONTEXT, 1), (3, CONTEXT - 2), (3, 10**30)])
 def test_what_exceeds_the_context_is_refused(api: Api, unharmed: None, length: int, max_tokens: int) -> None:
     response = api.post(api.body([5] * length, max_tokens=max_tokens))
     check_error(response, 400, f"This model's maximum context length is {CONTEXT} tokens")
@@ -524,53 +417,6 @@ def test_models(api: Api) -> None:
 
 # From here on the application runs in this process.
 
-LONG = dict(max_tokens=6000)  # takes a minute or more if nobody leaves
-
-
-@dataclass
-class Local:
-    """The application on one rank; at most two requests run at once, others wait."""
-
-    engine: LLMEngine
-    api: Api
-
-    def is_idle(self) -> bool:
-        blocks = self.engine.blocks
-        return (
-            self.engine.scheduler.num_unfinished == 0
-            and not self.engine.requests
-            and blocks.num_live == 0
-            and blocks.num_free + blocks.num_cached == blocks.num_blocks
-        )
-
-    @contextmanager
-    def expect_leaving(self) -> Iterator[None]:
-        """The body starts LONG requests and leaves them: they have been at work, and are gone soon after."""
-        wait_until(self.is_idle, 5, "requests of another test are left")
-        before = self.engine.stats.generated_tokens
-        yield
-        wait_until(self.is_idle, 3, "the requests' blocks are not free")
-        assert 0 < self.engine.stats.generated_tokens - before < LONG["max_tokens"] / 10
-
-    def is_busy(self, requests: int) -> bool:
-        return self.engine.scheduler.num_unfinished == requests and self.engine.blocks.num_live > 0
-
-
-@pytest.fixture(scope="module")
-def local(demo: Path) -> Iterator[Local]:
-    engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
-    app = create_app(AsyncEngine(engine, on_death=lambda: None), str(demo))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started, 10, "uvicorn has not started")
-    host, port = server.servers[0].sockets[0].getsockname()
-    yield Local(engine, Api(f"http://{host}:{port}", str(demo)))
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
-    assert not any(thread.name in ("engine", "rank 0") for thread in threading.enumerate())
-
 
 @pytest.fixture
 def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
@@ -578,9 +424,7 @@ def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR] == []
 
 
-def test_eos_ends_a_completion_and_ignore_eos_is_obeyed(
-    local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eos_ends_a_completion_and_ignore_eos_is_obeyed(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[BOS, n] for n in range(5, 9)]
     ends = replace(local.engine.model_config, eos_token_ids=tuple(range(0, 512, 8)))
     monkeypatch.setattr(local.engine, "model_config", ends)
@@ -631,9 +475,7 @@ def test_a_client_that_leaves_frees_its_blocks(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_all_its_prompts(
-    local: Local, no_errors_logged: None, stream: bool
-) -> None:
+def test_a_client_that_leaves_frees_all_its_prompts(local: Local, no_errors_logged: None, stream: bool) -> None:
     """Two of the four run, two wait."""
     prompts = [[BOS, n] for n in range(5, 9)]
     with local.expect_leaving():

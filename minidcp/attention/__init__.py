@@ -7,7 +7,8 @@ import logging
 import torch
 
 from minidcp.attention.base import AttentionBackend
-from minidcp.config import ModelConfig, require
+from minidcp.config import require
+from minidcp.model_config import ModelConfig
 
 __all__ = ["AttentionBackend", "make_backend"]
 
@@ -42,12 +43,19 @@ def make_backend(
             logger.warning("attention: triton, because FlashAttention-3 %s", error)
     from minidcp.attention.triton import TritonBackend
 
-    dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
+    dims = (config.kv_lora_rank, config.qk_rope_head_dim)
     require(
         all(d >= 16 and d & (d - 1) == 0 for d in dims),
-        f"--attention-backend triton: dims {dims} must be powers of two from 16 on; use reference",
+        f"--attention-backend triton: kv_lora_rank and rope dims {dims} must be powers of two from 16 on; "
+        "use reference",
     )
-    return TritonBackend(config.softmax_scale, config.qk_rope_head_dim, device)
+    qk, v = config.qk_head_dim, config.v_head_dim
+    require(
+        v <= qk <= 256 and qk % 8 == 0,
+        f"--attention-backend triton: qk and v head dims ({qk}, {v}) must be at most 256, the first a "
+        "multiple of 8 and not below the second; use reference",
+    )
+    return TritonBackend(config.softmax_scale, device)
 
 
 def make_fa3(config: ModelConfig, num_heads: int, block_size: int, device: torch.device) -> AttentionBackend:

@@ -36,6 +36,7 @@ class CapturedStep:
     batch: ForwardBatch
     logits: Tensor
     tokens: Tensor
+    received_bytes: int
 
 
 class DecodeGraphs:
@@ -43,6 +44,7 @@ class DecodeGraphs:
 
     Args:
         forward: the whole step, from a batch to sampled tokens; captured.
+        received_bytes: how many this rank has received from others.
         narrow: which exchange a batch size gets.
         width: block ids per row of the longest request.
     """
@@ -50,6 +52,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Forward,
+        received_bytes: Callable[[], int],
         narrow: Callable[[int], bool],
         max_num_seqs: int,
         width: int,
@@ -81,14 +84,15 @@ class DecodeGraphs:
             )
             forward(batch)  # compiles kernels and fills caches, which a capture must not do
             torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
+            before, graph = received_bytes(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 logits, tokens = forward(batch)
             pool = pool or graph.pool()
-            self.steps[size] = CapturedStep(graph, batch, logits, tokens)
+            self.steps[size] = CapturedStep(graph, batch, logits, tokens, received_bytes() - before)
 
-    def replay(self, plan: StepPlan, tables: BlockTables) -> tuple[Tensor, Tensor]:
-        """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next."""
+    def replay(self, plan: StepPlan, tables: BlockTables) -> tuple[Tensor, Tensor, int]:
+        """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next, and
+        how many bytes this rank receives from others for them."""
         d = plan.num_decode
         size = self.sizes[bisect.bisect_left(self.sizes, d)]
         starts, slots = np.array(plan.starts, dtype=np.int64), np.array(plan.slots, dtype=np.int64)
@@ -109,4 +113,4 @@ class DecodeGraphs:
         self.block_table[:d, :width].copy_(new["table"])
         step = self.steps[size]
         step.graph.replay()
-        return step.logits[:d], step.tokens[:d]
+        return step.logits[:d], step.tokens[:d], step.received_bytes

@@ -35,9 +35,14 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, stop: tuple[str, ...], skip_special_tokens: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop: tuple[str, ...],
+        skip_special_tokens: bool,
+        min_tokens: int = 0,  # before which stop strings do not stop
     ) -> None:
         self.tokenizer, self.stop, self.skip_special_tokens = tokenizer, stop, skip_special_tokens
+        self.min_tokens = min_tokens
         self.ids: list[int] = []
         # Text up to token `read` is out; decoding starts at `prefix` because a token's text can depend on
         # the one before it.
@@ -80,6 +85,9 @@ class Detokenizer:
     def release(self, new: str) -> str:
         """Pass `new` text on, up to a stop string or the beginning of one."""
         text = self.pending + new
+        if len(self.ids) <= self.min_tokens:
+            self.pending = ""
+            return text
         found = [at for at in map(text.find, self.stop) if at >= 0]
         if found:
             self.stopped, self.pending = True, ""

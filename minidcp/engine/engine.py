@@ -10,16 +10,18 @@ import os
 import secrets
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from minidcp.config import EngineConfig, ModelConfig, require
+from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
 from minidcp.engine.executor import start_executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.scheduler import PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, Status, TokenLogprobs
 
@@ -34,6 +36,15 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     step_seconds: float = 0.0  # spent by rank 0 inside steps
+    received_bytes: int = 0  # by rank 0 from other ranks
+
+
+class StepObserver(Protocol):
+    """Who wants to know of every step, when it is planned and when its result is there."""
+
+    def planned(self, step: PlannedStep) -> None: ...
+
+    def done(self, step: PlannedStep, result: StepResult) -> None: ...
 
 
 class LLMEngine:
@@ -49,6 +60,7 @@ class LLMEngine:
         config, model_config = resolve(config)
         self.model_config = model_config
         self.tokenizer = load_tokenizer(find_model(config.model))
+        self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
         self.executor = start_executor(config, model_config)
         try:
             self.config = self.init_cache(config, lower_max_model_len)
@@ -57,15 +69,14 @@ class LLMEngine:
             raise
         assert self.config.num_blocks and self.config.max_model_len
         self.max_model_len = self.config.max_model_len
-        self.blocks = BlockManager(
-            self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache
-        )
+        self.blocks = BlockManager(self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
         self.scheduler = Scheduler(
             self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
         )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
         self.stats = EngineStats()
+        self.observer: StepObserver | None = None
 
     def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
         """Size the cache from what the ranks have room for; the configuration with the final numbers.
@@ -82,9 +93,7 @@ class LLMEngine:
             num_blocks = min(room, config.max_num_seqs * layout.num_blocks(max_model_len))
         capacity = num_blocks * layout.tokens_per_block
         if lower_max_model_len and 0 < capacity < max_model_len:
-            logger.warning(
-                "--max-model-len lowered from %d to the KV cache's %d tokens", max_model_len, capacity
-            )
+            logger.warning("--max-model-len lowered from %d to the KV cache's %d tokens", max_model_len, capacity)
             max_model_len = capacity
         require(
             capacity >= max_model_len,
@@ -118,21 +127,29 @@ class LLMEngine:
         self.validate(tokens, params)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         limit = self.max_model_len - len(tokens)
-        request = Request(request_id, tokens, params, min(params.max_tokens or limit, limit), seed)
-        stop = tuple(params.stop)
-        self.requests[request_id] = request, Detokenizer(self.tokenizer, stop, params.skip_special_tokens)
+        max_tokens = min(params.max_tokens or limit, limit)
+        stop_ids = tuple(params.stop_token_ids) + (() if params.ignore_eos else self.model_config.eos_token_ids)
+        request = Request(request_id, tokens, params, max_tokens, seed, stop_ids)
+        detokenizer = Detokenizer(self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens)
+        self.requests[request_id] = request, detokenizer
         self.scheduler.add(request)
         return request
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS)."""
+    def tokenize(self, text: str, special_tokens: bool = True, field: str = "prompt") -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds (BOS) or without. A text that
+        must be too long is refused before that: tokenizing megabytes takes seconds."""
         if self.tokenizer is None:
-            raise ValueError("prompt: the checkpoint has no tokenizer; give token ids instead of text")
+            raise ValueError(f"{field}: the checkpoint has no tokenizer; give token ids instead of text")
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can express
-            raise ValueError(f"prompt: is not valid Unicode ({error.reason})") from None
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            raise ValueError(f"{field}: is not valid Unicode ({error.reason})") from None
+        require(
+            len(text) <= self.max_model_len * self.longest_token,
+            f"This model's maximum context length is {self.max_model_len} tokens. However, your {field} has "
+            f"{len(text)} characters, more than so many tokens can hold.",
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
         return ids
 
     def validate(self, tokens: list[int], params: SamplingParams) -> None:
@@ -147,19 +164,22 @@ class LLMEngine:
             f"{len(tokens) + wanted} tokens ({len(tokens)} in the prompt, max_tokens {wanted}). "
             "Shorten the prompt or lower max_tokens.",
         )
-        require(
-            (params.logprobs or 0) <= vocab, f"logprobs {params.logprobs}: the vocabulary has {vocab} tokens"
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            require((count or 0) <= vocab, f"{name} {count}: the vocabulary has {vocab} tokens")
+        unknown = next((t for t in params.logit_bias if t >= vocab), None)
+        require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
         require(
             not params.stop or self.tokenizer is not None,
             f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
         )
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; unknown ids are ignored (it may just have finished)."""
-        entry = self.requests.pop(request_id, None)
-        if entry is not None:
-            self.scheduler.finish(entry[0], FinishReason.ABORT)
+    def abort(self, *request_ids: str) -> None:
+        """Forget requests and free what they hold; unknown ids are ignored (one may just have finished)."""
+        for request_id in request_ids:
+            entry = self.requests.pop(request_id, None)
+            if entry is not None:
+                self.scheduler.finish(entry[0], FinishReason.ABORT)
 
     @property
     def has_work(self) -> bool:
@@ -172,22 +192,29 @@ class LLMEngine:
         if planned is not None:
             self.executor.submit(planned.plan)
             self.in_flight.append(planned)
+            if self.observer is not None:
+                self.observer.planned(planned)
         if not self.in_flight or (planned is not None and len(self.in_flight) == 1):
             return []
         result = self.executor.collect()  # if this is interrupted, the step is still in flight
         return self.take_in(self.in_flight.popleft(), result)
 
     def take_in(self, step: PlannedStep, result: StepResult) -> list[OutputDelta]:
-        requests = self.scheduler.update(step, result.tokens)
+        requests, plan = self.scheduler.update(step, result.tokens), step.plan
         logprobs = result.logprobs or [None] * len(requests)
+        for (row, back, _), entry in zip(plan.scored, logprobs[len(requests) :], strict=True):
+            step.requests[row].prompt_logprobs[plan.starts[row] + plan.lengths[row] - back] = entry
         deltas = [
-            self.advance(request, token, lp)
-            for request, token, lp in zip(requests, result.tokens, logprobs, strict=True)
+            self.advance(request, token, entry)
+            for request, token, entry in zip(requests, result.tokens, logprobs, strict=False)
             if request.status is not Status.FINISHED  # it ended while this step was in flight
         ]
+        if self.observer is not None:
+            self.observer.done(step, result)
+        self.stats.received_bytes = result.received_bytes
         self.stats.steps += 1
         self.stats.step_seconds += result.seconds
-        self.stats.prompt_tokens += len(step.plan.tokens)
+        self.stats.prompt_tokens += len(plan.tokens)
         self.stats.generated_tokens += len(deltas)
         return deltas
 
@@ -196,9 +223,7 @@ class LLMEngine:
         params, detokenizer = request.params, self.requests[request.request_id][1]
         reason: FinishReason | None = None
         text = ""
-        if token in params.stop_token_ids or (
-            not params.ignore_eos and token in self.model_config.eos_token_ids
-        ):
+        if request.num_outputs > params.min_tokens and token in request.stop_ids:
             reason = FinishReason.STOP
         else:
             text = detokenizer.append(token)
@@ -211,7 +236,18 @@ class LLMEngine:
         if reason is not None:
             del self.requests[request.request_id]
             self.scheduler.finish(request, reason)
-        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
+        delta = OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
+        if request.num_outputs == 1 and params.prompt_logprobs is not None:
+            return replace(delta, prompt_logprobs=request.prompt_logprobs)
+        return delta
+
+    def kv_tokens(self) -> tuple[list[int], list[int]]:
+        """How many tokens each rank's cache has room for, and how many of running requests it holds."""
+        layout = Interleave(self.config.dcp_size, self.config.block_size)
+        ranks, running = range(self.config.tp_size), [r.num_computed for r in list(self.scheduler.running)]
+        shards = [sum(layout.local_len(n, rank) for n in running) for rank in range(layout.size)]
+        capacity = self.blocks.num_blocks * layout.block_size
+        return [capacity for _ in ranks], [shards[rank % layout.size] for rank in ranks]
 
     def check_health(self) -> None:
         """Raise EngineDeadError if a rank has ended while nothing was running."""
@@ -236,9 +272,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         dtype = "bfloat16" if device != "cpu" else "float32"
     longest = model_config.max_position_embeddings
     max_model_len = config.max_model_len or longest
-    require(
-        max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}"
-    )
+    require(max_model_len <= longest, f"--max-model-len {max_model_len}: the model's positions end at {longest}")
     ranks = config.ranks
     require(ranks != "torchrun" or under_torchrun(), "--ranks torchrun: start the program with torchrun")
     if under_torchrun():
@@ -282,16 +316,12 @@ def choose_comm(config: EngineConfig, device: str) -> str:
     one_node = not under_torchrun() or int(os.environ["LOCAL_WORLD_SIZE"]) == config.tp_size
     used = range(min(gpus, config.tp_size))
     peers = all(torch.cuda.can_device_access_peer(a, b) for a in used for b in used if a != b)
-    why = (
-        "" if one_node and peers else "the ranks are on several nodes" if peers else "the GPUs are not peers"
-    )
+    why = "" if one_node and peers else "the ranks are on several nodes" if peers else "the GPUs are not peers"
     require(config.comm != "symmetric" or not why, f"--comm symmetric: {why}; use nccl")
     comm = ("nccl" if why else "symmetric") if config.comm == "auto" else config.comm
     logger.info("collectives: %s (%s)", comm, why or "one node, and every GPU can read its peers' memory")
     if config.tp_size > gpus and one_node:
-        require(
-            comm == "symmetric", f"--tp-size {config.tp_size}: {comm} needs a GPU per rank, there are {gpus}"
-        )
+        require(comm == "symmetric", f"--tp-size {config.tp_size}: {comm} needs a GPU per rank, there are {gpus}")
         logger.warning("%d ranks share %d GPUs: right for tests, not for speed", config.tp_size, gpus)
     return comm
 

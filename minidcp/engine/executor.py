@@ -16,17 +16,30 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, Pipe
+from multiprocessing.reduction import ForkingPickler
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from minidcp.batch import StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import StepResult
-from minidcp.engine.worker import Command, Failed, InitCache, Ready, Report, run_rank, serve_connection
-from minidcp.parallel.state import build_thread_states, init_process_state
+from minidcp.engine.worker import (
+    Command,
+    Failed,
+    InitCache,
+    Join,
+    Ready,
+    join_processes,
+    serve_and_exit,
+    serve_rank,
+)
+from minidcp.model_config import ModelConfig
+from minidcp.parallel.state import build_thread_states
 
+Report = Ready | StepResult | Failed
 STOP_SECONDS = 5.0  # for ranks to leave by themselves before they are killed
 
 
@@ -35,17 +48,57 @@ class EngineDeadError(RuntimeError):
 
 
 class Executor(ABC):
-    """The driver's end of all ranks. Steps are answered in the order they were submitted."""
+    """The driver's end of all ranks: a connection to each, which a thread reads; a closed one means a dead
+    rank. Steps are answered in the order they were submitted."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         self.config, self.model_config = config, model_config
-        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self.held: deque[Report] = deque()  # taken from `reports`, but not yet asked for
+        self.connections: list[Connection] = []
+        self.reports: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
+        self.held: deque[tuple[int, Report]] = deque()  # taken from `reports`, but not yet asked for
         self.failure: str | None = None
 
-    @abstractmethod
+    def connect(self, rank: int, connection: Connection) -> None:
+        self.connections.append(connection)
+        connection.send((self.config, self.model_config))
+
+        def read() -> None:
+            report: Report | None = None
+            try:
+                with connection:
+                    while not isinstance(report, Failed):
+                        report = connection.recv()
+                        self.reports.put((rank, report))
+            except (EOFError, OSError):
+                self.reports.put((rank, Failed(self.describe_end(rank), died=True)))
+            except Exception as error:
+                reason = f"rank {rank}: its report cannot be read ({error!r})"
+                self.reports.put((rank, Failed(reason, died=True)))
+
+        threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
+
+    def start_thread(self, rank: int, join: Join, after: Callable[[bool], None]) -> threading.Thread:
+        """Have rank `rank` in a thread of this process; at its end, `after` hears whether all was well."""
+        ours, theirs = Pipe()
+
+        def run() -> None:
+            with theirs:
+                after(serve_rank(rank, theirs, join, own_process=False))
+
+        thread = threading.Thread(target=run, name=f"rank {rank}", daemon=True)
+        thread.start()
+        self.connect(rank, ours)
+        return thread
+
+    def describe_end(self, rank: int) -> str:
+        return f"rank {rank}: its process ended"
+
     def send(self, command: Command) -> None:
         """Hand a command to every rank."""
+        message = ForkingPickler.dumps(command)
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # the connection's reader reports the end
+                connection.send_bytes(message)
 
     @abstractmethod
     def stop(self, kill: bool) -> None:
@@ -128,70 +181,24 @@ class ThreadExecutor(Executor):
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         super().__init__(config, model_config)
         states, self.rendezvous = build_thread_states(config.parallel)
-        self.inboxes: list[queue.SimpleQueue[Command]] = [queue.SimpleQueue() for _ in states]
+        self.threads = [
+            self.start_thread(rank, lambda _, __, state=state: state, self.after)  # type: ignore[misc]
+            for rank, state in enumerate(states)
+        ]
 
-        def run(rank: int) -> None:
-            get = self.inboxes[rank].get
-            if not run_rank(rank, config, model_config, lambda _: states[rank], get, self.reports.put):
-                self.break_barriers()
-
-        ranks = range(config.tp_size)
-        self.threads = [threading.Thread(target=run, args=(r,), name=f"rank {r}", daemon=True) for r in ranks]
-        for thread in self.threads:
-            thread.start()
-
-    def break_barriers(self) -> None:
-        for rendezvous in self.rendezvous:
-            rendezvous.barrier.abort()
-
-    def send(self, command: Command) -> None:
-        for inbox in self.inboxes:
-            inbox.put(command)
+    def after(self, ok: bool) -> None:
+        if not ok:
+            for rendezvous in self.rendezvous:
+                rendezvous.barrier.abort()
 
     def stop(self, kill: bool) -> None:
-        if kill:
-            self.break_barriers()
+        self.after(not kill)
         self.send(None)
         for thread in self.threads:
             thread.join(STOP_SECONDS)
 
 
-class ConnectedExecutor(Executor):
-    """Ranks at the other end of connections, each read by a thread; a closed one means a dead rank."""
-
-    def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
-        super().__init__(config, model_config)
-        self.connections: dict[int, Connection] = {}
-
-    def connect(self, rank: int, connection: Connection) -> None:
-        self.connections[rank] = connection
-        connection.send((self.config, self.model_config))
-
-        def read() -> None:
-            try:
-                report: Report = (rank, Ready())
-                while not isinstance(report[1], Failed):
-                    report = connection.recv()
-                    self.reports.put(report)
-            except (EOFError, OSError):
-                self.reports.put((rank, Failed(self.describe_end(rank), died=True)))
-            except Exception as error:
-                self.reports.put(
-                    (rank, Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True))
-                )
-
-        threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
-
-    def describe_end(self, rank: int) -> str:
-        return f"rank {rank}: its process ended"
-
-    def send(self, command: Command) -> None:
-        for connection in self.connections.values():
-            with contextlib.suppress(OSError):  # the connection's reader reports the end
-                connection.send(command)
-
-
-class ProcessExecutor(ConnectedExecutor):
+class ProcessExecutor(Executor):
     """Ranks are processes of this machine, started here; they end when this process does, however it ends."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
@@ -236,46 +243,29 @@ class ProcessExecutor(ConnectedExecutor):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for connection in self.connections.values():
+        for connection in self.connections:
             connection.close()
 
 
-class TorchrunExecutor(ConnectedExecutor):
+class TorchrunExecutor(Executor):
     """Ranks are torchrun's: this process is the driver and, in a thread, rank 0; the others connect here."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         super().__init__(config, model_config)
-        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         store, size = rendezvous_store(), config.tp_size
         key = os.urandom(32)
         with Listener((os.environ["MASTER_ADDR"], 0), backlog=size, authkey=key) as listener:
             store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
-
-            def run() -> None:
-                run_rank(
-                    0,
-                    config,
-                    model_config,
-                    lambda device: init_process_state(config.parallel, config.comm, device),
-                    self.inbox.get,
-                    self.reports.put,
-                )
-
-            self.thread = threading.Thread(target=run, name="rank 0", daemon=True)
-            self.thread.start()
+            self.thread = self.start_thread(0, join_processes, lambda _: None)
             for _ in range(size - 1):
                 connection = listener.accept()
                 self.connect(connection.recv(), connection)
-
-    def send(self, command: Command) -> None:
-        super().send(command)
-        self.inbox.put(command)
 
     def stop(self, kill: bool) -> None:
         if not kill:
             self.send(None)
             self.thread.join(STOP_SECONDS)
-        for connection in self.connections.values():
+        for connection in self.connections:
             connection.close()  # ends its process, whatever that waits for
 
 
@@ -291,9 +281,7 @@ def serve_torchrun_rank() -> NoReturn:
     connection = Client((os.environ["MASTER_ADDR"], int(port)), authkey=bytes.fromhex(key))
     rank = int(os.environ["RANK"])
     connection.send(rank)
-    code = serve_connection(connection, rank)
-    sys.stdout.flush()
-    os._exit(code)
+    serve_and_exit(rank, connection)
 
 
 def is_driver() -> bool:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from minidcp.attention import make_backend
-from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, SampleColumns, StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
+from minidcp.config import EngineConfig
 from minidcp.engine.cuda_graph import DecodeGraphs
-from minidcp.engine.sampler import Sampled, list_logprobs, sample
+from minidcp.engine.sampler import Sampled, Sampler
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import LatentCache
+from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
@@ -34,11 +35,13 @@ GRAPH_BYTES = 1 << 30  # left free for CUDA graphs and what libraries take later
 
 @dataclass(frozen=True)
 class StepResult:
-    """One token per sampling row of the plan, in order, and log-probabilities if any row asked."""
+    """One token per sampling row of the plan, in order, and log-probabilities if any of them or of the
+    scored tokens, which follow, are wanted."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     seconds: float = 0.0  # of the step on rank 0, without waiting for it to begin
+    received_bytes: int = 0  # by rank 0 from other ranks, since the start
 
 
 class PendingResult:
@@ -47,17 +50,12 @@ class PendingResult:
     The copy to the host is started here, so that nothing else has to wait for the device.
     """
 
-    def __init__(
-        self, sampled: Sampled | None, columns: SampleColumns, begin: float | torch.cuda.Event
-    ) -> None:
-        self.columns, self.begin = columns, begin
-        self.sampled = sampled
+    def __init__(self, sampled: Sampled | None, begin: float | torch.cuda.Event, received_bytes: int) -> None:
+        self.sampled, self.begin, self.received_bytes = sampled, begin, received_bytes
         if isinstance(begin, torch.cuda.Event):
             self.end = torch.cuda.Event(enable_timing=True)
             if sampled is not None:
-                optional = (sampled.own, sampled.top_ids, sampled.top_values)
-                on_host = [None if x is None else to_host(x) for x in optional]
-                self.sampled = Sampled(to_host(sampled.tokens), sampled.rows, *on_host)
+                self.sampled = sampled.map(to_host)
             self.end.record()
 
     def wait(self) -> StepResult:
@@ -67,9 +65,9 @@ class PendingResult:
         else:
             seconds = time.perf_counter() - self.begin
         if self.sampled is None:
-            return StepResult([], None, seconds)
-        tokens = self.sampled.tokens.tolist()
-        return StepResult(tokens, list_logprobs(self.sampled, tokens, self.columns), seconds)
+            return StepResult([], None, seconds, self.received_bytes)
+        tokens = self.sampled.tokens[: self.sampled.num_sampled].tolist()
+        return StepResult(tokens, self.sampled.list_logprobs(), seconds, self.received_bytes)
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -125,8 +123,10 @@ class ModelRunner:
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.sampler = Sampler()
         self.cache: LatentCache | None = None
         self.graphs: DecodeGraphs | None = None
+        self.replayed_bytes = 0  # that graphs received, which groups do not see
 
     def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
         """The model and how many bytes of weights were read for it."""
@@ -170,15 +170,13 @@ class ModelRunner:
         plan = StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
             length = min(left, -(-self.max_model_len // 2))
-            plan.sample.rows.append(len(plan.slots))
+            plan.sampling.append(len(plan.slots))
             plan.slots.append(len(plan.slots))
             plan.starts.append(self.max_model_len - length)
             plan.lengths.append(length)
             plan.tokens += [0] * length
             left -= length
-        self.cache = LatentCache(
-            1, 1, self.config.block_size, self.model_config.latent_dim, self.dtype, self.device
-        )
+        self.cache = LatentCache(1, 1, self.config.block_size, self.model_config.latent_dim, self.dtype, self.device)
         self.cache.blocks = self.cache.blocks.expand(self.model_config.num_hidden_layers, -1, -1, -1)
         batch = self.build_batch(plan)
         self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
@@ -196,6 +194,7 @@ class ModelRunner:
             with torch.inference_mode():
                 self.graphs = DecodeGraphs(
                     self.forward,
+                    lambda: self.state.received_bytes,
                     self.config.exchanges_narrow,
                     self.config.max_num_seqs,
                     self.tables.table.shape[1],
@@ -213,13 +212,14 @@ class ModelRunner:
         )
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """A step up to logits [S, vocab] and their best tokens [S], which become the slots' last ones."""
+        """A step up to logits [S + K, vocab] and the best tokens [S], which become the slots' last ones."""
         assert self.cache is not None
         self.state.begin_step()
         decode_tokens = self.last_tokens[batch.decode_slots]
         token_ids = torch.cat([decode_tokens, batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
-        return logits, self.share_tokens(logits.argmax(-1), batch.sample_slots)
+        best = logits[: len(batch.sample_slots)].argmax(-1)
+        return logits, self.share_tokens(best, batch.sample_slots)
 
     def share_tokens(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Rank 0 decides for all: two ranks that round differently must not go separate ways."""
@@ -236,20 +236,21 @@ class ModelRunner:
             begin = torch.cuda.Event(enable_timing=True)
             begin.record()
         self.tables.update(plan)
+        self.sampler.admit(plan)
         if self.graphs is not None and plan.num_decode == len(plan.slots):
-            logits, tokens = self.graphs.replay(plan, self.tables)
+            logits, tokens, received = self.graphs.replay(plan, self.tables)
+            self.replayed_bytes += received
             slots = self.graphs.inputs[2, : plan.num_decode]
         else:
             batch = self.build_batch(plan)
             logits, tokens = self.forward(batch)
             slots = batch.sample_slots
-        columns = plan.sample
         sampled = None
-        if columns.rows:
+        if plan.sampling or plan.scored:
             if self.state.rank == 0:
-                sampled = sample(logits, columns, tokens)
-                tokens = sampled.tokens
-            if any(columns.temperature):
+                sampled = self.sampler.sample(logits, plan, tokens)
+                tokens = sampled.tokens[: len(tokens)]
+            if not self.sampler.takes_best(plan):
                 self.state.begin_step()  # these collectives are in no graph
                 tokens = self.share_tokens(tokens, slots)
-        return PendingResult(sampled, columns, begin)
+        return PendingResult(sampled, begin, self.state.received_bytes + self.replayed_bytes)

@@ -6,63 +6,150 @@ do not depend on what runs beside it, on preemption, or on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minidcp.batch import SampleColumns
-from minidcp.request import TokenLogprobs
+from minidcp.batch import Admission, StepPlan
+from minidcp.request import SamplingParams, TokenLogprobs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampled:
-    """Device tensors: a token per row, and for `rows` of them the log-probabilities behind the choice."""
+    """What the S sampling rows of a step got and the K scored tokens have, and the log-probabilities of
+    those that are `wanted`: (index, how many of the most likely)."""
 
-    tokens: Tensor  # [S]
-    rows: list[int]
-    own: Tensor | None = None  # [len(rows)] of the sampled tokens
-    top_ids: Tensor | None = None  # [len(rows), K] the most likely ones, best first
+    tokens: Tensor  # [S + K]
+    num_sampled: int
+    wanted: list[tuple[int, int]]
+    own: Tensor | None = None  # [len(wanted)] of the tokens
+    top_ids: Tensor | None = None  # [len(wanted), most] the most likely ones, best first
     top_values: Tensor | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sampled:
+        changed = (None if x is None else change(x) for x in (self.own, self.top_ids, self.top_values))
+        return Sampled(change(self.tokens), self.num_sampled, self.wanted, *changed)
 
-def sample(logits: Tensor, columns: SampleColumns, tokens: Tensor) -> Sampled:
-    """Choose one token per row of logits [S, vocab] (float32), whose best are `tokens`, as `columns` say."""
-    if any(columns.temperature):
-        temperature = column(columns.temperature, torch.float32, logits)
-        scaled = logits / temperature.clamp(min=1e-5)[:, None]
-        if any(columns.top_k) or any(p < 1 for p in columns.top_p):
-            scaled = mask_unlikely(scaled, columns)
-        seeds, positions = (column(c, torch.int64, logits) for c in (columns.seed, columns.position))
-        noise = gumbel_noise(seeds, positions, logits.shape[1])
-        tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
-    rows = [row for row, count in enumerate(columns.logprobs) if count >= 0]
-    if not rows:
-        return Sampled(tokens, rows)
-    index = column(rows, torch.int64, logits)
-    logprobs = logits[index].log_softmax(-1)
-    top_values, top_ids = logprobs.topk(min(max(columns.logprobs), logits.shape[1]), -1)
-    own = logprobs.gather(1, tokens[index][:, None])[:, 0]
-    return Sampled(tokens, rows, own, top_ids, top_values)
+    def list_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """For each of the S + K, from tensors that are on the host by now."""
+        if self.own is None or self.top_ids is None or self.top_values is None:
+            return None
+        tokens = self.tokens.tolist()
+        out: list[TokenLogprobs | None] = [None] * len(tokens)
+        values = self.own.tolist(), self.top_ids.tolist(), self.top_values.tolist()
+        for (index, count), own, ids, top in zip(self.wanted, *values, strict=True):
+            out[index] = TokenLogprobs(tokens[index], own, tuple(zip(ids[:count], top[:count], strict=True)))
+        return out
 
 
-def column(values: list[int] | list[float], dtype: torch.dtype, like: Tensor) -> Tensor:
+class Sampler:
+    """Chooses as the request in each slot wants it. What penalties count lies on the device, because the
+    next step is planned before this one's tokens are known."""
+
+    def __init__(self) -> None:
+        self.admitted: dict[int, Admission] = {}
+        self.counts: dict[int, Tensor] = {}  # [2, vocab] how often each token is in prompt and output
+
+    def admit(self, plan: StepPlan) -> None:
+        for admission in plan.admitted:
+            self.admitted[admission.slot] = admission
+            self.counts.pop(admission.slot, None)
+
+    def list_rows(self, plan: StepPlan) -> list[Admission]:
+        return [self.admitted[plan.slots[row]] for row in plan.sampling]
+
+    def takes_best(self, plan: StepPlan) -> bool:
+        """Whether every row gets its most likely token."""
+        rows = (a.params for a in self.list_rows(plan))
+        return not any(params.temperature > 0 or params.is_adjusted for params in rows)
+
+    def sample(self, logits: Tensor, plan: StepPlan, best: Tensor) -> Sampled:
+        """Tokens for the S sampling rows from logits [S + K, vocab] (float32), whose best are `best`, and
+        what is wanted of them and of the K scored tokens."""
+        rows = self.list_rows(plan)
+        params = [a.params for a in rows]
+        positions = [plan.starts[row] + plan.lengths[row] for row in plan.sampling]
+        tokens, adjusted = best, logits[: len(rows)]
+        if any(p.is_adjusted for p in params):
+            adjusted = adjusted.clone()
+            for row, (a, position) in enumerate(zip(rows, positions, strict=True)):
+                if a.params.is_adjusted:
+                    adjusted[row] = self.adjust(adjusted[row], a, position)
+            tokens = adjusted.argmax(-1)
+        if any(p.temperature > 0 for p in params):
+            temperature = column([p.temperature for p in params], torch.float32, logits)
+            scaled = adjusted / temperature.clamp(min=1e-5)[:, None]
+            if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
+                scaled = mask_unlikely(scaled, params)
+            seeds = column([a.seed for a in rows], torch.int64, logits)
+            noise = gumbel_noise(seeds, column(positions, torch.int64, logits), logits.shape[1])
+            tokens = torch.where(temperature > 0, (scaled + noise).argmax(-1), tokens)
+        for row, a in enumerate(rows):
+            if a.params.is_penalised:
+                self.counts[a.slot][1, tokens[row : row + 1]] += 1
+
+        wanted = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
+        if plan.scored:
+            tokens = torch.cat([tokens, column([known for _, _, known in plan.scored], torch.int64, logits)])
+            owners = (self.admitted[plan.slots[row]].params for row, _, _ in plan.scored)
+            wanted += [(index, p.prompt_logprobs or 0) for index, p in enumerate(owners, len(rows))]
+        if not wanted:
+            return Sampled(tokens, len(rows), wanted)
+        indices = column([index for index, _ in wanted], torch.int64, logits)
+        logprobs = logits[indices].log_softmax(-1)
+        most = min(max(count for _, count in wanted), logits.shape[1])
+        top_values, top_ids = logprobs.topk(most, -1)
+        own = logprobs.gather(1, tokens[indices][:, None])[:, 0]
+        return Sampled(tokens, len(rows), wanted, own, top_ids, top_values)
+
+    def adjust(self, x: Tensor, a: Admission, position: int) -> Tensor:
+        """Logits x [vocab] of the token at `position`, with penalties, biases and bans.
+
+        Penalties as in OpenAI's API (presence, frequency: of the output) and in CTRL, arXiv:1909.05858
+        (repetition: of prompt and output, dividing positive and multiplying negative logits).
+        """
+        p = a.params
+        if p.is_penalised:
+            if a.slot not in self.counts:
+                self.counts[a.slot] = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
+                parts = a.history[: a.num_prompt], a.history[a.num_prompt :]
+                for part, count in zip(parts, self.counts[a.slot], strict=True):
+                    tokens = column(part, torch.int64, x)
+                    count.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+            prompt, output = self.counts[a.slot]
+            repeated = torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
+            x = torch.where(prompt + output > 0, repeated, x)
+            x = x - p.frequency_penalty * output - p.presence_penalty * (output > 0)
+        if p.logit_bias:
+            ids, biases = list(p.logit_bias), list(p.logit_bias.values())
+            x = x.index_add(0, column(ids, torch.int64, x), column(biases, torch.float32, x))
+        if position - a.num_prompt < p.min_tokens and a.stop_ids:
+            x = x.index_fill(0, column(a.stop_ids, torch.int64, x), -torch.inf)
+        return x
+
+
+def column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
     """On the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return host.to(like.device, non_blocking=True)
 
 
-def mask_unlikely(logits: Tensor, columns: SampleColumns) -> Tensor:
-    """-inf for all but the top_k tokens, and then but the fewest whose probabilities reach top_p."""
+def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those
+    that are min_p times as likely as the likeliest."""
     vocab = logits.shape[1]
     ordered, ids = logits.sort(-1, descending=True)
-    top_k = column([k or vocab for k in columns.top_k], torch.int64, logits)
+    top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64, logits)
     rank = torch.arange(vocab, device=logits.device)
     ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs  # of the more likely tokens; 0 for the first, which always stays
-    top_p = column(columns.top_p, torch.float32, logits)[:, None]
+    top_p = column([p.top_p for p in params], torch.float32, logits)[:, None]
     ordered = ordered.masked_fill((rank > 0) & (before >= top_p) & (top_p < 1), -torch.inf)
+    min_p = column([p.min_p for p in params], torch.float32, logits)[:, None]
+    ordered = ordered.masked_fill(probs < min_p * probs[:, :1], -torch.inf)
     return torch.empty_like(ordered).scatter_(1, ids, ordered)
 
 
@@ -93,19 +180,3 @@ def shift_right(x: Tensor, bits: int) -> Tensor:
 
 def signed64(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def list_logprobs(
-    sampled: Sampled, tokens: list[int], columns: SampleColumns
-) -> list[TokenLogprobs | None] | None:
-    """Per row what was asked for, from tensors that are on the host by now."""
-    if sampled.own is None or sampled.top_ids is None or sampled.top_values is None:
-        return None
-    out: list[TokenLogprobs | None] = [None] * len(tokens)
-    entries = zip(
-        sampled.rows, sampled.own.tolist(), sampled.top_ids.tolist(), sampled.top_values.tolist(), strict=True
-    )
-    for row, own, ids, values in entries:
-        count = columns.logprobs[row]
-        out[row] = TokenLogprobs(tokens[row], own, tuple(zip(ids[:count], values[:count], strict=True)))
-    return out

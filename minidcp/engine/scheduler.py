@@ -10,9 +10,12 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 
-from minidcp.batch import SampleColumns, StepPlan
+from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request, Status
+
+# Prompt tokens of a request in one step if their log-probabilities are wanted: logits are large.
+MAX_SCORED = 256
 
 
 @dataclass
@@ -23,7 +26,7 @@ class PlannedStep:
     requests: list[Request]
 
     def sampling_requests(self) -> list[Request]:
-        return [self.requests[row] for row in self.plan.sample.rows]
+        return [self.requests[row] for row in self.plan.sampling]
 
 
 class Scheduler:
@@ -43,6 +46,7 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
         self.num_preemptions = 0
+        self.num_queried_tokens = 0  # of requests that came to run
         self.num_cached_tokens = 0  # that the prefix cache saved from being computed
 
     @property
@@ -120,6 +124,9 @@ class Scheduler:
             return False
         size = self.blocks.tokens_per_block
         usable = (len(request.tokens) - 1) // size
+        params = request.params
+        if params.prompt_logprobs is not None:
+            usable = 0  # all of it is to be computed
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.match(request.block_hashes[:usable])
@@ -133,10 +140,14 @@ class Scheduler:
         request.num_computed = len(shared) * size
         request.prefill_end = len(request.tokens)
         request.num_published = len(shared)
+        self.num_queried_tokens += len(request.tokens)
         self.num_cached_tokens += request.num_computed
         if not request.num_outputs:
             request.cached_tokens = request.num_computed
         self.hand_over(request, shared + fresh, step)
+        history = tuple(request.tokens) if params.is_penalised else ()
+        num_prompt = len(request.prompt_token_ids)
+        step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
         request.status = Status.RUNNING
         self.running.append(request)
         return True
@@ -145,6 +156,11 @@ class Scheduler:
         """Add as many of the request's missing tokens as the budget allows; returns how many."""
         start = request.num_computed
         length = min(budget, len(request.tokens) - start)
+        if request.params.prompt_logprobs is not None:
+            length = min(length, MAX_SCORED)
+            scored = range(start + 1, min(start + length + 1, len(request.prompt_token_ids)))
+            row = len(step.requests)
+            step.plan.scored += [(row, start + length - p, request.tokens[p]) for p in scored]
         step.plan.tokens += request.tokens[start : start + length]
         self.add_row(step, request, length)
         return length
@@ -157,7 +173,7 @@ class Scheduler:
         step.requests.append(request)
         request.num_computed += length
         if request.num_computed >= len(request.tokens):  # the row holds the last token: sample its successor
-            add_sample(plan.sample, len(step.requests) - 1, request)
+            plan.sampling.append(len(step.requests) - 1)
             request.num_in_flight += 1
 
     def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
@@ -211,14 +227,3 @@ class Scheduler:
         request.num_published = 0
         heapq.heappush(self.free_slots, request.slot)
         request.slot = -1
-
-
-def add_sample(columns: SampleColumns, row: int, request: Request) -> None:
-    params = request.params
-    columns.rows.append(row)
-    columns.temperature.append(params.temperature)
-    columns.top_k.append(max(params.top_k, 0))
-    columns.top_p.append(params.top_p)
-    columns.seed.append(request.seed)
-    columns.position.append(request.num_computed)
-    columns.logprobs.append(-1 if params.logprobs is None else params.logprobs)

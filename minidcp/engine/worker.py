@@ -4,6 +4,7 @@ under torchrun; `executor.py` starts it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -14,11 +15,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
 from minidcp.batch import StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner, PendingResult, StepResult
 from minidcp.parallel.state import ParallelState, init_process_state
 
@@ -48,18 +50,23 @@ class Failed:
 
 
 Command = StepPlan | InitCache | None  # None: stop
-Report = tuple[int, Ready | StepResult | Failed]
+Join = Callable[[EngineConfig, torch.device], ParallelState]
 
 
-def run_rank(
-    rank: int,
-    config: EngineConfig,
-    model_config: ModelConfig,
-    join: Callable[[torch.device], ParallelState],
-    receive: Callable[[], Command],
-    report: Callable[[Report], None],
-) -> bool:
-    """Serve commands until told to stop (True) or until something fails, which is reported (False)."""
+def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool = True) -> bool:
+    """Be rank `rank` of the driver at the other end of the connection: serve commands until told to stop
+    (True) or until something fails, which is reported (False).
+
+    The first message is (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU.
+    """
+    config, model_config = connection.recv()
+    receive = watch(connection) if own_process else connection.recv
+    sending = threading.Lock()
+
+    def report(what: Ready | StepResult | Failed) -> None:
+        with sending, contextlib.suppress(OSError):  # a driver that is gone is `watch`'s to notice
+            connection.send(what)
+
     loading = True
     try:
         device = torch.device(config.device)
@@ -71,28 +78,46 @@ def run_rank(
         if device.type == "cpu" and config.tp_size > 1:
             # Threads of many ranks on few cores wait for each other: one core's worth per rank.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tp_size))
-        runner = ModelRunner(config, model_config, join(device), device)
-        report((rank, Ready(runner.measure_kv_bytes(), runner.bytes_read)))
+        runner = ModelRunner(config, model_config, join(config, device), device)
+        report(Ready(runner.measure_kv_bytes(), runner.bytes_read))
         loading = False  # from here on a ValueError is a defect of ours: requests are checked before
         report_result = report_from_thread(rank, report) if device.type == "cuda" else None
         while (command := receive()) is not None:
             if isinstance(command, InitCache):
                 runner.allocate_cache(command.num_blocks)
-                report((rank, Ready()))
+                report(Ready())
                 continue
             pending = runner.execute(command)
             if report_result is not None:
                 report_result(pending)
             elif rank == 0:
-                report((rank, pending.wait()))
+                report(pending.wait())
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
-        report((rank, Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error)))
+        report(Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error))
         return False
     return True
 
 
-def report_from_thread(rank: int, report: Callable[[Report], None]) -> Callable[[PendingResult], None]:
+def watch(connection: Connection) -> Callable[[], Command]:
+    """`connection.recv` by way of a thread, so that a driver that dies is noticed, and this process ended,
+    even while the rank waits for its peers in a collective."""
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+
+    def read() -> None:
+        told_to_stop = False
+        try:
+            while True:
+                commands.put(command := connection.recv())
+                told_to_stop = command is None
+        except (EOFError, OSError):
+            os._exit(0 if told_to_stop else 1)  # peers may hold the main thread
+
+    threading.Thread(target=read, daemon=True).start()
+    return commands.get
+
+
+def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None]) -> Callable[[PendingResult], None]:
     """A thread waits for the device, so that the next step can be launched while this one runs.
 
     Rank 0 reports results; the others wait too, because only so does a rank learn that its device failed.
@@ -104,48 +129,16 @@ def report_from_thread(rank: int, report: Callable[[Report], None]) -> Callable[
             while True:
                 result = pending.get().wait()
                 if rank == 0:
-                    report((rank, result))
+                    report(result)
         except Exception:
-            report((rank, Failed(traceback.format_exc())))
+            report(Failed(traceback.format_exc()))
 
     threading.Thread(target=run, name="results", daemon=True).start()
     return pending.put
 
 
-def serve_connection(connection: Connection, rank: int) -> int:
-    """Be rank `rank` of the driver at the other end; returns the exit code.
-
-    The first message is (EngineConfig, ModelConfig). A thread reads the connection, so that a driver
-    that dies is noticed even while this rank waits for its peers in a collective.
-    """
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    config, model_config = connection.recv()
-    sending = threading.Lock()
-
-    def read() -> None:
-        told_to_stop = False
-        try:
-            while True:
-                commands.put(command := connection.recv())
-                told_to_stop = command is None
-        except (EOFError, OSError):
-            # Nobody is left to report to, and peers may hold the main thread.
-            os._exit(0 if told_to_stop else 1)
-
-    def report(what: Report) -> None:
-        with sending:  # results come from a thread of their own
-            connection.send(what)
-
-    threading.Thread(target=read, daemon=True).start()
-    ok = run_rank(
-        rank,
-        config,
-        model_config,
-        lambda device: init_process_state(config.parallel, config.comm, device),
-        commands.get,
-        report,
-    )
-    return 0 if ok else 1
+def join_processes(config: EngineConfig, device: torch.device) -> ParallelState:
+    return init_process_state(config.parallel, config.comm, device)
 
 
 def main() -> None:
@@ -154,6 +147,10 @@ def main() -> None:
     # Rank 0 speaks for all, as loudly as the driver; the others only of what goes wrong.
     level = int(os.environ["MINIDCP_LOG_LEVEL"]) if os.environ["RANK"] == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    code = serve_connection(Connection(int(sys.argv[1])), int(os.environ["RANK"]))
+    serve_and_exit(int(os.environ["RANK"]), Connection(int(sys.argv[1])))
+
+
+def serve_and_exit(rank: int, connection: Connection) -> NoReturn:
+    ok = serve_rank(rank, connection, join_processes)
     sys.stdout.flush()
-    os._exit(code)  # without the tear-down of process groups, which waits for peers
+    os._exit(0 if ok else 1)  # without the tear-down of process groups, which waits for peers

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels import use_triton
 from minidcp.kernels.norm import rms_norm_ref
 from minidcp.kernels.rope import rotate_ref
 
@@ -28,8 +29,19 @@ def store_latents(
     Returns:
         [T, C + R] every token's normed latent and rotated key, as stored.
     """
-    store = store_latents_triton if cache.is_cuda else store_latents_ref
-    return store(kv, norm_weight, eps, cos_sin, cache, slot_mapping)
+    if not use_triton(cache):
+        return store_latents_ref(kv, norm_weight, eps, cos_sin, cache, slot_mapping)
+    tokens, width = kv.shape
+    latent = norm_weight.shape[0]
+    half = (width - latent) // 2
+    assert cache.is_contiguous() and kv.stride(1) == 1 and cos_sin.is_contiguous()
+    out = torch.empty(tokens, width, dtype=kv.dtype, device=kv.device)
+    if tokens:
+        store_kernel[(tokens,)](
+            kv, norm_weight, cos_sin, cache, slot_mapping, out, kv.stride(0), latent, half, eps,
+            LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(half), num_warps=2,
+        )  # fmt: skip
+    return out
 
 
 def store_latents_ref(
@@ -42,22 +54,6 @@ def store_latents_ref(
     mine = slot_mapping >= 0
     cache.view(-1, cache.shape[-1])[slot_mapping[mine].long()] = latents[mine]
     return latents
-
-
-def store_latents_triton(
-    kv: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Tensor, slot_mapping: Tensor
-) -> Tensor:
-    tokens, width = kv.shape
-    latent = norm_weight.shape[0]
-    half = (width - latent) // 2
-    assert cache.is_contiguous() and kv.stride(1) == 1 and cos_sin.is_contiguous()
-    out = torch.empty(tokens, width, dtype=kv.dtype, device=kv.device)
-    if tokens:
-        store_kernel[(tokens,)](
-            kv, norm_weight, cos_sin, cache, slot_mapping, out, kv.stride(0), latent, half, eps,
-            LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(half), num_warps=2,
-        )  # fmt: skip
-    return out
 
 
 @triton.jit

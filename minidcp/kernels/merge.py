@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels import use_triton
+
 
 def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Attention over the union of N shards.
@@ -23,17 +25,9 @@ def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None)
     Returns:
         out [T, H, D] (0 where every shard is empty) and lse [T, H] float32.
     """
-    return (merge_partials_triton if outs.is_cuda else merge_partials_ref)(outs, lses, dtype or outs.dtype)
-
-
-def merge_partials_ref(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    lse = lses.logsumexp(0)
-    weights = (lses - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # [N, T, H]
-    parts = outs.float().masked_fill((lses == -torch.inf)[..., None], 0.0)
-    return torch.einsum("nth,nthd->thd", weights, parts).to(dtype), lse
-
-
-def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dtype = dtype or outs.dtype
+    if not use_triton(outs):
+        return merge_partials_ref(outs, lses, dtype)
     size, tokens, heads, dim = outs.shape
     assert outs.stride(3) == 1
     out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
@@ -47,6 +41,13 @@ def merge_partials_triton(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tup
             num_warps=max(1, rows * width * outs.element_size() // 1024),
         )  # fmt: skip
     return out, lse
+
+
+def merge_partials_ref(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    lse = lses.logsumexp(0)
+    weights = (lses - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # [N, T, H]
+    parts = outs.float().masked_fill((lses == -torch.inf)[..., None], 0.0)
+    return torch.einsum("nth,nthd->thd", weights, parts).to(dtype), lse
 
 
 @triton.jit
@@ -118,18 +119,8 @@ def rescale_partial(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tenso
     Returns:
         [T, H, D] in out's dtype, to be summed over the ranks, and the union's lse [T, H] float32.
     """
-    return rescale_partial_triton(out, lses, rank) if out.is_cuda else rescale_partial_ref(out, lses, rank)
-
-
-def rescale_partial_ref(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    lse = lses.logsumexp(0)
-    own = lses[rank]
-    weight = (own - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
-    part = out.float().masked_fill((own == -torch.inf)[..., None], 0.0)
-    return (part * weight[..., None]).to(out.dtype), lse
-
-
-def rescale_partial_triton(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if not use_triton(out):
+        return rescale_partial_ref(out, lses, rank)
     tokens, heads, dim = out.shape
     assert out.stride(2) == 1
     scaled = torch.empty(tokens, heads, dim, dtype=out.dtype, device=out.device)
@@ -142,6 +133,14 @@ def rescale_partial_triton(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor
             SIZE=triton.next_power_of_2(lses.shape[0]), DIM=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
     return scaled, lse
+
+
+def rescale_partial_ref(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    lse = lses.logsumexp(0)
+    own = lses[rank]
+    weight = (own - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+    part = out.float().masked_fill((own == -torch.inf)[..., None], 0.0)
+    return (part * weight[..., None]).to(out.dtype), lse
 
 
 @triton.jit

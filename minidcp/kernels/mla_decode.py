@@ -110,9 +110,7 @@ def mla_decode_kernel(
     top = tl.full([BLOCK_H], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
-    q = tl.load(
-        q_latent + b * q_latent_b + h[:, None] * q_latent_h + c[None, :], mask=in_heads[:, None], other=0.0
-    )
+    q = tl.load(q_latent + b * q_latent_b + h[:, None] * q_latent_h + c[None, :], mask=in_heads[:, None], other=0.0)
     qr = tl.load(q_pe + b * q_pe_b + h[:, None] * q_pe_h + r[None, :], mask=in_heads[:, None], other=0.0)
     for n in range(begin, end, BLOCK_N):
         token = n + tl.arange(0, BLOCK_N)

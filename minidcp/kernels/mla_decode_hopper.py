@@ -75,9 +75,7 @@ def hopper_kernel(
     begin = s * per_split
     end = gl.minimum(begin + per_split, length)  # [begin, end) is this split's; may be empty
     if begin >= end:
-        gl.store(
-            lses, gl.full([BLOCK_H], -float("inf"), gl.float32, gl.SliceLayout(1, by_token)), mask=h < heads
-        )
+        gl.store(lses, gl.full([BLOCK_H], -float("inf"), gl.float32, gl.SliceLayout(1, by_token)), mask=h < heads)
         if splits == 1:  # else the merge masks it
             zeros = gl.full([BLOCK_H, LATENT], 0.0, outs.dtype.element_ty, copy)
             gl.store(outs + h_copy[:, None] * LATENT + c_copy[None, :], zeros, mask=(h_copy < heads)[:, None])

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels import use_triton
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y = x + residual (or x), normalised: y / rms(y) · weight.
@@ -22,22 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Returns:
         The normalised rows and y (x itself without a residual), both [T, D] in x's dtype.
     """
-    return (rms_norm_triton if x.is_cuda else rms_norm_ref)(x, weight, eps, residual)
-
-
-def rms_norm_ref(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    if residual is not None:
-        x = x + residual
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype), x
-
-
-def rms_norm_triton(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    if not use_triton(x):
+        return rms_norm_ref(x, weight, eps, residual)
     tokens, dim = x.shape
     assert x.stride(1) == 1
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
@@ -50,6 +38,14 @@ def rms_norm_triton(
             HAS_RESIDUAL=residual is not None, DIM=width, num_warps=4 if width <= 2048 else 8,
         )  # fmt: skip
     return out, total
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype), x
 
 
 @triton.jit

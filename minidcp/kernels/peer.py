@@ -79,9 +79,7 @@ def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out
     rows, peers, width = out.shape
     tile = choose_tile(rows * width)
     tiles = triton.cdiv(rows * width, tile) * peers
-    meeting.launch(
-        read_kernel, tiles, pointers, out, peers, rows * width, width, stride, offset, tile=tile, TILE=tile
-    )
+    meeting.launch(read_kernel, tiles, pointers, out, peers, rows * width, width, stride, offset, tile=tile, TILE=tile)
 
 
 @triton.jit
@@ -105,9 +103,7 @@ def sum_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out:
     rows, width = out.shape
     tile = choose_tile(rows * width)
     tiles = triton.cdiv(rows * width, tile)
-    meeting.launch(
-        sum_kernel, tiles, pointers, out, rows * width, width, stride, offset, tile=tile, TILE=tile
-    )
+    meeting.launch(sum_kernel, tiles, pointers, out, rows * width, width, stride, offset, tile=tile, TILE=tile)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels import use_triton
+
 
 def rotate(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
     """Rotate every head of x; computed in float32.
@@ -16,19 +18,9 @@ def rotate(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
         cos_sin: [T, R] float32, the cosines of R / 2 angles and then their sines.
         out: as x, to be written; may be x itself.
     """
-    if x.is_cuda:
-        rotate_triton(x, cos_sin, out)
-    else:
+    if not use_triton(x):
         out.copy_(rotate_ref(x, cos_sin))
-
-
-def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
-    cos, sin = cos_sin[:, None].chunk(2, -1)
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-def rotate_triton(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
+        return
     tokens, heads, dim = x.shape
     assert x.stride(2) == 1 and out.stride(2) == 1 and cos_sin.is_contiguous()
     if tokens:
@@ -39,10 +31,14 @@ def rotate_triton(x: Tensor, cos_sin: Tensor, out: Tensor) -> None:
         )  # fmt: skip
 
 
+def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
+    cos, sin = cos_sin[:, None].chunk(2, -1)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
 @triton.jit
-def rotate_kernel(
-    x, cos_sin, out, x_t, x_h, out_t, out_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+def rotate_kernel(x, cos_sin, out, x_t, x_h, out_t, out_h, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """One program rotates all heads of one token."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, HEADS)[:, None]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheRows, ForwardBatch
-from minidcp.config import ModelConfig
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.rope import rotate
 from minidcp.kv_cache.latent_cache import LatentCache
+from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding
 from minidcp.models.rope import RotaryEmbedding
 from minidcp.models.weights import Shard, Weights
@@ -58,9 +58,7 @@ class MLAAttention:
             self.q_a_proj = None
             q_in, q_name = c.hidden_size, "q_proj"
         else:
-            self.q_a_proj = Linear(
-                c.hidden_size, c.q_lora_rank, weights.scope("q_a_proj"), bias=c.attention_bias
-            )
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, weights.scope("q_a_proj"), bias=c.attention_bias)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
             q_in, q_name = c.q_lora_rank, "q_b_proj"
         self.q_b_proj = Linear(  # q_proj where there is no q_lora
@@ -176,9 +174,7 @@ class MLAAttention:
             context = self.state.dcp.all_gather(shard)[piece.row, piece.owner]  # [P, C + rope]
             some = piece.tokens
             seen, seen_lse = self.attention.prefill(q[some], *self.decompress(context), piece.varlen)
-            out[some], lse[some] = merge_partials(
-                torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse])
-            )
+            out[some], lse[some] = merge_partials(torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse]))
         return out
 
     def project_q(self, proj: Linear, x: Tensor, cos_sin: Tensor, out: Tensor | None = None) -> Tensor:
@@ -242,9 +238,7 @@ class DeepseekV2ForCausalLM:
         self.attention = blueprint.attention
         model = weights.scope("model")
         self.embed_tokens = VocabParallelEmbedding(config, state.tp, model.scope("embed_tokens"))
-        self.layers = [
-            DecoderLayer(blueprint, i, model.scope(f"layers.{i}")) for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [DecoderLayer(blueprint, i, model.scope(f"layers.{i}")) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, model.scope("norm"), config.rms_norm_eps)
         head = self.embed_tokens.weight
         if not config.tie_word_embeddings:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.config import ModelConfig
 from minidcp.kernels.norm import rms_norm
+from minidcp.model_config import ModelConfig
 from minidcp.models.weights import Shard, Weights, deinterleave_rope_rows
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
@@ -96,9 +96,7 @@ class LMHead:
 class MLP:
     """down(silu(gate(x)) · up(x)), intermediate dim sharded over TP. Gives this rank's summand."""
 
-    def __init__(
-        self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights
-    ) -> None:
+    def __init__(self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights) -> None:
         hidden, rank, size = config.hidden_size, state.tp.rank, state.tp.size
         rows, columns = Shard(0, rank, size, GEMM_ALIGN), Shard(1, rank, size, GEMM_ALIGN)
         gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from minidcp.config import RopeConfig
+from minidcp.model_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
@@ -38,9 +38,7 @@ class RotaryEmbedding:
     """cos and sin of every position: [max_position, dim] float32, halves side by side."""
 
     def __init__(self, config: RopeConfig, dim: int, max_position: int, device: torch.device) -> None:
-        angles = torch.outer(
-            torch.arange(max_position, dtype=torch.float32), inverse_frequencies(config, dim)
-        )
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse_frequencies(config, dim))
         table = torch.cat([angles.cos(), angles.sin()], -1) * config.rotation_mscale()
         self.cos_sin = table.to(device)
 

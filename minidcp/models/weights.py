@@ -88,18 +88,14 @@ class CheckpointSource:
         self.file_of = find_tensors(path)
         self.files: dict[str, Any] = {}
         self.bytes_read = 0
-        self.bar = tqdm(
-            desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress
-        )
+        self.bar = tqdm(desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress)
 
     def open(self, file: str) -> Any:
         if file not in self.files:
             try:
                 self.files[file] = safe_open(self.path / file, framework="pt", device="cpu")
             except FileNotFoundError:
-                raise ValueError(
-                    f"{self.path / file}: no such file, but the checkpoint's index names it"
-                ) from None
+                raise ValueError(f"{self.path / file}: no such file, but the checkpoint's index names it") from None
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.path / file}: truncated or not safetensors ({error})") from None
         return self.files[file]
@@ -125,9 +121,7 @@ class CheckpointSource:
             if shape != expected[name]:
                 wrong.append(f"{name} {list(shape)}, config.json says {list(expected[name])}")
         problems["of another shape"] = wrong
-        found = "; ".join(
-            f"{len(names)} {what}: {preview(names)}" for what, names in problems.items() if names
-        )
+        found = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in problems.items() if names)
         if found:
             raise ValueError(f"{self.path}: the weights do not fit config.json: {found}")
 

@@ -7,19 +7,19 @@ the heads of a model are. Which ranks form which group is `state.py`'s; what is 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Group(ABC):
+class Group:
     """`size` ranks that call the same collectives in the same order. Results are equal on all ranks,
-    bit for bit, where the contract says they are the same tensor. Inputs are never changed."""
+    bit for bit, where the contract says they are the same tensor. Inputs are never changed.
 
-    rank: int
-    size: int
+    This class is the group of one rank, where nothing moves."""
+
+    rank, size = 0, 1
     received_bytes = 0  # from other ranks, since the start; what a CUDA graph replays is counted once
 
     def begin_step(self) -> None:
@@ -35,45 +35,24 @@ class Group(ABC):
         """Note that as many bytes as x has came from each of so many other ranks."""
         self.received_bytes += int(x.nbytes * peers)
 
-    @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of x [T, D]."""
-
-    @abstractmethod
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[T, size, ...]: every rank's x [T, ...]; any strides."""
-
-    @abstractmethod
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[T, ...]: the sum over the ranks of their x[:, rank], from x [T, size, ...]."""
-
-    @abstractmethod
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """[T, size, ...]: entry [:, i] is rank i's x[:, rank], from x [T, size, ...]; any strides."""
-
-    @abstractmethod
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x [T]; the others pass a tensor of the same shape and dtype."""
-
-
-class SingleGroup(Group):
-    """The group of one rank: nothing moves."""
-
-    rank, size = 0, 1
-
-    def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
+        """[T, size, ...]: every rank's x [T, ...]; any strides."""
         return x[:, None]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
+        """[T, ...]: the sum over the ranks of their x[:, rank], from x [T, size, ...]."""
         return x[:, 0]
 
     def all_to_all(self, x: Tensor) -> Tensor:
+        """[T, size, ...]: entry [:, i] is rank i's x[:, rank], from x [T, size, ...]; any strides."""
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x [T]; the others pass a tensor of the same shape and dtype."""
         return x
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from minidcp.config import ParallelConfig
-from minidcp.parallel.group import Group, Rendezvous, SingleGroup, ThreadGroup, TorchGroup
+from minidcp.parallel.group import Group, Rendezvous, ThreadGroup, TorchGroup
 from minidcp.parallel.symmetric import SymmetricGroup
 
 # A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
@@ -34,6 +34,10 @@ class ParallelState:
             self.dcp.begin_step()
 
     @property
+    def received_bytes(self) -> int:
+        return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
+
+    @property
     def rank(self) -> int:
         return self.tp.rank
 
@@ -49,7 +53,7 @@ def build_thread_states(config: ParallelConfig) -> tuple[list[ParallelState], li
     dcp = [Rendezvous(size) for _ in range(config.tp_size // size)]
 
     def join(rendezvous: Rendezvous, rank: int) -> Group:
-        return ThreadGroup(rendezvous, rank) if rendezvous.barrier.parties > 1 else SingleGroup()
+        return ThreadGroup(rendezvous, rank) if rendezvous.barrier.parties > 1 else Group()
 
     states = [ParallelState(join(tp, r), join(dcp[r // size], r % size)) for r in range(config.tp_size)]
     return states, [tp, *dcp]
@@ -82,13 +86,13 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
 
     def wrap(group: dist.ProcessGroup) -> Group:
         if group.size() == 1:
-            return SingleGroup()
+            return Group()
         return SymmetricGroup(group, device, programs) if comm == "symmetric" else TorchGroup(group)
 
     tp = wrap(world)
     if size == config.tp_size:
         return ParallelState(tp, tp)
-    dcp: Group = SingleGroup()
+    dcp: Group = Group()
     for first in range(0, config.tp_size, size):  # every process must take part in every new_group
         group = dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT)
         if first <= rank < first + size:

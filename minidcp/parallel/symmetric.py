@@ -42,8 +42,7 @@ class SymmetricGroup(Group):
         self.buffer = symm_mem.empty(2 * HALF_BYTES, dtype=torch.uint8, device=device)
         self.handle = symm_mem.rendezvous(self.buffer, group)
         self.halves = [
-            to_device([address + half * HALF_BYTES for address in self.handle.buffer_ptrs], device)
-            for half in (0, 1)
+            to_device([address + half * HALF_BYTES for address in self.handle.buffer_ptrs], device) for half in (0, 1)
         ]
         most = MAX_PROGRAMS.value
         least = torch.tensor(min(programs, most), device="cpu")  # GPUs may differ

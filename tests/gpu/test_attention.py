@@ -18,7 +18,7 @@ LENS = [594, 0, 1, 15, 16, 17]
 def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
     if name == "fa3":
         return FA3Backend(load_operators(), SCALE, heads, block_size)
-    return TritonBackend(SCALE, 64, torch.device("cuda"))
+    return TritonBackend(SCALE, torch.device("cuda"))
 
 
 def make_case(
@@ -36,9 +36,7 @@ def make_case(
     rows = kv[table.long()].view(len(lens), -1, 576)
     local_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
     unused = torch.arange(rows.shape[1], device="cuda") >= local_lens[:, None]
-    kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(
-        len(lens), blocks_each, block_size, 576
-    )
+    kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(len(lens), blocks_each, block_size, 576)
     batch = CacheRows(table, local_lens, narrow=False)
     return normal(len(lens), heads, 512), normal(len(lens), heads, 64), kv, batch
 
@@ -69,10 +67,7 @@ def check_rows(
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 128, 512])
 @pytest.mark.parametrize("name", ["fa3", "triton"])
 def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None:
-    cases = [
-        [(LENS * 100)[i + shift] for i in range(batch_size)]
-        for shift in (range(6) if batch_size == 1 else [0])
-    ]
+    cases = [[(LENS * 100)[i + shift] for i in range(batch_size)] for shift in (range(6) if batch_size == 1 else [0])]
     if batch_size <= 2:
         cases.append([16384] * batch_size)
     for lens in cases:
@@ -99,9 +94,7 @@ def test_prefill(name: str, causal: bool) -> None:
     )
     out, lse = make_backend(name, heads, 16).prefill(q, k, v, Varlen(*cu, lens_q, lens_k, causal))
     assert lse.shape == (sum(lens_q), heads)
-    parts = zip(
-        q.split(lens_q), k.split(lens_k), v.split(lens_k), out.split(lens_q), lse.split(lens_q), strict=True
-    )
+    parts = zip(q.split(lens_q), k.split(lens_k), v.split(lens_k), out.split(lens_q), lse.split(lens_q), strict=True)
     for q_i, k_i, v_i, out_i, lse_i in parts:
         if not len(k_i):
             assert (lse_i == -torch.inf).all()

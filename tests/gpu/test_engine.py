@@ -17,9 +17,7 @@ STEPS = 48
 @functools.cache
 def run(path: str, prompts: tuple[tuple[int, ...], ...], **options: object) -> list[RequestOutput]:
     params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=2)
-    defaults = dict(
-        device="cuda", max_model_len=1024, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=512
-    )
+    defaults = dict(device="cuda", max_model_len=1024, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=512)
     if options.get("tp_size", 1) == 1:
         defaults["ranks"] = "threads"  # no new process: starting one takes most of a test's time
     with LLM(path, **(defaults | options)) as llm:

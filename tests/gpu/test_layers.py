@@ -6,11 +6,13 @@ import pytest
 import torch
 from checkpoints import Oracle
 
-from minidcp.batch import CacheRows, SampleColumns, StepPlan
-from minidcp.config import EngineConfig, ModelConfig
+from minidcp.batch import Admission, CacheRows, StepPlan
+from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner
-from minidcp.parallel.group import SingleGroup
+from minidcp.model_config import ModelConfig
+from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
+from minidcp.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +28,7 @@ def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> M
         max_num_batched_tokens=512,
         **({"cuda_graph": False} | options),
     )
-    state = ParallelState(SingleGroup(), SingleGroup())
+    state = ParallelState(Group(), Group())
     runner = ModelRunner(config, ModelConfig.from_hf(oracle.path), state, torch.device(device))
     runner.allocate_cache(64)
     return runner
@@ -81,16 +83,13 @@ def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, str
     plans = make_plans()
     plans += [StepPlan(2, [0, 1], [300 + i, 17 + i], [1, 1]) for i in range(2)]
     for temperature, plan in zip([0.0, 0.0, 0.7, 0.7, 0.0], plans, strict=True):
-        rows = len(plan.slots)
-        plan.sample = SampleColumns(
-            list(range(rows)),
-            [temperature] * rows,
-            [5] * rows,
-            [0.9] * rows,
-            [1] * rows,
-            [9] * rows,
-            [2] * rows,
-        )
+        plan.sampling = list(range(len(plan.slots)))
+        for slot in plan.slots:
+            params = SamplingParams(
+                temperature=temperature, top_k=5, top_p=0.9, logprobs=2, presence_penalty=0.5 * slot,
+                repetition_penalty=1.2, logit_bias={3: 1.0}, min_tokens=9,
+            )  # fmt: skip
+            plan.admitted.append(Admission(slot, params, 1, 2, (4,), history=(5, 6, 6)))
     for plan in plans:  # kernels are compiled and libraries start up
         runner.execute(plan).wait()
     torch.cuda.set_sync_debug_mode("error")

@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.batch import CacheRows, Varlen
-from minidcp.kernels import kv_store, merge, mha_prefill, mla_decode, norm, peer, rope
+from minidcp.batch import CacheRows
+from minidcp.kernels import kv_store, merge, mla_decode, norm, peer, rope
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def partials(
-    size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def partials(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random partials; about a third of the shards are empty, and hold NaN."""
     torch.manual_seed(size * 1000 + dim)
     outs = torch.randn(size, tokens, heads, dim).to(dtype)
@@ -42,7 +40,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 def test_merge(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
-    for function in (merge.merge_partials_ref, merge.merge_partials_triton):
+    for function in (merge.merge_partials_ref, merge.merge_partials):
         out, lse = function(outs, lses, dtype)
         torch.testing.assert_close(out.double(), expected, **tolerance(dtype))
         torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
@@ -56,7 +54,7 @@ def test_merge_reads_the_packed_layout() -> None:
     packed[..., :32] = outs
     packed[..., 32:].view(torch.float32)[..., 0] = lses
     views = packed[..., :32], packed[..., 32:].view(torch.float32)[..., 0]
-    packed_result = merge.merge_partials_triton(*views, torch.bfloat16)
+    packed_result = merge.merge_partials(*views, torch.bfloat16)
     for a, b in zip(packed_result, merge.merge_partials_ref(outs, lses, torch.bfloat16), strict=True):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
 
@@ -66,7 +64,7 @@ def test_merge_reads_the_packed_layout() -> None:
 def test_rescale(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
-    for function in (merge.rescale_partial_ref, merge.rescale_partial_triton):
+    for function in (merge.rescale_partial_ref, merge.rescale_partial):
         parts, merged = zip(*(function(outs[r], lses, r) for r in range(size)), strict=True)
         torch.testing.assert_close(torch.stack(parts).double().sum(0), expected, **tolerance(dtype))
         for lse in merged:
@@ -81,7 +79,7 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
     cos_sin, turn = random_angles(6, rope_dim)
     slots = torch.tensor([5, -1, 0, 11, -1, 7], dtype=torch.int32)
     results = []
-    for function in (kv_store.store_latents_ref, kv_store.store_latents_triton):
+    for function in (kv_store.store_latents_ref, kv_store.store_latents):
         cache = torch.full((3, 4, latent + rope_dim), torch.nan, dtype=dtype)
         latents = function(kv, weight, 1e-6, cos_sin, cache, slots)
         rows = cache.view(12, -1)
@@ -103,7 +101,7 @@ def test_rms_norm(dim: int, with_residual: bool, dtype: torch.dtype) -> None:
     residual = torch.randn(3, dim).to(dtype) if with_residual else None
     total = x if residual is None else x + residual
     expected = torch.nn.functional.rms_norm(total.double(), (dim,), weight.double(), 1e-6)
-    for function in (norm.rms_norm_ref, norm.rms_norm_triton):
+    for function in (norm.rms_norm_ref, norm.rms_norm):
         normed, kept = function(x, weight, 1e-6, residual)
         close(normed, expected, dtype)
         close(kept, total, dtype)
@@ -118,7 +116,7 @@ def test_rotate(dtype: torch.dtype) -> None:
     close(rope.rotate_ref(x, cos_sin), expected, dtype)
     wide = torch.zeros(3, 5, 20, dtype=dtype)
     for source, out in ((x, wide[..., 4:]), (x, x)):  # elsewhere, and in place
-        rope.rotate_triton(source, cos_sin, out)
+        rope.rotate(source, cos_sin, out)
         close(out, expected, dtype)
 
 
@@ -167,20 +165,6 @@ def test_mla_decode(block_size: int, programs: int) -> None:
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_mha_prefill(causal: bool) -> None:
-    lens_q = [3, 130, 1]
-    lens_k = lens_q if causal else [70, 0, 5]
-    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).to(torch.int32) for lens in (lens_q, lens_k))
-    q, k, v = torch.randn(134, 2, 48), torch.randn(sum(lens_k), 2, 48), torch.randn(sum(lens_k), 2, 32)
-    expected, expected_lse = ReferenceBackend(0.2).prefill(
-        q, k, v, Varlen(cu_q, cu_k, lens_q, lens_k, causal)
-    )
-    out, lse = mha_prefill.mha_prefill(q, k, v, cu_q, cu_k, max(lens_q), 0.2, causal, 16)
-    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "programs"), [(2, 1), (4, 3), (8, 64)])

@@ -1,0 +1,75 @@
+# syntax=docker/dockerfile:1
+
+# minidcp for a machine with 8 H100 or H200. CUDA 13 comes with torch's wheels: the host needs NVIDIA's driver,
+# 580 or newer, and its container toolkit, nothing else.
+#
+#   docker build -t minidcp .
+#   docker run --gpus all --ipc=host -p 8000:8000 -v minidcp-hub:/home/minidcp/.cache/huggingface \
+#       minidcp deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8
+#
+# Flags follow the image's name. --ipc=host (or --shm-size=16g): NCCL's ranks meet in /dev/shm, of which Docker
+# gives 64 MB. More of this is in examples/README.md.
+
+ARG PYTHON_VERSION=3.12
+
+# FlashAttention-3, compiled for DeepSeek's head dims, is one shared object of vLLM's wheel. It is built against one
+# release of torch: change both versions together. minidcp/attention/fa3.py finds it without the rest of vLLM.
+FROM python:${PYTHON_VERSION}-slim-bookworm AS fa3
+ARG VLLM_VERSION=0.24.0
+WORKDIR /fa3
+RUN pip download --no-cache-dir --no-deps --only-binary=:all: --dest wheel "vllm==${VLLM_VERSION}" \
+    && python -m zipfile -e wheel/vllm-*.whl wheel \
+    && mkdir -p site/vllm/vllm_flash_attn \
+    && mv wheel/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so site/vllm/vllm_flash_attn/ \
+    && mv wheel/vllm-*.dist-info/licenses/LICENSE site/vllm/ \
+    && rm -r wheel
+
+FROM python:${PYTHON_VERSION}-slim-bookworm
+
+# Triton compiles its launchers when it first meets a GPU: gcc here, Python's headers are in the base image. tini is
+# PID 1, so that SIGTERM ends a server that is still loading, and no dead rank stays as a zombie.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev tini \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+# From the layer that changes least to the one that changes most: torch with CUDA (several GB), FA3, the other
+# packages, and the engine itself.
+ARG TORCH_VERSION=2.11.0
+RUN pip install "torch==${TORCH_VERSION}"
+
+COPY --from=fa3 /fa3/site /opt/fa3
+ENV PYTHONPATH=/opt/fa3
+
+WORKDIR /src
+COPY pyproject.toml ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+    && pip install -r requirements.txt "torch==${TORCH_VERSION}"
+
+COPY README.md LICENSE ./
+COPY minidcp minidcp
+COPY server server
+RUN pip install --no-deps . && rm -rf /src/*
+
+# A volume that is new takes its owner from the folder it is mounted on, so the hub's cache exists beforehand.
+RUN useradd --uid 1000 --user-group --create-home minidcp \
+    && install -d -o minidcp -g minidcp /home/minidcp/.cache /home/minidcp/.cache/huggingface /home/minidcp/.triton
+USER 1000:1000
+WORKDIR /home/minidcp
+ENV HOME=/home/minidcp PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+LABEL org.opencontainers.image.title="minidcp" \
+      org.opencontainers.image.description="Decodes DeepSeek-V2 with tensor and decode context parallelism" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+EXPOSE 8000
+# /health answers 503 until the engine is warm; loading 472 GB from a slow disk takes its time.
+HEALTHCHECK --start-period=60m --interval=15s --timeout=5s --retries=4 \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+
+ENTRYPOINT ["tini", "--", "minidcp", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["--help"]

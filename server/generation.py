@@ -1,0 +1,208 @@
+"""POST /v1/completions and /v1/chat/completions: n samples of every prompt, answered whole or as a stream.
+
+A choice is a dict, in an event or in the answer. `protocol.py` has the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from minidcp.engine.executor import EngineDeadError
+from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
+
+from .async_engine import AsyncEngine, UnavailableError
+from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
+from .tokenization import Tokenization
+
+T = TypeVar("T")
+Entries = list[TokenLogprobs | None]
+
+
+@dataclass
+class Generation:
+    """One POST: choice i * n + j is sample j of prompt i. This is a completion; `Chat` words it otherwise."""
+
+    engine: AsyncEngine
+    spelling: Tokenization
+    body: GenerationRequest
+    prompts: list[list[int]]
+    samples: list[SamplingParams]
+    echoed: list[str] = field(default_factory=list)  # the prompts' texts, if they begin the answers
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    PREFIX, WHOLE, EVENT = "cmpl", "text_completion", "text_completion"
+
+    def __post_init__(self) -> None:
+        for tokens in self.prompts:
+            self.engine.engine.validate(tokens, self.samples[0])
+        self.offsets: dict[int, int] = {}  # by choice, of the next token in the text
+        self.head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.head["model"] = self.engine.model_name
+
+    async def answer(self, request: Request) -> Response:
+        if self.body.stream:
+            return StreamingResponse(self.stream(), media_type="text/event-stream")
+        return JSONResponse(await unless_disconnected(request, self.collect()))
+
+    async def collect(self) -> dict[str, Any]:
+        deltas: list[list[OutputDelta]] = [[] for _ in range(len(self.prompts) * len(self.samples))]
+        async for batch in self.run():
+            for index, delta in batch:
+                deltas[index].append(delta)
+        choices = [self.word_choice(index, each, whole=True) for index, each in enumerate(deltas)]
+        return self.head | {"object": self.WHOLE, "choices": choices, "usage": self.usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """An event per token; clients measure latency by events, so those with empty text count too."""
+        options = self.body.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        always = options is not None and bool(options.continuous_usage_stats)
+        head = self.head | {"object": self.EVENT}
+        try:
+            async for batch in self.run(self.engine.config.sse_keep_alive_interval):
+                events = [] if batch else [": keep-alive\n\n"]
+                for index, delta in batch:
+                    event = head | {"choices": [self.word_choice(index, [delta], whole=False)]}
+                    events.append(write_event(event | {"usage": self.usage()} if always else event))
+                yield "".join(events)
+            if with_usage:
+                yield write_event(head | {"choices": [], "usage": self.usage()})
+        except (EngineDeadError, UnavailableError, TimeoutError) as error:
+            status = 504 if isinstance(error, TimeoutError) else 503
+            yield write_event(ErrorResponse.of(status, str(error)).model_dump())
+        yield "data: [DONE]\n\n"
+
+    async def run(self, keep_alive: float = 0) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
+        requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
+        async for batch in self.engine.generate(requests, keep_alive):
+            for index, delta in batch:
+                self.completion_tokens += len(delta.token_ids)
+                if delta.finish_reason is not None and index % len(self.samples) == 0:  # a prompt counts once
+                    self.cached_tokens += delta.cached_tokens
+            yield batch
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def word_choice(self, index: int, deltas: list[OutputDelta], whole: bool) -> dict[str, Any]:
+        """The choice that these deltas, all or the next ones of choice `index`, make."""
+        text, entries = "".join(delta.text for delta in deltas), [delta.logprobs for delta in deltas]
+        first = index not in self.offsets
+        if first:
+            self.offsets[index] = 0
+            if self.echoed:
+                text = self.echoed[index // len(self.samples)] + text
+                entries = [*(deltas[0].prompt_logprobs or []), *entries]
+        wanted = self.samples[0].logprobs is not None
+        return {
+            "index": index,
+            **self.word_text(text, whole, first),
+            "logprobs": self.word_logprobs(index, entries) if wanted else None,
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def word_text(self, text: str, whole: bool, first: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+        """An entry per token in every column. A prompt's first token has no log-probability."""
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        spell = self.spelling.spell
+        for position, entry in enumerate(entries):
+            top: dict[str, float] | None = None
+            if entry is None:
+                name = spell(self.prompts[index // len(self.samples)][position])
+            else:
+                name, top = spell(entry.token_id), {}
+                for candidate, value in entry.top:  # two ids can share a text; the likelier one counts
+                    top.setdefault(spell(candidate), value)
+                top.setdefault(name, entry.logprob)
+            row = (name, entry and entry.logprob, top, self.offsets[index])
+            for column, item in zip(columns.values(), row, strict=True):
+                column.append(item)
+            self.offsets[index] += len(name)
+        return columns
+
+    @classmethod
+    async def begin(cls, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest) -> Generation:
+        samples = body.samples()
+        prompts = body.prompts()
+        ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
+        echoed = []
+        if body.echo:
+            for prompt, tokens in zip(prompts, ids, strict=True):
+                engine.engine.validate(tokens, samples[0])
+                skip = body.skip_special_tokens is not False
+                echoed.append(prompt if isinstance(prompt, str) else await spelling.detokenize(tokens, skip))
+        return cls(engine, spelling, body, ids, samples, echoed)
+
+
+class Chat(Generation):
+    PREFIX, WHOLE, EVENT = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def word_text(self, text: str, whole: bool, first: bool) -> dict[str, Any]:
+        # The role comes with the first token: an event of its own would look like one to who measures.
+        message = {"role": "assistant", "content": text} if whole or first else {"content": text}
+        return {"message" if whole else "delta": message}
+
+    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+        def word(token: int, logprob: float) -> dict[str, Any]:
+            spell = self.spelling
+            return {"token": spell.spell(token), "logprob": logprob, "bytes": spell.spell_bytes(token)}
+
+        return {
+            "content": [
+                word(e.token_id, e.logprob) | {"top_logprobs": [word(*top) for top in e.top]}
+                for e in entries
+                if e is not None
+            ]
+        }
+
+    @classmethod
+    async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Chat:
+        samples = body.samples()
+        prompt = await spelling.encode_chat(body.messages, body.add_special_tokens)
+        return cls(engine, spelling, body, [prompt], samples)
+
+
+def write_event(content: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
+    """The answer, or ClientDisconnect (and the answer's cancellation) if the client leaves before."""
+
+    async def wait_for_leaving() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(answer), asyncio.create_task(wait_for_leaving())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -1,0 +1,224 @@
+"""What no container engine is needed to check: that the Dockerfile's commands fit the command line and the
+package, that the health check tells a healthy server from another, and that the operations examples agree
+with the server and with each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from minidcp.cli import build_parser
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} | {
+    "minidcp:kv_tokens_capacity",
+    "minidcp:kv_blocks_free",
+}
+COUNTERS = {
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "minidcp:exchange_bytes_total",
+}
+HISTOGRAMS = {
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "minidcp:step_seconds",
+}
+
+
+def read_dockerfile() -> list[tuple[str, str]]:
+    """Instructions and their arguments, continued lines joined."""
+    text = "\n".join(line for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1] != "#")
+    lines = [line for line in text.replace("\\\n", "").splitlines() if line.strip()]
+    return [(name, rest) for name, rest in (line.split(maxsplit=1) for line in lines)]
+
+
+DOCKERFILE = read_dockerfile()
+
+
+def arguments(instruction: str) -> list[str]:
+    """Of all uses, in order."""
+    return [rest for name, rest in DOCKERFILE if name == instruction]
+
+
+def default_of(name: str) -> str:
+    """The default of a build argument."""
+    return next(rest.split("=")[1] for rest in arguments("ARG") if rest.startswith(f"{name}="))
+
+
+def project() -> dict[str, Any]:
+    loaded: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return loaded
+
+
+def entrypoint() -> list[str]:
+    """minidcp's own part of it."""
+    command: list[str] = json.loads(arguments("ENTRYPOINT")[-1])  # exec form, or this fails
+    return command[command.index("minidcp") + 1 :]
+
+
+def test_flags_follow_the_image_name() -> None:
+    flags = ["deepseek-ai/DeepSeek-V2", "--tp-size", "8", "--dcp-size", "8"]
+    args = build_parser().parse_args([*entrypoint(), *flags])
+    assert (args.command, args.model, args.tp_size, args.dcp_size) == ("serve", flags[0], 8, 8)
+    assert (args.host, args.port) == ("0.0.0.0", int(arguments("EXPOSE")[-1]))
+
+
+def test_no_flags_print_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([*entrypoint(), *json.loads(arguments("CMD")[-1])])
+    assert ended.value.code == 0
+    assert "--dcp-size" in capsys.readouterr().out
+
+
+def test_runs_as_a_user_without_rights_who_has_a_home() -> None:
+    user = arguments("USER")[-1]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)  # by number: Kubernetes' runAsNonRoot knows no names
+    assert f"useradd --uid {user.split(':')[0]}" in " ".join(arguments("RUN"))
+    assert "HOME=/home/minidcp" in " ".join(arguments("ENV"))
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """A server that gives every request that status; its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (404, 1), (None, 1)])
+def test_health_check(status: int | None, code: int) -> None:
+    options, command = arguments("HEALTHCHECK")[-1].split("CMD", 1)
+    assert "--start-period=60m" in options
+    python, *rest = json.loads(command)
+    assert python == "python"
+
+    def check(port: int) -> int:
+        script = [part.replace("127.0.0.1:8000/", f"127.0.0.1:{port}/") for part in rest]
+        assert script != rest
+        return subprocess.run([sys.executable, *script], capture_output=True).returncode
+
+    if status is None:
+        assert check(1) == code  # nobody listens there
+    else:
+        with answering(status) as port:
+            assert check(port) == code
+
+
+def test_copies_what_is_there_and_not_ignored() -> None:
+    patterns = [p for p in (ROOT / ".dockerignore").read_text().split("\n") if p and not p.startswith("#")]
+    sources = [s for rest in arguments("COPY") if "--from" not in rest for s in rest.split()[:-1]]
+    assert {"pyproject.toml", "minidcp", "server"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists()
+        last = [p for p in patterns if fnmatch(source, p.removeprefix("!"))][-1]
+        assert last == f"!{source}"
+
+
+def test_requirements_are_the_projects(tmp_path: Path) -> None:
+    line = next(rest for rest in arguments("RUN") if "requirements.txt" in rest).split("&&")[0]
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    command = line.replace("python", f"'{sys.executable}'", 1)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    wanted = [*project()["dependencies"], *project()["optional-dependencies"]["server"]]
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == wanted
+
+
+def test_versions_fit() -> None:
+    requirements = {r.name: r for r in map(Requirement, project()["dependencies"])}
+    assert default_of("TORCH_VERSION") in requirements["torch"].specifier
+    python = Requirement(f"python{project()['requires-python']}")
+    assert default_of("PYTHON_VERSION") in python.specifier
+    assert f'image.version="{project()["version"]}"' in " ".join(arguments("LABEL"))
+
+
+def load_yaml(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((EXAMPLES / name).read_text()))
+
+
+def test_kubernetes_example_agrees_with_the_server() -> None:
+    deployment, service, claim = load_yaml("kubernetes.yaml")
+    spec = deployment["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    args = build_parser().parse_args([*entrypoint(), *container["args"]])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == args.tp_size
+    (port,) = container["ports"]
+    assert port["containerPort"] == args.port
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    drained = int(container["lifecycle"]["preStop"]["exec"]["command"][1]) + args.shutdown_timeout
+    assert spec["terminationGracePeriodSeconds"] > drained
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"shm": "/dev/shm", "hub": "/home/minidcp/.cache/huggingface"}
+    assert spec["volumes"][1]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_commands_in_the_examples_have_flags_that_exist() -> None:
+    text = (EXAMPLES / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r" minidcp ((?:deepseek-ai/|/model )[^`\n]*)", text)
+    assert len(commands) == 2
+    for command in commands:
+        assert build_parser().parse_args([*entrypoint(), *command.split()]).dcp_size == 8
+    serve = build_parser().parse_args([*entrypoint(), "MODEL"])
+    for name in re.findall(r"`--((?:max|request|sse|api|shutdown)[a-z-]*)", text):
+        assert hasattr(serve, name.replace("-", "_")), name
+
+
+def test_prometheus_example_scrapes_the_server() -> None:
+    ((job,),) = (config["scrape_configs"] for config in load_yaml("prometheus.yml"))
+    assert job["metrics_path"] == "/metrics"
+    assert job["static_configs"][0]["targets"] == ["127.0.0.1:8000"]
+
+
+def test_dashboard_draws_metrics_that_exist_side_by_side() -> None:
+    dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+    known = GAUGES | COUNTERS | {f"{h}_{end}" for h in HISTOGRAMS for end in ("bucket", "sum", "count")}
+    drawn: set[str] = set()
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            metrics = set(re.findall(r"(?:vllm|minidcp):\w+", target["expr"]))
+            assert metrics and metrics <= known, (panel["title"], metrics - known)
+            drawn |= metrics
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert at["x"] + at["w"] <= 24 and not cells & taken, panel["title"]
+        taken |= cells
+    assert drawn >= GAUGES | COUNTERS
+    assert {h for h in HISTOGRAMS if any(d.startswith(h) for d in drawn)} == HISTOGRAMS

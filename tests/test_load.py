@@ -1,0 +1,122 @@
+"""256 streaming clients at once, 2,000 requests, a third of which leave early: every other one is complete and
+equal to its solo run, nothing leaks, and probes are answered in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import random
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import httpx
+from serving import BOS, Server, wait_until
+
+pytest_plugins = ["serving"]
+
+CLIENTS, REQUESTS, TOKENS = 256, 2000, 8
+
+
+def read_rss(pid: int) -> int:
+    """Resident bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+async def stream(host: str, port: int, prompt: list[int], max_tokens: int, leave_after: int | None) -> list[str]:
+    """The texts of a completion's events; a client that leaves reads so many and closes its connection."""
+    reader, writer = await asyncio.open_connection(host, port)
+    body = json.dumps(dict(prompt=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, stream=True)).encode()
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode())
+    writer.write(b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + body)
+    texts: list[str] = []
+    try:
+        while (line := await reader.readline()) and (leave_after is None or len(texts) < leave_after):
+            if line.startswith(b"data: {"):
+                texts.append(json.loads(line[6:])["choices"][0]["text"])
+            elif line.startswith(b"data: [DONE]"):
+                return texts
+        assert leave_after is not None, "the stream has no end"
+        return texts
+    finally:
+        writer.close()
+
+
+def list_solo(url: str) -> dict[tuple[int, ...], list[str]]:
+    """Prompts whose greedy tokens no rounding can change, and the texts of their events when alone."""
+    rng, solo = random.Random(0), {}
+    host, port = httpx.URL(url).host, httpx.URL(url).port
+    while len(solo) < 40:
+        prompt = [BOS, *(rng.randrange(5, 300) for _ in range(rng.randint(1, 60)))]
+        body = dict(prompt=prompt, max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=2)
+        tops = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["logprobs"]
+        best = [sorted(top.values())[-2:] for top in tops["top_logprobs"]]
+        if all(len(pair) == 2 and pair[1] - pair[0] > 1e-2 for pair in best):
+            solo[tuple(prompt)] = asyncio.run(stream(host, port, prompt, TOKENS, None))
+    return solo
+
+
+def test_load(demo: Path, tmp_path: Path) -> None:
+    server = Server(demo, tmp_path, "--tp-size", "2", "--dcp-size", "2", "--num-blocks", "600")
+    try:
+        server.wait_until_healthy()
+        solo = list_solo(server.url)
+        spawn = multiprocessing.get_context("spawn")
+        results, done = spawn.Queue(), spawn.Event()
+        prober = spawn.Process(target=probe, args=(server.url, results, done), daemon=True)
+        prober.start()
+        rss = asyncio.run(drive(server, solo))
+        done.set()
+        latencies = sorted(results.get(timeout=20))
+        with httpx.Client(base_url=server.url) as client:
+            wait_until(lambda: client.get("/load").json()["running"] == 0, 10, "requests are left")
+            load = client.get("/load").json()
+        blocks = load["kv_blocks"]
+        assert load["waiting"] == 0 == blocks["live"] and blocks["cached"] + blocks["free"] == blocks["total"]
+        assert len(latencies) > 50
+        assert latencies[int(len(latencies) * 0.99)] < 0.1, f"p99 of /health: {latencies[-5:]}"
+        assert rss[-1] < rss[len(rss) // 2] + (16 << 20), "memory grows"
+        assert "Traceback" not in server.stderr.read_text()
+    finally:
+        server.kill()
+
+
+async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[int]:
+    """How much memory the server had, all the while."""
+    host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
+    rng, rss = random.Random(1), []
+    left = REQUESTS
+    prompts = list(solo)
+
+    async def client() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            prompt, count = rng.choice(prompts), rng.randint(1, TOKENS)
+            leave_after = rng.randint(0, 3) if rng.random() < 1 / 3 else None
+            texts = await stream(host, port, list(prompt), count, leave_after)
+            expected = solo[prompt][:count]
+            if leave_after is None:
+                assert len(texts) == count
+                # The last text also has what a following token would have completed.
+                assert texts[:-1] == expected[:-1] and texts[-1].startswith(expected[-1])
+            else:
+                assert texts == expected[: len(texts)] or len(texts) == count
+            if left % 50 == 0:
+                rss.append(read_rss(server.process.pid))
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return rss
+
+
+def probe(url: str, results: multiprocessing.Queue[list[float]], done: Event) -> None:
+    """How long /health takes, seen from a process of its own: the clients' loop is busy."""
+    latencies = []
+    with httpx.Client(base_url=url) as http:
+        while not done.is_set():
+            start = time.perf_counter()
+            assert http.get("/health").status_code == 200
+            latencies.append(time.perf_counter() - start)
+            time.sleep(0.02)
+    results.put(latencies)

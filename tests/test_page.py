@@ -1,0 +1,355 @@
+"""The status page in headless Chromium, against a scripted server: what it shows of /load, and how a prompt
+streams in, stops and fails. That the real server answers the page's requests is `test_server.py`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if CHROMIUM is None or DRIVER is None:
+    pytest.skip(
+        "no chromium and chromedriver on PATH: the status page is not tested in a browser "
+        "(Debian: apt-get install chromium chromium-driver)",
+        allow_module_level=True,
+    )
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-prefers-reduced-motion",
+]
+DONE = b"data: [DONE]\n\n"
+
+
+def token(text: str, finish_reason: str | None = None) -> bytes:
+    """One event of a stream."""
+    choice = {"index": 0, "text": text, "finish_reason": finish_reason}
+    return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
+
+
+def refuse(status: int, message: str) -> Response:
+    return JSONResponse({"error": {"message": message}}, status_code=status)
+
+
+class Script:
+    """A server that says what a test wants. `pieces` are sent as they are put in; None ends the stream."""
+
+    def __init__(self) -> None:
+        self.load: dict[str, Any] = {
+            "model": "demo",
+            "version": "0.1.0",
+            "uptime_seconds": 10.0,
+            "running": 3,
+            "waiting": 0,
+            "prompt_tokens": 1234,
+            "generated_tokens": 4567,
+            "cached_tokens": 100,
+            "kv_blocks": {"total": 40, "live": 10, "cached": 6, "free": 24},
+            "kv_tokens": {"capacity": [640] * 8, "used": [160, 160, 160, 159, 159, 159, 159, 159]},
+            "config": {"tp_size": 8, "dcp_size": 8, "block_size": 16, "exchange_policy": "auto"},
+        }
+        self.load_error: tuple[int, str] | None = None
+        self.error: tuple[int, str] | None = None
+        self.key: str | None = None
+        self.pieces: deque[bytes | None] = deque()
+        self.bodies: list[dict[str, Any]] = []
+        self.client_left = threading.Event()
+        self.port = 0
+        self.start()
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/")
+        async def page() -> Response:
+            return HTMLResponse(files("minidcp_server").joinpath("page.html").read_text(encoding="utf-8"))
+
+        @app.get("/load")
+        async def load(request: Request) -> Response:
+            if self.is_locked_for(request):
+                return refuse(401, "wrong key")
+            return refuse(*self.load_error) if self.load_error else JSONResponse(self.load)
+
+        @app.post("/v1/completions")
+        async def complete(request: Request) -> Response:
+            if self.is_locked_for(request):
+                return refuse(401, "the API key is missing or wrong")
+            self.bodies.append(await request.json())
+            if self.error:
+                return refuse(*self.error)
+            return StreamingResponse(self.stream(), media_type="text/event-stream")
+
+        return app
+
+    def is_locked_for(self, request: Request) -> bool:
+        return self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}"
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                while not self.pieces:
+                    await asyncio.sleep(0.005)
+                piece = self.pieces.popleft()
+                if piece is None:
+                    return
+                yield piece
+        except asyncio.CancelledError:
+            self.client_left.set()
+            raise
+
+    def start(self) -> None:
+        listening = socket.create_server(("127.0.0.1", self.port))
+        self.port = listening.getsockname()[1]
+        settings = uvicorn.Config(self.app(), log_level="error", timeout_graceful_shutdown=1)
+        self.server = uvicorn.Server(settings)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+class Page:
+    """What a person sees and does."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
+        self.driver, self.url = driver, url
+        driver.get(url)
+
+    def run(self, script: str) -> Any:
+        return self.driver.execute_script(script)
+
+    def text(self, element: str) -> str:
+        """What is visible of an element; nothing if it is hidden."""
+        return self.driver.find_element("id", element).text
+
+    def click(self, element: str) -> None:
+        self.driver.find_element("id", element).click()
+
+    def fill(self, element: str, text: str) -> None:
+        field = self.driver.find_element("id", element)
+        field.clear()
+        field.send_keys(text)
+
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not after {seconds} s: {what}. The page:\n{self.body()}"
+            time.sleep(0.02)
+
+    def body(self) -> str:
+        return self.driver.find_element("tag name", "body").text
+
+    def poll(self) -> None:
+        """Ask for /load now, not within a second."""
+        self.run("wake()")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    profile: Path = tmp_path_factory.mktemp("chromium")
+    for flag in [*FLAGS, f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))  # given a path it downloads none
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    script = Script()
+    yield script
+    script.pieces.append(None)
+    if script.thread.is_alive():
+        script.stop()
+
+
+@pytest.fixture
+def page_url(script: Script) -> str:
+    return f"http://127.0.0.1:{script.port}/"
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome, page_url: str) -> Page:
+    page = Page(driver, page_url)
+    page.wait(lambda: page.text("model") not in ("", "…"), "the first answer is shown")
+    return page
+
+
+BARS = """return [...document.querySelectorAll(".rank .bar")].map(bar =>
+    bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"""
+GROUPS = """return [...document.querySelectorAll(".group")].map(group => group.innerText.match(/rank \\d+/g))"""
+
+
+@pytest.mark.parametrize(("tp", "dcp", "groups"), [(8, 8, 1), (6, 2, 3), (4, 1, 1), (1, 1, 1)])
+def test_each_rank_has_a_bar_as_full_as_its_shard(page: Page, script: Script, tp: int, dcp: int, groups: int) -> None:
+    used = [100 + 7 * rank for rank in range(tp)]
+    script.load["kv_tokens"] = {"capacity": [640] * tp, "used": used}
+    script.load["config"] |= {"tp_size": tp, "dcp_size": dcp}
+    page.poll()
+    page.wait(lambda: len(page.run(BARS)) == tp, f"{tp} bars")
+    assert page.run(BARS) == pytest.approx([u / 640 for u in used], abs=0.005)
+    names = [f"rank {rank}" for rank in range(tp)]
+    size = tp // groups
+    assert page.run(GROUPS) == [names[i : i + size] for i in range(0, tp, size)]
+    assert f"{used[-1]} / 640" in page.text("groups")
+    assert (f"rank p mod {dcp}" in page.text("story")) == (dcp > 1)
+
+
+def test_numbers_are_those_of_the_server(page: Page, script: Script) -> None:
+    script.load |= {"running": 1200, "waiting": 7, "model": "a/<i>b</i>", "uptime_seconds": 7384.0}
+    script.load["generated_tokens"] += 737400
+    page.poll()
+    page.wait(lambda: page.text("running") == "1,200", "running requests")
+    assert page.text("waiting") == "7"
+    assert page.text("model") == "a/<i>b</i>"
+    assert page.text("state") == "up for 2 h 3 min"
+    assert page.text("speed") == "100"  # 737,400 tokens in 7,374 seconds
+    assert page.run("return speeds.length") == 120  # each of the last two minutes' seconds
+    assert [page.text(kind) for kind in ("live", "cached", "free", "total")] == ["10", "6", "24", "40"]
+    assert "128 consecutive tokens" in page.text("block-story")
+    assert "exchange policy\nauto" in page.text("config")
+    assert "1,234 prompt tokens, 100 of them" in page.text("totals")
+
+
+def test_speed_follows_by_itself_and_survives_a_restart(page: Page, script: Script) -> None:
+    script.load |= {"uptime_seconds": 12.0, "generated_tokens": 4577}
+    page.wait(lambda: page.text("speed") == "5.0", "ten tokens in two seconds, without being told to ask")
+    assert page.run("return document.getElementById('line').getAttribute('d')").count("L") == 1
+    script.load |= {"uptime_seconds": 0.5, "generated_tokens": 0}
+    page.poll()
+    page.wait(lambda: page.text("speed") == "–", "no speed from counters that began anew")
+
+
+def test_prompt_streams_in_piece_by_piece(page: Page, script: Script) -> None:
+    page.fill("prompt", "Ein <b>Anfang</b>")
+    page.fill("max-tokens", "4")
+    page.fill("temperature", "0.25")
+    page.driver.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.wait(lambda: script.bodies, "the request")
+    assert script.bodies == [{"prompt": "Ein <b>Anfang</b>", "stream": True, "max_tokens": 4, "temperature": 0.25}]
+    script.pieces.append(token(" one"))
+    page.wait(lambda: page.text("output") == "Ein <b>Anfang</b> one", "the first token")
+    assert page.text("stop") == "Stop"
+    second = token(" zwölf").replace(b"\n\n", b"\r\n\r\n")
+    cut = second.index("ö".encode()) + 1  # within the character
+    script.pieces.append(b": a comment\n\n" + second[:cut])
+    time.sleep(0.2)  # so that the halves arrive one by one
+    script.pieces.append(second[cut:])
+    page.wait(lambda: page.text("output").endswith("one zwölf"), "the second token")
+    script.pieces.extend([token("") + token("\n<i>"), token("", "length"), DONE, None])
+    page.wait(lambda: "ended by its length" in page.text("timing"), "the end")
+    assert page.text("output") == "Ein <b>Anfang</b> one zwölf\n<i>"
+    assert page.text("timing").startswith("5 tokens in ")
+    assert page.text("stop") == page.text("problem") == ""
+
+
+def test_stop_aborts_the_request(page: Page, script: Script) -> None:
+    page.click("send")
+    script.pieces.append(token(" one"))
+    page.wait(lambda: page.text("output").endswith(" one"), "the first token")
+    page.click("stop")
+    assert script.client_left.wait(5)
+    page.wait(lambda: page.text("timing").endswith("stopped."), "that it has stopped")
+    assert page.text("output").endswith(" one")
+    assert page.text("stop") == page.text("problem") == ""
+    page.click("send")
+    script.pieces.extend([token(" two", "stop"), DONE, None])
+    page.wait(lambda: page.text("output").endswith("time two"), "a second prompt")
+
+
+def test_errors_are_shown(page: Page, script: Script) -> None:
+    script.error = 400, "This model's maximum context length is 1024 tokens."
+    page.click("send")
+    page.wait(lambda: page.text("problem") == "This model's maximum context length is 1024 tokens.", "the 400")
+    script.error = None
+    page.click("send")
+    script.pieces.extend([token(" one"), b'data: {"error": {"message": "rank 3 ended"}}\n\n', DONE, None])
+    page.wait(lambda: page.text("problem") == "rank 3 ended", "the error in mid-stream")
+    assert page.text("output").endswith(" one")
+    script.pieces.clear()
+    page.click("send")
+    script.pieces.extend([token(" one"), None])
+    page.wait(lambda: "broke off" in page.text("problem"), "a stream without an end")
+    page.click("send")
+    script.pieces.extend([token(" one", "stop"), DONE, None])
+    page.wait(lambda: "ended by stop" in page.text("timing"), "a prompt after all that")
+    assert page.text("problem") == ""
+
+
+def test_key_is_asked_for_where_the_server_wants_one(page: Page, script: Script) -> None:
+    assert page.text("unlock") == ""
+    script.key = "secret"
+    page.click("send")
+    page.wait(lambda: "asks for an API key" in page.text("unlock"), "the field")
+    assert "missing or wrong" in page.text("problem")
+    page.poll()
+    page.wait(lambda: page.text("state") == "locked", "/load is locked as well")
+    page.fill("key", f"secret{Keys.ENTER}")
+    page.wait(lambda: page.text("state").startswith("up"), "/load with the key")
+    page.click("send")
+    script.pieces.extend([token(" one", "stop"), DONE, None])
+    page.wait(lambda: page.text("output").endswith(" one"), "the answer to a prompt with the key")
+
+
+def test_engine_gone_and_back(page: Page, script: Script) -> None:
+    assert page.text("banner") == ""
+    script.load_error = 503, "the engine has stopped: rank 3 ended"
+    page.poll()
+    page.wait(lambda: "the engine has stopped: rank 3 ended." in page.text("banner"), "the reason")
+    assert page.text("state") == "not available"
+    script.stop()
+    page.wait(lambda: "the server does not answer" in page.text("banner"), "that nobody answers")
+    page.click("send")
+    page.wait(lambda: "connection to the server failed" in page.text("problem"), "an error for the prompt")
+    script.load_error = None
+    script.start()
+    page.wait(lambda: page.text("state").startswith("up"), "recovery without a reload")
+    assert page.text("banner") == ""
+    assert page.text("running") == "3"
+
+
+def test_nothing_comes_from_outside_and_a_phone_scrolls_one_way(page: Page, script: Script) -> None:
+    script.load |= {"model": "an-organisation/with-a-very-long-model-name-of-many-parts-v2.5-instruct"}
+    script.load["kv_tokens"] = {"capacity": [1_204_224] * 8, "used": [1_104_224] * 8}
+    page.poll()
+    page.wait(lambda: "1,104,224" in page.text("groups"), "large numbers")
+    size = dict(width=360, height=740, deviceScaleFactor=2, mobile=True)
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        widths = page.run("return [document.documentElement.scrollWidth, window.innerWidth]")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert widths == [360, 360]
+    loaded = page.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert set(loaded) == {f"{page.url}load"}
+    refused = [line for line in page.driver.get_log("browser") if "Content Security Policy" in line["message"]]
+    assert refused == []

@@ -1,0 +1,29 @@
+"""Bodies made from the OpenAPI schema by schemathesis: answers are what the schema says, and never a 500."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from serving import Server
+
+pytest_plugins = ["serving"]
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+def test_schema(demo: Path, tmp_path: Path) -> None:
+    flags = ["--ranks", "threads", "--tp-size", "2", "--dcp-size", "2", "--max-model-len", "512"]
+    server = Server(demo, tmp_path, *flags, "--served-model-name", "demo")
+    try:
+        server.wait_until_healthy()
+        command = [Path(sysconfig.get_path("scripts"), "st"), "run", f"{server.url}/openapi.json", "--checks", CHECKS]
+        command += ["--max-examples", "30", "--generation-deterministic"]
+        run = subprocess.run([*command, "--no-color"], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert run.returncode == 0, run.stdout
+        found = re.search(r"(\d+) generated", run.stdout)
+        assert found is not None and int(found[1]) >= 500, run.stdout
+        assert "Traceback" not in server.stderr.read_text()
+    finally:
+        server.kill()
