@@ -52,9 +52,7 @@ class Cell:
 
     def agrees_with(self, base: Cell) -> bool:
         """Every accuracy is within the base's 95 % interval."""
-        return all(
-            row["low"] <= self.summary[k]["accuracy"] <= row["high"] for k, row in base.summary.items()
-        )
+        return all(row["low"] <= self.summary[k]["accuracy"] <= row["high"] for k, row in base.summary.items())
 
 
 def list_engines(
@@ -103,9 +101,7 @@ def run_matrix(
     for concurrency, answers, seconds in base:
         yield Cell("tp1", concurrency, seconds, summarize(answers, reference))
     for name, options in engines.items():
-        for concurrency, answers, seconds in ask(
-            model, common | options, tokenizer, questions, concurrencies
-        ):
+        for concurrency, answers, seconds in ask(model, common | options, tokenizer, questions, concurrencies):
             yield Cell(name, concurrency, seconds, summarize(answers, reference))
 
 
@@ -118,16 +114,12 @@ def format_cell(cell: Cell) -> str:
     parts = [f"{cell.name:<36} {cell.concurrency:>4}"]
     for row in cell.summary.values():
         drift = "-" if row["drift"] is None else f"{row['drift']:.1e}"
-        parts.append(
-            f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>3} {drift:>7}"
-        )
+        parts.append(f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f}) {row['differ']:>3} {drift:>7}")
     return "  ".join([*parts, f"{cell.seconds:>6.1f}"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(DEMO), help="the demo checkpoint")
     parser.add_argument("--questions", type=int, default=200, help="of each kind")
     parser.add_argument("--longest", type=int, default=8192, help="tokens of a retrieval prompt")

@@ -59,9 +59,7 @@ class TrainingForward:
         h = norm(x, ln)
         q = linear(norm(linear(h, q_a), q_ln), q_b).unflatten(-1, (heads, -1))
         latent, k_pe = linear(h, kv_a).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        k_nope, v = (
-            linear(norm(latent, kv_ln), kv_b).unflatten(-1, (heads, -1)).split([nope, c.v_head_dim], -1)
-        )
+        k_nope, v = linear(norm(latent, kv_ln), kv_b).unflatten(-1, (heads, -1)).split([nope, c.v_head_dim], -1)
         q = torch.cat((q[..., :nope], rotate(q[..., nope:], cos[:, None], sin[:, None])), -1)
         k_pe = rotate(k_pe, cos, sin)[:, None].expand(-1, heads, -1)
         return q, torch.cat((k_nope, k_pe), -1), v.contiguous()
@@ -155,8 +153,7 @@ class Muon:
         for p in parameters:
             self.groups.setdefault(p.shape, []).append(p)
         self.buffers = {
-            shape: torch.zeros(len(group), *shape, device=group[0].device)
-            for shape, group in self.groups.items()
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
         }
 
     @torch.no_grad()

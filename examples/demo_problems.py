@@ -204,9 +204,7 @@ def make_share(rng: Random, steps: Steps) -> Problem:
         return steps.finish(f"{question} How many {thing} does each {one} get?")
     x = rng.randint(2, 40)
     steps.do(share, "-", x)
-    return steps.finish(
-        f"{question} Each {one} then sells {x} {thing}. How many {thing} does each {one} have now?"
-    )
+    return steps.finish(f"{question} Each {one} then sells {x} {thing}. How many {thing} does each {one} have now?")
 
 
 FAMILIES = (make_stock, make_packs, make_shop, make_comparison, make_rate, make_share)

@@ -127,9 +127,7 @@ def fill_with_retrieval(row: Row, rng: Random) -> None:
     row.add_ids([row.tokenize.eos] * row.left, SILENT)
 
 
-def make_batch(
-    rng: Random, tokenize: Tokenize, kind: str, rows: int, length: int, held_out: bool = False
-) -> RowBatch:
+def make_batch(rng: Random, tokenize: Tokenize, kind: str, rows: int, length: int, held_out: bool = False) -> RowBatch:
     """Rows of one kind of problem. `held_out` ones are never trained on."""
     done = []
     for _ in range(rows):

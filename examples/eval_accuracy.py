@@ -72,9 +72,7 @@ def pick_fact(context: Context, place: float) -> Problem:
     return min(context.facts, key=lambda fact: abs(fact[0] - wanted))[1]
 
 
-def make_texts(
-    kind: str, number: int, length_of: Callable[[str], int], longest: int
-) -> Iterator[tuple[str, str]]:
+def make_texts(kind: str, number: int, length_of: Callable[[str], int], longest: int) -> Iterator[tuple[str, str]]:
     """Prompts and results. Contexts have four lengths; in each, needles stand from one end to the other."""
     rng = Random(f"{SEED} {kind}")
     lengths = [n for n in CONTEXT_TOKENS if n <= longest] or [longest]
@@ -238,17 +236,13 @@ def open_answerer(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_flags(parser)
     parser.add_argument("--url", help="ask a running server instead of starting an engine")
     parser.add_argument("--transformers", action="store_true", help="ask transformers instead")
     parser.add_argument("--questions", type=int, default=200, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="some of them, by commas")
-    parser.add_argument(
-        "--longest", type=int, default=CONTEXT_TOKENS[-1], help="tokens of a retrieval prompt"
-    )
+    parser.add_argument("--longest", type=int, default=CONTEXT_TOKENS[-1], help="tokens of a retrieval prompt")
     parser.add_argument("--concurrency", type=int, default=64, help="questions asked together")
     parser.add_argument("--json", type=Path, help="write figures and answers there")
     parser.add_argument("--reference", type=Path, help="such a file, to count answers that differ from it")

@@ -225,9 +225,7 @@ def scale_rate(step: int, progress: float, decay: float) -> float:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    tokenizer = (
-        Tokenizer.from_file(str(args.start / "tokenizer.json")) if args.start else make_tokenizer(args.seed)
-    )
+    tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json")) if args.start else make_tokenizer(args.seed)
     source = Source(tokenizer, args)
     held_out = {
         f"{kind}-{length}": make_batch(
@@ -273,29 +271,19 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where to write the checkpoint")
     parser.add_argument("--start", type=Path, help="go on from this checkpoint, with rows of every length")
     parser.add_argument("--steps", type=int, default=4500, help="updates, of two batches each")
-    parser.add_argument(
-        "--minutes", type=float, default=20.0, help="stop, with the learning rate down, by then"
-    )
-    parser.add_argument(
-        "--batch-tokens", type=int, default=33792, help="of a batch; a multiple of the longest row"
-    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="stop, with the learning rate down, by then")
+    parser.add_argument("--batch-tokens", type=int, default=33792, help="of a batch; a multiple of the longest row")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="the longest row to train on")
     parser.add_argument("--lr", type=float, default=3e-3, help="of vectors, embedding, head and router")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="of all other matrices")
-    parser.add_argument(
-        "--decay", type=float, default=0.55, help="share of the training in which the rate falls"
-    )
+    parser.add_argument("--decay", type=float, default=0.55, help="share of the training in which the rate falls")
     parser.add_argument("--words", type=float, default=1.0, help="share of steps with word problems in them")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument(
-        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make batches"
-    )
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make batches")
     parser.add_argument("--report", type=int, default=100, help="steps from one line to the next")
     parser.add_argument("--measure", type=int, default=250, help="steps from one accuracy to the next")
     parser.add_argument("--seed", type=int, default=0)

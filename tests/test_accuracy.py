@@ -14,9 +14,7 @@ from demo_rows import count_tokens
 from eval_accuracy import DEMO, find_interval, make_questions, pick_fact
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerBase
 
-COMMON = dict(
-    device="cpu", dtype="float32", ranks="threads", max_model_len=1024, num_blocks=256, max_num_seqs=8
-)
+COMMON = dict(device="cpu", dtype="float32", ranks="threads", max_model_len=1024, num_blocks=256, max_num_seqs=8)
 
 
 @pytest.fixture(scope="module")
