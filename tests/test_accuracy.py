@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,6 +14,8 @@ from demo_problems import make_context, make_word_problem
 from demo_rows import count_tokens
 from eval_accuracy import DEMO, find_interval, make_questions, pick_fact
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerBase
+
+from minidcp import LLM, SamplingParams
 
 COMMON = dict(device="cpu", dtype="float32", ranks="threads", max_model_len=1024, num_blocks=256, max_num_seqs=8)
 
@@ -41,6 +44,18 @@ def test_every_engine_gives_the_right_answers_and_the_tokens_of_one_rank(
             assert row["accuracy"] == 1.0, f"{cell.name}: {kind}"
             # LSEs of the wrong base change none of its answers, so sure is the model; but this, by 0.02.
             assert row["drift"] < 1e-5, f"{cell.name}: {kind}"
+
+
+def test_the_readme_shows_the_models_own_answer() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    prompt = re.search(r'"prompt": "(Question: .*?)"}', readme)
+    answer = re.search(r"It answers, a token at a time: `(.*?)`", readme)
+    assert prompt and answer
+    with LLM(DEMO, **COMMON) as llm:
+        params = SamplingParams(max_tokens=64, temperature=0.0)
+        completion = llm.generate([prompt[1].replace("\\n", "\n")], params)[0].outputs[0]
+    assert completion.text == answer[1]
+    assert completion.finish_reason == "stop"
 
 
 def test_the_forward_for_training_is_transformers_own() -> None:
