@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--graphs", default="on,off")
     parser.add_argument("--only", default="", help="a regular expression that an engine's name must match")
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--prefill-strategy", default="auto", help="gather_kv: takes less memory on a CPU")
     parser.add_argument("--ranks", default="auto", help="threads: on a CPU")
     args = parser.parse_args()
 
@@ -145,6 +146,7 @@ def main() -> None:
     common = size_cache(ONE_RANK, tokens, args.block_size) | {
         "block_size": args.block_size,
         "ranks": args.ranks,
+        "prefill_strategy": args.prefill_strategy,
         "max_num_seqs": max(concurrencies),
         "max_model_len": args.longest + 256,
         "prefix_cache": False,  # every cell computes all of its prompts itself

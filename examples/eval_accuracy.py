@@ -191,7 +191,7 @@ def find_interval(right: int, number: int) -> tuple[float, float]:
     z, share = 1.959964, right / number
     middle = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return round(middle - half, 9), round(middle + half, 9)  # exactly 0 or 1 where they are
 
 
 def summarize(answers: list[Answer], reference: list[Answer] | None = None) -> dict[str, dict[str, Any]]:

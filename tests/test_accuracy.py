@@ -11,7 +11,7 @@ import torch
 from accuracy_matrix import list_engines, run_matrix
 from demo_forward import TrainingForward
 from demo_problems import make_context, make_word_problem
-from demo_rows import count_tokens
+from demo_rows import ANSWERS, SILENT, Tokenize, count_tokens, make_batch
 from eval_accuracy import DEMO, find_interval, make_questions, pick_fact
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerBase
 
@@ -88,6 +88,20 @@ def test_no_held_out_problem_is_trained_on() -> None:
     assert not trained & {make_word_problem(rng, held_out=True).question for _ in range(200)}
 
 
+@pytest.mark.parametrize(("kind", "length"), [("words", 528), ("retrieval", 264), ("retrieval", 1056)])
+def test_what_is_trained_on_are_whole_answers(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> None:
+    tokenize = Tokenize(tokenizer.backend_tokenizer)
+    batch = make_batch(Random(0), tokenize, kind, 4, length)
+    assert batch.tokens.shape == batch.labels.shape == (4, length)
+    shape = r" (.* )?(The answer is \d+|The code of the \w+ \w+ is \d{4}|The \w+ \w+ lives in \w+)\.(\n|<.*>)?"
+    for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
+        assert tokens[0] == tokenizer.bos_token_id and labels[0] == SILENT
+        answers = [tokens[labels == label].tolist() for label in range(ANSWERS, labels.max() + 1)]
+        assert answers
+        for answer in answers[:-1]:  # the row may end within the last
+            assert re.fullmatch(shape, tokenizer.decode(answer)), tokenizer.decode(answer)
+
+
 def test_needles_stand_where_they_should(tokenizer: PreTrainedTokenizerBase) -> None:
     for seed in range(20):
         context = make_context(Random(seed), count_tokens, 2000)
@@ -102,7 +116,9 @@ def test_needles_stand_where_they_should(tokenizer: PreTrainedTokenizerBase) -> 
 
 def test_interval() -> None:
     assert find_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert find_interval(200, 200) == pytest.approx((0.9812, 1.0), abs=1e-4)
+    assert find_interval(0, 10)[0] == 0.0
+    for number in range(1, 300):
+        assert find_interval(number, number)[1] == 1.0
 
 
 def test_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
