@@ -5,11 +5,11 @@ TP ?= 8
 DCP ?= 8
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := demo-checkpoint
+DEMO := examples/demo-model
 
 .PHONY: demo test format clean
 
-demo: $(VENV)/.server $(DEMO)/config.json  ## serve a small DeepSeek-V2 on the CPU
+demo: $(VENV)/.server  ## serve a small DeepSeek-V2 on the CPU
 	$(BIN)/minidcp serve $(DEMO) --device cpu --ranks threads --tp-size $(TP) --dcp-size $(DCP) \
 		--host $(HOST) --port $(PORT)
 
@@ -24,10 +24,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
-
-$(DEMO)/config.json: examples/make_demo_checkpoint.py | $(VENV)/.server
-	$(BIN)/python examples/make_demo_checkpoint.py $(DEMO)
+	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.server: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server]'

@@ -1,6 +1,6 @@
 """Decode speed of the whole engine: tokens/s, and the share of the time that is not the model's.
 
-    python benchmarks/decode.py demo-checkpoint --device cpu --ranks threads --tp-size 8 --dcp-size 8
+    python benchmarks/decode.py examples/demo-model --device cpu --ranks threads --tp-size 8 --dcp-size 8
 
 Every batch ends with a line of JSON.
 """
