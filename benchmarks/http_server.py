@@ -30,7 +30,7 @@ class InstantEngine:
     config: EngineConfig = field(default_factory=lambda: EngineConfig("instant", max_num_seqs=4096))
     tokenizer: None = None
     max_model_len: int = 1 << 20
-    observer: object = None
+    observe: object = None
     left: dict[str, int] = field(default_factory=dict)
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
 

@@ -1,8 +1,4 @@
-"""The HTTP endpoints. Bodies are in `protocol.py`, what generates in `generation.py`, the engine's thread in
-`async_engine.py`.
-"""
-
-from __future__ import annotations
+"""The HTTP endpoints. Bodies are in `protocol.py`, what generates is in `generation.py`."""
 
 import asyncio
 import json
@@ -24,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from openai.types.chat import ChatCompletion
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -110,7 +107,10 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return spelling.describe()
+        tokenizer = spelling.require_tokenizer("tokenizer_info")
+        names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        info = {"tokenizer_class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "special_tokens": names}
+        return info | {"has_chat_template": tokenizer.chat_template is not None}
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
@@ -132,7 +132,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         # Always the plain format: in the other one, scrapers turn the colons of names into underscores.
-        return Response(engine.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(engine.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/load")
     async def load() -> dict[str, Any]:
@@ -158,8 +158,7 @@ def add_error_handlers(app: FastAPI) -> None:
         where = [str(part) for part in first["loc"] if part != "body"]
         if not where:
             return error_response(400, str(first["msg"]))
-        missing = first["type"] == "missing"
-        what = ".".join(where) if missing else f"{where[0]} {reprlib.repr(first['input'])}"
+        what = ".".join(where) if first["type"] == "missing" else f"{where[0]} {reprlib.repr(first['input'])}"
         return error_response(400, f"{what}: {first['msg']}", where[0])
 
     @app.exception_handler(HTTPException)
@@ -199,10 +198,8 @@ class Server(uvicorn.Server):
     """Told to stop, it takes no new connections, and gives requests `shutdown_timeout` seconds to end."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        wait = int(engine.config.shutdown_timeout) + 5
-        super().__init__(
-            uvicorn.Config(create_app(engine), log_level="warning", access_log=False, timeout_graceful_shutdown=wait)
-        )
+        app, wait = create_app(engine), int(engine.config.shutdown_timeout) + 5
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=wait))
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -1,14 +1,10 @@
-"""The engine in a thread of its own, and asyncio in front of it.
-
-Requests and aborts go in through a queue, deltas come back to the queue of whoever asked. The engine itself
-(`minidcp/engine/engine.py`) knows nothing of asyncio.
-"""
-
-from __future__ import annotations
+"""The engine in a thread of its own, and asyncio in front of it. Requests and aborts go in through a queue, deltas come
+back to the queue of whoever asked. The engine itself (`minidcp/engine/engine.py`) knows nothing of asyncio."""
 
 import asyncio
 import contextlib
 import itertools
+import math
 import queue
 import threading
 import time
@@ -33,8 +29,8 @@ class UnavailableError(RuntimeError):
 
 
 class AsyncEngine:
-    """Call `start` from the event loop before anything else. `make` loads the engine, in the thread;
-    `on_end` runs in the loop when that fails or a rank ends, and `failure` says why."""
+    """Call `start` from the event loop before anything else. `make` loads the engine, in the thread; `on_end` runs in
+    the loop when that fails or a rank ends, and `failure` says why."""
 
     def __init__(
         self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str, on_end: Callable[[], None]
@@ -68,7 +64,7 @@ class AsyncEngine:
         """The engine thread: take what came in, make a step, hand out what it gave."""
         try:
             engine = self.make()
-            engine.observer = self.metrics
+            engine.observe = self.metrics.observe
             self.metrics.watch(engine)
             self.loaded = engine
             while not self.stopping:
@@ -141,10 +137,8 @@ class AsyncEngine:
             self.streams[request_id] = index, stream
             self.metrics.count_request(request_id, tokens)
             self.inbox.put(lambda i=request_id, t=tokens, p=params: engine.add_request(i, t, p))  # type: ignore[misc]
-        timers = []
-        if self.config.request_timeout > 0:
-            late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
-            timers.append(self.loop.call_later(self.config.request_timeout, stream.put_nowait, late))
+        late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
+        timer = self.loop.call_later(self.config.request_timeout or math.inf, stream.put_nowait, late)
         left = len(requests)
         try:
             while left:
@@ -161,8 +155,7 @@ class AsyncEngine:
                 if error is not None and left:
                     raise error
         finally:
-            for timer in timers:
-                timer.cancel()
+            timer.cancel()
             for request_id in ids:
                 del self.streams[request_id]
             if left:

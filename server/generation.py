@@ -1,9 +1,5 @@
-"""POST /v1/completions and /v1/chat/completions: n samples of every prompt, answered whole or as a stream.
-
-A choice is a dict, in an event or in the answer. `protocol.py` has the requests.
-"""
-
-from __future__ import annotations
+"""POST /v1/completions and /v1/chat/completions: n samples of every prompt, answered whole or as a stream. A choice is
+a dict, in an event or in the answer. `protocol.py` has the requests."""
 
 import asyncio
 import json
@@ -11,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -123,9 +119,8 @@ class Generation:
 
     def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
         """An entry per token in every column. A prompt's first token has no log-probability."""
-        columns: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         spell = self.spelling.spell
         for position, entry in enumerate(entries):
             top: dict[str, float] | None = None
@@ -143,9 +138,8 @@ class Generation:
         return columns
 
     @classmethod
-    async def begin(cls, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest) -> Generation:
-        samples = body.samples()
-        prompts = body.prompts()
+    async def begin(cls, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest) -> Self:
+        samples, prompts = body.samples(), body.prompts()
         ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
         echoed = []
         if body.echo:
@@ -166,22 +160,16 @@ class Chat(Generation):
 
     def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
         def word(token: int, logprob: float) -> dict[str, Any]:
-            spell = self.spelling
-            return {"token": spell.spell(token), "logprob": logprob, "bytes": spell.spell_bytes(token)}
+            spelling = self.spelling
+            return {"token": spelling.spell(token), "logprob": logprob, "bytes": spelling.spell_bytes(token)}
 
-        return {
-            "content": [
-                word(e.token_id, e.logprob) | {"top_logprobs": [word(*top) for top in e.top]}
-                for e in entries
-                if e is not None
-            ]
-        }
+        known = [entry for entry in entries if entry is not None]
+        return {"content": [word(e.token_id, e.logprob) | {"top_logprobs": [word(*t) for t in e.top]} for e in known]}
 
     @classmethod
-    async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Chat:
+    async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Self:
         samples = body.samples()
-        prompt = await spelling.encode_chat(body)
-        return cls(engine, spelling, body, [prompt], samples)
+        return cls(engine, spelling, body, [await spelling.encode_chat(body)], samples)
 
 
 def write_event(content: dict[str, Any]) -> str:

@@ -1,13 +1,11 @@
 """What /metrics and /load tell. Names as vLLM has them, where it has them: dashboards know those."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -41,19 +39,17 @@ class Times:
 
 
 class Metrics(Collector):
-    """A registry of its own. `planned` and `done` are called by the engine's thread, the others by the loop."""
+    """A registry of its own. `observe` is called by the engine's thread, the others by the loop."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
         self.histograms = {
-            name: self.make(Histogram, f"vllm:{name}", what, buckets=buckets)
-            for name, (buckets, what) in HISTOGRAMS.items()
+            name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in HISTOGRAMS.items()
         }
         self.success = self.make(Counter, "vllm:request_success", "finished requests", "finished_reason")
-        self.step_seconds = self.make(
-            Histogram, "minidcp:step_seconds", "of rank 0 in a step", "kind", buckets=LATENCIES
-        )
+        what = "of rank 0 in a step"
+        self.step_seconds = self.make(Histogram, "minidcp:step_seconds", what, "kind", buckets=LATENCIES)
         self.times: dict[str, Times] = {}
         self.started = time.monotonic()
 
@@ -88,25 +84,24 @@ class Metrics(Collector):
                 metric = family(name, name.split(":")[1].replace("_", " "), labels=list(self.labels))
                 metric.add_metric(list(self.labels.values()), value)
                 yield metric
-        metric = GaugeMetricFamily(
-            "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds", labels=[*self.labels, "rank"]
-        )
+        name, what = "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds"
+        metric = GaugeMetricFamily(name, what, labels=[*self.labels, "rank"])
         for rank, tokens in enumerate(self.engine.kv_tokens()[0]):
             metric.add_metric([*self.labels.values(), str(rank)], tokens)
         yield metric
 
-    def planned(self, step: PlannedStep) -> None:
-        now, count = time.monotonic(), len(step.plan.admitted)
-        for request in step.requests[-count:] if count else ():  # a request's first row is the last so far
+    def observe(self, step: PlannedStep, result: StepResult | None) -> None:
+        """A step is planned, or there is its result."""
+        now, admitted, decodes = time.monotonic(), len(step.plan.admitted), step.plan.num_decode
+        if result is not None:
+            kind = "decode" if decodes == len(step.requests) else "mixed" if decodes else "prefill"
+            self.step_seconds.labels(**self.labels, kind=kind).observe(result.seconds)
+            return
+        for request in step.requests[len(step.requests) - admitted :]:  # a request's first row is the last so far
             times = self.times.get(request.request_id)
             if times is not None and times.waits:
                 times.waits = False
                 self.histograms["request_queue_time_seconds"].observe(now - times.arrived)
-
-    def done(self, step: PlannedStep, result: StepResult) -> None:
-        prefills = len(step.requests) - step.plan.num_decode
-        kind = "decode" if not prefills else "mixed" if step.plan.num_decode else "prefill"
-        self.step_seconds.labels(**self.labels, kind=kind).observe(result.seconds)
 
     def count_request(self, request_id: str, tokens: list[int]) -> None:
         self.times[request_id] = Times(len(tokens))
@@ -129,13 +124,10 @@ class Metrics(Collector):
             if self.times.pop(request_id, None) is not None:
                 self.success.labels(**self.labels, finished_reason="abort").inc()
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
-
     def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
         """What the page at / shows."""
-        scheduler, blocks = engine.scheduler, engine.blocks
-        capacity, used = engine.kv_tokens()
+        scheduler, (capacity, used) = engine.scheduler, engine.kv_tokens()
+        total, cached, free = engine.blocks.num_blocks, engine.blocks.num_cached, engine.blocks.num_free
         return {
             "model": model_name,
             "version": __version__,
@@ -145,12 +137,7 @@ class Metrics(Collector):
             "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
             "generated_tokens": engine.stats.generated_tokens,
             "cached_tokens": scheduler.num_cached_tokens,
-            "kv_blocks": {
-                "total": blocks.num_blocks,
-                "live": blocks.num_blocks - blocks.num_available,
-                "cached": blocks.num_cached,
-                "free": blocks.num_free,
-            },
+            "kv_blocks": {"total": total, "live": total - cached - free, "cached": cached, "free": free},
             "kv_tokens": {"capacity": capacity, "used": used},
             "config": {name: value for name, value in asdict(engine.config).items() if value is not None},
         }

@@ -1,8 +1,5 @@
-"""What every request passes before the application: its id, the API key, the size of its body, the access
-log. Plain ASGI: anything that wraps bodies in tasks would hide it when a client leaves.
-"""
-
-from __future__ import annotations
+"""What every request passes first: its id, the API key, the size of its body, the access log. Plain ASGI: anything
+that wraps bodies in tasks would hide it when a client leaves."""
 
 import json
 import logging
@@ -12,6 +9,7 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minidcp.config import ServeConfig
@@ -32,8 +30,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, start, status = Headers(scope=scope), time.monotonic(), 0
-        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        given, start, status = Headers(scope=scope), time.monotonic(), 0
+        request_id = given.get("x-request-id") or uuid.uuid4().hex
         received = 0
 
         async def limited_receive() -> Message:
@@ -52,19 +50,16 @@ class Gate:
             await send(message)
 
         try:
-            if (refusal := self.refuse(scope["path"], headers)) is not None:
-                await answer(noting_send, *refusal)
+            if (refusal := self.refuse(scope["path"], given)) is not None:
+                # The body is not read: the connection cannot be used for another request.
+                headers = {"connection": "close"} | ({"www-authenticate": "Bearer"} if refusal[0] == 401 else {})
+                body = ErrorResponse.of(*refusal).model_dump()
+                await JSONResponse(body, refusal[0], headers)(scope, receive, noting_send)
             else:
                 await self.app(scope, limited_receive, noting_send)
         finally:
-            line = {
-                "request_id": request_id,
-                "client": (scope.get("client") or ["-"])[0],
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(time.monotonic() - start, 4),
-            }
+            line = {"request_id": request_id, "client": (scope.get("client") or ["-"])[0], "method": scope["method"]}
+            line |= {"path": scope["path"], "status": status, "seconds": round(time.monotonic() - start, 4)}
             access.info(json.dumps(line))
 
     def refuse(self, path: str, headers: Headers) -> tuple[int, str] | None:
@@ -80,12 +75,3 @@ class Gate:
 
     def too_large(self) -> str:
         return f"the body is larger than --max-body-bytes {self.config.max_body_bytes}"
-
-
-async def answer(send: Send, status: int, message: str) -> None:
-    body = ErrorResponse.of(status, message).model_dump_json().encode()
-    # The body is not read: the connection cannot be used for another request.
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

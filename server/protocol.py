@@ -1,18 +1,14 @@
-"""What crosses the wire: requests as clients send them, and how they map to the engine's parameters.
+"""What crosses the wire: requests as clients send them, and how they map to the engine's parameters. Every optional
+field takes null; unknown fields are ignored, known ones that would have no effect refused. Answers are dicts made in
+`generation.py`; their schema is that of OpenAI's own client."""
 
-Every optional field takes null; unknown fields are ignored, known ones that would have no effect refused.
-Answers are dicts made in `generation.py`; their schema is that of OpenAI's own client.
-"""
-
-from __future__ import annotations
-
-from dataclasses import fields, replace
+from dataclasses import replace
 from hashlib import sha256
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from openai import types
 from openai.types import completion_choice
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from minidcp.request import MAX_SEED, SamplingParams
 
@@ -33,7 +29,7 @@ class Body(BaseModel):
     model: str | None = None
 
     @model_validator(mode="after")
-    def refuse_unsupported(self) -> Body:
+    def refuse_unsupported(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and value not in NEUTRAL:
                 raise ValueError(f"{name} {value!r} is not supported; leave it out")
@@ -45,37 +41,27 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Body):
-    """What completions and chats have in common. Fields of SamplingParams mean what they mean there."""
+OWN = {"max_tokens", "logprobs", "prompt_logprobs"}  # fields of SamplingParams that clients spell otherwise
+SAMPLING = {name: hint for name, hint in get_type_hints(SamplingParams).items() if name not in OWN}
+SAMPLING_FIELDS: Any = {name: (hint | None, None) for name, hint in SAMPLING.items()}
+Sampling = create_model("Sampling", __base__=Body, **SAMPLING_FIELDS)
+
+
+class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
+    """What completions and chats have in common; the fields of SamplingParams are fields here."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = SamplingParams.max_tokens
 
-    max_tokens: int | None = Field(
-        None, description="default 16, in chats the room in the context; alias max_completion_tokens"
-    )
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, description="default 16, in chats the room in the context")
+    max_completion_tokens: int | None = Field(None, description="the same")
     n: int | None = Field(None, ge=1, le=128)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = Field(None, le=MAX_SEED)
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    min_tokens: int | None = None
-    seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = Field(None, description="default true for prompts, false for chats")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> GenerationRequest:
+    def check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only with stream true")
         return self
@@ -87,10 +73,8 @@ class GenerationRequest(Body):
     def samples(self) -> list[SamplingParams]:
         """For each of a prompt's n choices. Raises ValueError, naming the field that is out of range."""
         limits = (self.max_completion_tokens, self.max_tokens, self.DEFAULT_MAX_TOKENS)
-        given = {f.name: getattr(self, f.name, None) for f in fields(SamplingParams)}
-        given |= {"max_tokens": next((limit for limit in limits if limit is not None), None)}
-        given |= self.count_logprobs()
-        limit = given.pop("max_tokens")
+        limit = next((limit for limit in limits if limit is not None), None)
+        given = {name: getattr(self, name) for name in SAMPLING} | self.count_logprobs()
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         params = SamplingParams(max_tokens=limit, **known)
         if params.seed is None:
@@ -99,8 +83,8 @@ class GenerationRequest(Body):
 
 
 def derive_seed(seed: int, sample: int) -> int:
-    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their
-    number, so that neighbouring seeds share no samples."""
+    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their number, so that
+    neighbouring seeds share no samples."""
     if sample == 0:
         return seed
     return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED
@@ -115,7 +99,7 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = Field(None, description="only what n is")
 
     @model_validator(mode="after")
-    def check_best_of(self) -> CompletionRequest:
+    def check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of {self.best_of}: must be n, {self.n or 1}; choices are not ranked here")
         return self
@@ -135,31 +119,23 @@ class CompletionRequest(GenerationRequest):
         return prompts
 
 
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-
-
 class ChatMessage(BaseModel):
     """Other fields than these two reach the template as they are."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[dict[str, Any]] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Raises ValueError if there is content other than text."""
         content = self.content
         if isinstance(content, list):
-            other = next((part for part in content if part.type != "text" or part.text is None), None)
-            if other is not None:
-                raise ValueError(
-                    f"messages: a content part of type {other.type!r} is not supported; only type 'text', with a text"
-                )
-            content = "\n".join(part.text or "" for part in content)  # as vLLM does
+            other = next((part for part in content if not isinstance(part.get("text"), str)), None)
+            if other is not None or any(part.get("type") != "text" for part in content):
+                what = f"a content part of type {(other or content[0]).get('type')!r} is not supported"
+                raise ValueError(f"messages: {what}; only type 'text', with a text")
+            content = "\n".join(part["text"] for part in content)  # as vLLM does
         return (self.model_extra or {}) | {"role": self.role, "content": content}
 
 
@@ -174,7 +150,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
 
     @model_validator(mode="after")
-    def check_top_logprobs(self) -> ChatRequest:
+    def check_top_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs {self.top_logprobs}: only with logprobs true")
         return self
@@ -193,7 +169,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
-    def check_prompt(self) -> TokenizeRequest:
+    def check_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: give either prompt or messages")
         return self
@@ -242,7 +218,7 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
     @classmethod
-    def of(cls, status: int, message: str, param: str | None = None) -> ErrorResponse:
+    def of(cls, status: int, message: str, param: str | None = None) -> Self:
         kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
         return cls(error=ErrorDetail(message=message, type=kind, param=param, code=status))

@@ -1,18 +1,13 @@
 """Text to token ids and back, chat templates included. Slow work: off the event loop, in one thread."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .async_engine import AsyncEngine
 from .protocol import ChatMessage, ChatRequest, TokenizeRequest, TokenizeResponse
 
-# A byte-level vocabulary spells printable bytes as themselves, and the others as characters from 256 on.
-PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-BYTES = {chr(b): b for b in PRINTABLE}
-BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+# As byte-level vocabularies spell them.
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 
 
 class Tokenization:
@@ -83,12 +78,3 @@ class Tokenization:
         if bad is not None:
             raise ValueError(f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
         return str(await self.engine.in_background(tokenizer.decode, tokens, skip_special_tokens))
-
-    def describe(self) -> dict[str, Any]:
-        tokenizer = self.require_tokenizer("tokenizer_info")
-        return {
-            "tokenizer_class": type(tokenizer).__name__,
-            "vocab_size": len(tokenizer),
-            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "has_chat_template": tokenizer.chat_template is not None,
-        }

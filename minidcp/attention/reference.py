@@ -8,6 +8,8 @@ from torch import Tensor
 
 from minidcp.batch import CacheRows, Varlen
 
+CHUNK = 16 << 20  # values of latents that are gathered at once
+
 
 class ReferenceBackend:
     """`softmax_scale` multiplies the scores; sums and softmax are in fp32."""
@@ -26,15 +28,20 @@ class ReferenceBackend:
     ) -> tuple[Tensor, Tensor]:
         block_size, slots = kv.shape[1], rows.prepared
         assert isinstance(slots, Tensor)
-        places = rows.block_table.long()[:, slots // block_size] * block_size + slots % block_size
-        empty = slots >= rows.local_lens[:, None]  # [B, L]
-        latents = kv.flatten(0, 1)[places].float()  # [B, L, C + R]
-        latents = latents.masked_fill(empty[..., None], 0.0)  # an unused slot may hold NaN
-        q = torch.cat([q_latent, q_pe], -1).float()
-        scores = torch.einsum("bhc,blc->bhl", q, latents) * self.softmax_scale
-        scores = scores.masked_fill(empty[:, None], -torch.inf)
-        out, lse = attend(scores, latents[..., : q_latent.shape[-1]])
-        return out.to(q_latent.dtype), lse
+        q, cache = torch.cat([q_latent, q_pe], -1).float(), kv.flatten(0, 1)
+        outs, lses = [], []
+        some = max(1, CHUNK // max(1, len(slots) * kv.shape[2]))  # rows at once, so that memory is bounded
+        for table, lens, q_some in zip(
+            rows.block_table.long().split(some), rows.local_lens.split(some), q.split(some), strict=True
+        ):
+            places = table[:, slots // block_size] * block_size + slots % block_size
+            empty = slots >= lens[:, None]  # [b, L]
+            latents = cache[places].float().masked_fill(empty[..., None], 0.0)  # an unused slot may hold NaN
+            scores = torch.einsum("bhc,blc->bhl", q_some, latents) * self.softmax_scale
+            out_some, lse = attend(scores.masked_fill(empty[:, None], -torch.inf), latents[..., : q_latent.shape[-1]])
+            outs.append(out_some.to(q_latent.dtype))
+            lses.append(lse)
+        return torch.cat(outs), torch.cat(lses)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         outs, lses = [], []

@@ -8,12 +8,12 @@ import logging
 import os
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
-from minidcp.config import EngineConfig, require
+from minidcp.config import EngineConfig, flag, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
 from minidcp.engine.executor import Executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
@@ -36,14 +36,6 @@ class EngineStats:
     generated_tokens: int = 0
     step_seconds: float = 0.0  # spent by rank 0 inside steps
     received_bytes: int = 0  # by rank 0 from other ranks
-
-
-class StepObserver(Protocol):
-    """Who wants to know of every step, when it is planned and when its result is there."""
-
-    def planned(self, step: PlannedStep) -> None: ...
-
-    def done(self, step: PlannedStep, result: StepResult) -> None: ...
 
 
 class LLMEngine:
@@ -75,7 +67,8 @@ class LLMEngine:
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
         self.stats = EngineStats()
-        self.observer: StepObserver | None = None
+        # Hears of every step when it is planned, with None, and again with its result.
+        self.observe: Callable[[PlannedStep, StepResult | None], None] = lambda _, __: None
 
     def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
         """Size the cache from what the ranks have room for; the configuration with the final numbers. A context length
@@ -170,8 +163,7 @@ class LLMEngine:
         if planned is not None:
             self.executor.submit(planned.plan)
             self.in_flight.append(planned)
-            if self.observer is not None:
-                self.observer.planned(planned)
+            self.observe(planned, None)
         if not self.in_flight or (planned is not None and len(self.in_flight) == 1):
             return []
         result = self.executor.collect()  # if this is interrupted, the step is still in flight
@@ -187,8 +179,7 @@ class LLMEngine:
             for request, token, entry in zip(requests, result.tokens, logprobs, strict=False)
             if request.status is not Status.FINISHED  # it ended while this step was in flight
         ]
-        if self.observer is not None:
-            self.observer.done(step, result)
+        self.observe(step, result)
         stats = self.stats
         stats.received_bytes = result.received_bytes
         stats.steps += 1
@@ -253,6 +244,9 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     config = replace(config, model=str(path), device=device, dtype=dtype)
     config = replace(config, max_model_len=max_len, max_num_batched_tokens=batched)
     config = replace(config, ranks=choose_ranks(config))
+    for name in ("dcp_comm_backend", "exchange_policy", "q_proj"):
+        if config.dcp_size == 1 and getattr(config, name) != getattr(EngineConfig, name):
+            logger.warning(f"{flag(name)} {getattr(config, name)} has no effect with --dcp-size 1")
     config = replace(config, comm=choose_comm(config))
     return replace(config, dcp_comm_backend=choose_exchange(config)), model_config
 

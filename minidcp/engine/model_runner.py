@@ -82,9 +82,11 @@ class ModelRunner:
         self.device, self.dtype = device, getattr(torch, config.dtype)
         self.max_model_len, self.budget = config.max_model_len, config.max_num_batched_tokens or 0
         self.interleave = Interleave(config.dcp_size, config.block_size)
-        heads = model_config.num_attention_heads // config.tp_size
-        self.policy = ContextPolicy(model_config, heads, self.interleave, config.prefill_strategy, self.budget)
         self.attention = make_backend(config, model_config, device)
+        heads, strategy = model_config.num_attention_heads // config.tp_size, config.prefill_strategy
+        if strategy == "auto" and self.attention.name == "reference":  # it gathers the context for every row
+            strategy = "gather_kv"
+        self.policy = ContextPolicy(model_config, heads, self.interleave, strategy, self.budget)
         exchange = config.dcp_comm_backend if config.dcp_size > 1 else "none"
         groups = f"groups: {type(state.tp).__name__}; exchange: {exchange}, {config.exchange_policy}"
         self.log(f"attention: {self.attention.name}; {groups}")
