@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import STYLES, Oracle, build_oracle
 
-pytest.register_assert_rewrite("serving")
+pytest.register_assert_rewrite("servers")
 torch.set_num_threads(1)  # with many ranks on two cores more threads are ten times slower
 
 

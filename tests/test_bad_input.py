@@ -18,7 +18,7 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
-from serving import wait_until
+from servers import wait_until
 from test_faults import children_of, needs_proc
 
 from minidcp import LLM, EngineConfig, SamplingParams

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import make_checkpoint
-from serving import Server, wait_until
+from servers import Server, wait_until
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import StepPlan

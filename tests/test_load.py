@@ -12,9 +12,9 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import httpx
-from serving import BOS, Server, wait_until
+from servers import BOS, Server, wait_until
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 
 CLIENTS, REQUESTS, TOKENS = 256, 2000, 8
 

@@ -7,9 +7,9 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from serving import Server
+from servers import Server
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -17,10 +17,10 @@ import httpx
 import openai
 import pytest
 from openai.types import Completion
-from serving import BOS, CONTEXT, LENGTH, LONG, PROMPT, Api, Local, Server, check_error, wait_until
+from servers import BOS, CONTEXT, LENGTH, LONG, PROMPT, Api, Local, Server, check_error, wait_until
 from tokenizers import Tokenizer
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 TOKENS_PER_BLOCK = 16 * 2  # --block-size × --dcp-size
 
 

@@ -8,13 +8,13 @@ import json
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
-from serving import BOS, CONTEXT, LENGTH, PROMPT, Api, Local, check_error
+from servers import BOS, CONTEXT, LENGTH, PROMPT, Api, Local, check_error
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 import minidcp
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 CHAT = "/v1/chat/completions"
 MESSAGES = [
     {"role": "system", "content": "Be brief, naïve and 日本."},

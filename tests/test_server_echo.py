@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import BOS, PROMPT, Api, Server
+from servers import BOS, PROMPT, Api, Server
 from tokenizers import Tokenizer
 from transformers import DeepseekV2ForCausalLM
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 EOS = 1
 TOLERANCE = 1e-3
 

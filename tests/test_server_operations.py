@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import LONG, PROMPT, Api, Server, check_error, wait_until
+from servers import LONG, PROMPT, Api, Server, check_error, wait_until
 from test_faults import InFlight, children_of, is_alive, needs_proc
 
-pytest_plugins = ["serving"]
+pytest_plugins = ["servers"]
 KEY = "secret-ключ"
 BODY_LIMIT = 2_000_000
 

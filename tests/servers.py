@@ -1,5 +1,5 @@
 """What speaks to servers in tests: clients, a server process, and the application in this process. The
-fixtures here are for test modules that say `pytest_plugins = ["serving"]`.
+fixtures here are for test modules that say `pytest_plugins = ["servers"]`.
 """
 
 from __future__ import annotations
