@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def draw(results: dict[str, list[Row]], file: str) -> None:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    panels = (
+    panels: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
         ("output tokens per second", False, lambda row: row.output_tokens_per_s),
         ("time to first token, median (ms)", True, lambda row: row.ttft_ms[1]),
         ("time between tokens, median (ms)", False, lambda row: row.itl_ms[1]),
