@@ -197,6 +197,17 @@ def time_merge_alone(batch: int, dim: int, size: int = 8) -> tuple[float, float]
     return seconds, batch * own * ((size + 1) * (dim * 2 + 4)) + 2 * lse.nbytes
 
 
+def time_copy(moved: int) -> float:
+    """Seconds of torch's copy that moves as many bytes, read and written: what a kernel of this size can reach."""
+    source = torch.zeros(2 * LAYERS, moved // 2, dtype=torch.uint8, device="cuda").fill_(7)
+
+    def work() -> None:
+        for i in range(LAYERS):
+            source[2 * i].copy_(source[2 * i + 1])
+
+    return time_graph(work)
+
+
 def run_rank(rank: int, size: int, port: int, results: Any) -> None:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     gpus = torch.cuda.device_count()
@@ -281,7 +292,9 @@ def main() -> None:
             for batch in (1, 32, 128, 512):
                 seconds, moved = time_merge_alone(batch, dim)
                 rate = moved / seconds / 1e9
-                print(f"    {batch:4} × 16 × {dim}: {seconds * 1e6:7.2f} µs {rate:6.0f} GB/s")
+                copy = time_copy(int(moved))
+                print(f"    {batch:4} × 16 × {dim}: {seconds * 1e6:7.2f} µs {rate:6.0f} GB/s;"
+                      f" a copy of as many bytes {copy * 1e6:7.2f} µs")  # fmt: skip
                 result[f"merge {batch} {dim}"] = seconds * 1e6
     print(json.dumps(result))
 
