@@ -73,8 +73,7 @@ class Options:
 
 @dataclass(frozen=True)
 class EngineConfig(Options):
-    """Everything a user can choose of the engine. Raises ValueError if a value is out of range; the message names the
-    flag, the value and what would work."""
+    """What a user can choose of the engine. A ValueError names the flag, the value and what would work."""
 
     model: str
     tp_size: int = option(1, "ranks that share the model", "--tensor-parallel-size", "-tp", least=1)

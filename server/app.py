@@ -90,10 +90,13 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        inner = engine.engine
+        return {"object": "list", "data": [await model(name)]}
+
+    @app.get("/v1/models/{model_name:path}")
+    async def model(model_name: str) -> dict[str, Any]:
+        check_model(Body(model=model_name))
         card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minidcp"}
-        card |= {"root": inner.config.model, "max_model_len": inner.max_model_len}
-        return {"object": "list", "data": [card]}
+        return card | {"root": engine.engine.config.model, "max_model_len": engine.engine.max_model_len}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
@@ -121,6 +124,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     async def health_generate() -> Response:
         """Generates a token, on all ranks."""
         params = SamplingParams(max_tokens=1, temperature=0.0)
+        engine.engine.validate([0], params)
         async for _ in engine.generate([([0], params)]):
             pass
         return Response()
@@ -198,7 +202,7 @@ class Server(uvicorn.Server):
     """Told to stop, it takes no new connections, and gives requests `shutdown_timeout` seconds to end."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        app, wait = create_app(engine), int(engine.config.shutdown_timeout) + 5
+        app, wait = create_app(engine), int(min(engine.config.shutdown_timeout, 1e6)) + 5
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=wait))
         self.engine = engine
 
@@ -219,7 +223,8 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
     options = replace(options, api_key=options.api_key or environ.get("MINIDCP_API_KEY"))
     name = options.served_model_name or config.model
     with listen(options.host, options.port) as listening:
-        address = f"http://{options.host}:{listening.getsockname()[1]}"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{listening.getsockname()[1]}"
 
         def load() -> LLMEngine:
             engine = LLMEngine(config)
@@ -234,12 +239,15 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
 
         def stop() -> None:
             if engine.loaded is not None:
-                logger.error("a rank has ended; stopping: %s", engine.failure)
+                logger.error("the engine has ended; stopping: %s", engine.failure)
             server.should_exit = True
 
         engine = AsyncEngine(load, options, name, on_end=stop)
         server = Server(engine)
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        finally:  # a second Ctrl-C skips the lifespan's end
+            engine.close()
     sys.stdout.flush()
     if engine.loaded is None and engine.failure is not None:
         raise engine.failure

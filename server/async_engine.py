@@ -113,6 +113,14 @@ class AsyncEngine:
         if engine.has_work and idle > self.config.engine_timeout:
             raise UnavailableError(f"the engine is stuck: no step has ended for {idle:.0f} s")
 
+    def check_room(self, count: int) -> None:
+        """Raises UnavailableError if so many more requests may not wait, ValueError if they never may."""
+        limit, most = self.config.max_num_queued_requests, self.engine.config.max_num_seqs
+        if count > most + limit:
+            raise ValueError(f"n: {count} completions in one request; at most {most + limit} can run and wait here")
+        if len(self.streams) + count > most + limit:
+            raise UnavailableError(f"{limit} requests are waiting already (--max-num-queued-requests)")
+
     async def in_background(self, work: Callable[..., T], *arguments: object) -> T:
         """What tokenizers do is slow: one thread does it, off the event loop."""
         return await asyncio.wrap_future(self.tokenizing.submit(work, *arguments))
@@ -128,9 +136,8 @@ class AsyncEngine:
             EngineDeadError: a rank has ended.
             TimeoutError: it took longer than --request-timeout.
         """
-        engine, limit = self.engine, self.config.max_num_queued_requests
-        if len(self.streams) + len(requests) > engine.config.max_num_seqs + limit:
-            raise UnavailableError(f"{limit} requests are waiting already (--max-num-queued-requests)")
+        self.check_room(len(requests))
+        engine = self.engine
         stream: Stream = asyncio.Queue()
         ids = [f"request-{next(self.ids)}" for _ in requests]
         for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
@@ -163,9 +170,11 @@ class AsyncEngine:
                 self.inbox.put(lambda: engine.abort(*ids))
 
     def close(self) -> None:
+        """Safe to call twice."""
         self.stopping = True
         self.inbox.put(lambda: None)
-        self.thread.join(10)
+        if self.thread.ident is not None:
+            self.thread.join(10)
         if self.loaded is not None:
             self.loaded.close()
         self.tokenizing.shutdown()

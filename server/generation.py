@@ -55,6 +55,7 @@ class Generation:
         deltas: list[list[OutputDelta]] = [[] for _ in range(len(self.prompts) * len(self.samples))]
         async for batch in self.run():
             for index, delta in batch:
+                self.count(index, delta)
                 deltas[index].append(delta)
         choices = [self.word_choice(index, each, whole=True) for index, each in enumerate(deltas)]
         return self.head | {"object": self.WHOLE, "choices": choices, "usage": self.usage()}
@@ -69,6 +70,7 @@ class Generation:
             async for batch in self.run(self.engine.config.sse_keep_alive_interval):
                 events = [] if batch else [": keep-alive\n\n"]
                 for index, delta in batch:
+                    self.count(index, delta)
                     event = head | {"choices": [self.word_choice(index, [delta], whole=False)]}
                     events.append(write_event(event | {"usage": self.usage()} if always else event))
                 yield "".join(events)
@@ -79,14 +81,13 @@ class Generation:
             yield write_event(ErrorResponse.of(status, str(error)).model_dump())
         yield "data: [DONE]\n\n"
 
-    async def run(self, keep_alive: float = 0) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
-        requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
-        async for batch in self.engine.generate(requests, keep_alive):
-            for index, delta in batch:
-                self.completion_tokens += len(delta.token_ids)
-                if delta.finish_reason is not None and index % len(self.samples) == 0:  # a prompt counts once
-                    self.cached_tokens += delta.cached_tokens
-            yield batch
+    def run(self, keep_alive: float = 0) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
+        return self.engine.generate([(ids, params) for ids in self.prompts for params in self.samples], keep_alive)
+
+    def count(self, index: int, delta: OutputDelta) -> None:
+        self.completion_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None and index % len(self.samples) == 0:  # a prompt counts once
+            self.cached_tokens += delta.cached_tokens
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self.prompts))
@@ -140,6 +141,7 @@ class Generation:
     @classmethod
     async def begin(cls, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest) -> Self:
         samples, prompts = body.samples(), body.prompts()
+        engine.check_room(len(prompts) * len(samples))  # before any work, and before a stream's 200
         ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
         echoed = []
         if body.echo:
@@ -169,6 +171,7 @@ class Chat(Generation):
     @classmethod
     async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Self:
         samples = body.samples()
+        engine.check_room(len(samples))
         return cls(engine, spelling, body, [await spelling.encode_chat(body)], samples)
 
 

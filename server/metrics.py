@@ -72,7 +72,7 @@ class Metrics(Collector):
             "minidcp:kv_blocks_free": blocks.num_free,
         }
         counters = {
-            "vllm:prompt_tokens": stats.prompt_tokens,
+            "vllm:prompt_tokens": stats.prompt_tokens + scheduler.num_cached_tokens,
             "vllm:generation_tokens": stats.generated_tokens,
             "vllm:num_preemptions": scheduler.num_preemptions,
             "vllm:prefix_cache_queries": scheduler.num_queried_tokens,

@@ -16,7 +16,8 @@ from minidcp.request import MAX_SEED, SamplingParams
 UNSUPPORTED = {
     *("suffix", "response_format", "structured_outputs", "tools", "tool_choice", "functions", "function_call"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
-    *("continue_final_message", "chat_template", "chat_template_kwargs"),
+    *("continue_final_message", "chat_template", "chat_template_kwargs", "include_stop_str_in_output"),
+    *("prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids", "bad_words", "use_beam_search"),
 }
 NEUTRAL: tuple[Any, ...] = ("", False, [], {}, "none", "auto", {"type": "text"}, None)
 

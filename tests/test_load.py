@@ -99,12 +99,12 @@ async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[
             leave_after = rng.randint(0, 3) if rng.random() < 1 / 3 else None
             texts = await stream(host, port, list(prompt), count, leave_after)
             expected = solo[prompt][:count]
-            if leave_after is None:
-                assert len(texts) == count
-                # The last text also has what a following token would have completed.
-                assert texts[:-1] == expected[:-1] and texts[-1].startswith(expected[-1])
-            else:
-                assert texts == expected[: len(texts)] or len(texts) == count
+            complete = len(texts) == count
+            assert complete or leave_after is not None
+            kept = texts[:-1] if complete else texts
+            assert kept == expected[: len(kept)]
+            # The last text also has what a following token would have completed.
+            assert not complete or texts[-1].startswith(expected[-1])
             if left % 50 == 0:
                 rss.append(read_rss(server.process.pid))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minidcp import EngineConfig, SamplingParams
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.scheduler import PlannedStep, Scheduler
+from minidcp.engine.scheduler import MAX_SCORED, PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
@@ -186,3 +186,21 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
     assert len(finished) + len(aborted) == 300 and len(aborted) > 10
     assert engine.blocks.num_live == 0
     assert engine.scheduler.num_preemptions > 0
+
+
+def test_scored_prompts_share_a_steps_logits() -> None:
+    """However many want their prompt's log-probabilities: logits are large."""
+    scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, max_num_batched_tokens=8192)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    requests = [Request(str(i), [5] * 200, params, 1, seed=0) for i in range(20)]
+    for request in requests:
+        scheduler.add(request)
+    scored: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    while (step := scheduler.schedule()) is not None:
+        assert len(step.plan.scored) <= MAX_SCORED + len(step.requests)
+        for row, back, known in step.plan.scored:
+            assert known == 5
+            scored[step.requests[row].request_id].append(step.plan.starts[row] + step.plan.lengths[row] - back)
+        for request in scheduler.update(step, [7] * len(step.plan.sampling)):
+            scheduler.finish(request, FinishReason.LENGTH)
+    assert all(positions == list(range(1, 200)) for positions in scored.values())

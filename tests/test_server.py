@@ -345,6 +345,8 @@ WRONG_TYPES = [
     ("stop", [5]),
     ("stop_token_ids", 5),
     ("stop_token_ids", ["a"]),
+    ("stop_token_ids", [512]),
+    ("stop_token_ids", [10**30]),
     ("ignore_eos", "perhaps"),
     ("logprobs", "x"),
     ("stream", "perhaps"),
@@ -363,6 +365,8 @@ WRONG_TYPES = [
 UNSUPPORTED = [
     ("best_of", 2),
     ("suffix", "x"),
+    ("prompt_logprobs", 1),
+    ("guided_json", {"type": "object"}),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
     ("stream_options", {"include_usage": True}),  # without stream
@@ -412,6 +416,9 @@ def test_wrong_models_paths_and_methods(api: Api, unharmed: None) -> None:
 
 def test_models(api: Api) -> None:
     (card,) = api.client.models.list().data
+    assert api.client.models.retrieve(api.model).id == card.id
+    with pytest.raises(openai.NotFoundError):
+        api.client.models.retrieve("gpt-2")
     assert (card.id, card.root, card.max_model_len) == (api.model, api.model, CONTEXT)
 
 

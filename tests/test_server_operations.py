@@ -67,7 +67,7 @@ def test_metrics_count_what_happened(api: Api) -> None:
     cached = again.prompt_tokens_details.cached_tokens
     assert cached == 64 == grown("vllm:prefix_cache_hits_total")
     assert grown("vllm:prefix_cache_queries_total") == 2 * usage.prompt_tokens
-    assert grown("vllm:prompt_tokens_total") == 2 * usage.prompt_tokens - cached
+    assert grown("vllm:prompt_tokens_total") == 2 * usage.prompt_tokens
     assert grown("vllm:generation_tokens_total") == 7 + 1
     assert grown("vllm:request_success_total length") == grown("vllm:request_success_total stop") == 1
     for histogram in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
@@ -107,7 +107,16 @@ def test_more_than_may_wait_get_503_with_retry_after(api: Api) -> None:
     refused = next(answer for answer in answers if answer.status_code == 503)
     assert refused.headers["retry-after"] == "1"
     assert "--max-num-queued-requests" in refused.json()["error"]["message"]
-    assert api.post(api.body([[5]] * 6)).status_code == 503  # more at once than could ever wait
+    check_error(
+        api.post(api.body([[5]] * 6)), 400, "n: 6 completions in one request; at most 5", "n"
+    )  # could never wait
+    check_error(api.post(api.body([[5]] * 200_000, n=128)), 400, "n: 25600000 completions", "n")
+    with ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(api.complete, [[5, n], [6, n], [7, n]][: 3 - n], max_tokens=100) for n in (0, 1)]
+        wait_until(lambda: api.http.get("/load").json()["waiting"] == 3, 5, "they do not wait")
+        streamed = api.post(api.body(stream=True))
+        assert streamed.status_code == 503 and streamed.headers["retry-after"] == "1"
+        assert all(other.result() for other in others)
 
 
 def test_request_ids_are_echoed_and_logged(api: Api, server: Server) -> None:
@@ -136,6 +145,22 @@ def test_health_generate_and_version(api: Api) -> None:
     assert api.http.get("/health_generate").status_code == 200
     assert read_metrics(api)["vllm:generation_tokens_total"] == before + 1
     assert api.http.get("/version").json()["version"] == "0.1.0"
+
+
+def test_a_second_ctrl_c_ends_at_once(demo: Path, tmp_path: Path) -> None:
+    server = Server(demo, tmp_path, "--tp-size", "2")
+    try:
+        server.wait_until_healthy()
+        ranks = children_of(server.process.pid)
+        requests = InFlight(server.url)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(15) in (130, -signal.SIGINT)
+        assert not any(map(is_alive, ranks))
+        assert requests.streamed.exception(5) is not None
+    finally:
+        server.kill()
 
 
 def test_bodies_that_are_too_large(api: Api) -> None:

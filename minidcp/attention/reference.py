@@ -1,7 +1,5 @@
-"""Attention in plain torch: the CPU's back-end, and what the GPU's are compared with.
-
-It materialises scores and loops over prefill sequences; it is meant to be read, not to be fast.
-"""
+"""Attention in plain torch: the CPU's back-end, and what the GPU's are compared with. It materialises scores and loops
+over prefill sequences; it is meant to be read, not to be fast."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,6 @@
-"""CUDA graphs of pure decode steps, one per batch size of a ladder; smaller batches are padded.
-
-A padded row has length 0 and slot -1: it reads nothing, writes nothing, and its token goes to a slot that no request
-has. `model_runner.py` decides which steps replay.
-"""
+"""CUDA graphs of pure decode steps, one per batch size of a ladder; smaller batches are padded. A padded row has
+length 0 and slot -1: it reads nothing, writes nothing, and its token goes to a slot that no request has.
+`model_runner.py` decides which steps replay."""
 
 import bisect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
-"""The engine: requests in, steps, text out. `LLMEngine.step` is the whole story.
-
-It runs on the driver and touches no tensor. `scheduler.py` decides, `executor.py` reaches the ranks.
-"""
+"""The engine: requests in, steps, text out. `LLMEngine.step` is the whole story. It runs on the driver and touches no
+tensor. `scheduler.py` decides, `executor.py` reaches the ranks."""
 
 import itertools
 import logging
@@ -97,15 +95,15 @@ class LLMEngine:
         return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
-        """Queue a prompt. Raises ValueError if it is empty, too long or holds unknown tokens, or needs a tokenizer that
-        the checkpoint lacks."""
+        """Queue a prompt. Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer."""
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self.validate(tokens, params)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         limit = self.max_model_len - len(tokens)
         max_tokens = min(params.max_tokens or limit, limit)
-        stop_ids = tuple(params.stop_token_ids) + (() if params.ignore_eos else self.model_config.eos_token_ids)
+        ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids))
+        stop_ids = tuple(t for t in ends if t < self.model_config.vocab_size)
         request = Request(request_id, tokens, params, max_tokens, seed, stop_ids)
         detokenizer = Detokenizer(self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens)
         self.requests[request_id] = request, detokenizer
@@ -140,8 +138,9 @@ class LLMEngine:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
             require((count or 0) <= vocab, f"{name} {count}: the vocabulary has {vocab} tokens")
-        unknown = next((t for t in params.logit_bias if t >= vocab), None)
-        require(unknown is None, f"logit_bias {unknown!r}: the vocabulary has {vocab} tokens")
+        for name in ("logit_bias", "stop_token_ids"):
+            unknown = next((t for t in getattr(params, name) if t >= vocab), None)
+            require(unknown is None, f"{name} {unknown!r}: the vocabulary has {vocab} tokens")
         can_stop = not params.stop or self.tokenizer is not None
         require(can_stop, f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids")
 

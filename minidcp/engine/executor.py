@@ -1,8 +1,6 @@
-"""The ranks as the driver sees them: start them, send every one the same commands, hear reports.
-
-Three ways to have ranks: threads of this process, processes started here, processes started by torchrun. What a
-rank does is in `worker.py`.
-"""
+"""The ranks as the driver sees them: start them, send every one the same commands, hear reports. Three ways to have
+ranks: threads of this process, processes started here, processes started by torchrun. What a rank does is in
+`worker.py`."""
 
 import contextlib
 import logging
@@ -147,8 +145,7 @@ class Executor:
         return report
 
     def wait_ready(self) -> list[Ready]:
-        """One Ready per rank. Raises ValueError if the ranks found the checkpoint or the configuration wrong, and
-        EngineDeadError if one ended."""
+        """One Ready per rank. ValueError: they found the checkpoint or an option wrong; EngineDeadError: one ended."""
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
     def init_cache(self, num_blocks: int) -> None:

@@ -1,7 +1,5 @@
-"""One rank's model, cache and step: a StepPlan in, sampled tokens out.
-
-How plans arrive and what happens when a rank fails is `worker.py`'s; graphs are `cuda_graph.py`'s.
-"""
+"""One rank's model, cache and step: a StepPlan in, sampled tokens out. How plans arrive and what happens when a rank
+fails is `worker.py`'s; graphs are `cuda_graph.py`'s."""
 
 import logging
 import time
@@ -33,8 +31,7 @@ GRAPH_BYTES = 1 << 30  # left free for CUDA graphs and what libraries take later
 
 @dataclass(frozen=True)
 class StepResult:
-    """One token per sampling row of the plan, in order, and log-probabilities if any of them or of the scored tokens,
-    which follow, are wanted."""
+    """A token per sampling row, in order; log-probabilities of these and the scored tokens, if any are wanted."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None

@@ -12,7 +12,7 @@ from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request, Status
 
-# Prompt tokens of a request in one step if their log-probabilities are wanted: logits are large.
+# Prompt tokens in one step whose log-probabilities are wanted (or one per request): logits are large.
 MAX_SCORED = 256
 
 
@@ -140,7 +140,7 @@ class Scheduler:
         start = request.num_computed
         length = min(budget, len(request.tokens) - start)
         if request.params.prompt_logprobs is not None:
-            length = min(length, MAX_SCORED)
+            length = min(length, max(1, MAX_SCORED - len(step.plan.scored)))
             scored = range(start + 1, min(start + length + 1, len(request.prompt_token_ids)))
             row = len(step.requests)
             step.plan.scored += [(row, start + length - p, request.tokens[p]) for p in scored]

@@ -1,7 +1,5 @@
 """Collectives by reading peers' memory: each kernel meets the other ranks' and then reads what they hold.
-
-`parallel/symmetric.py` says when that is safe. No torch twins: a CPU has no peer memory.
-"""
+`parallel/symmetric.py` says when that is safe. No torch twins: a CPU has no peer memory."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
-"""Blocks as integers: who uses which, and which can be reused for a prompt with the same beginning.
-
-A block is free (nobody uses it), live (requests use it) or cached (nobody uses it, but its content is known by a hash
-and kept until the room is needed). Ranks and tensors do not appear here.
-"""
+"""Blocks as integers: who uses which, and which can be reused for a prompt with the same beginning. A block is free
+(nobody uses it), live (requests use it) or cached (nobody uses it, but its content is known by a hash and kept until
+the room is needed). Ranks and tensors do not appear here."""
 
 import hashlib
 from array import array

@@ -1,9 +1,9 @@
-"""The latent KV cache of one rank: the tensors behind the block ids.
+"""The latent KV cache of one rank: the tensors behind the block ids. MLA stores one vector per token that all heads
+share: the normed latent and the rotated key part. Which token lies where is `interleave.py`'s."""
 
-MLA stores one vector per token that all heads share: the normed latent and the rotated key part.
-Which token lies where is `interleave.py`'s; which block is whose, `block_manager.py`'s.
-"""
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +13,11 @@ class LatentCache:
     mask) the unused slots of a request's last block: whatever memory held before could be NaN."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":  # numpy's zeros take memory only where something is written
+            memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+            self.blocks = torch.from_numpy(memory).view(dtype).view(shape)
+        else:
+            self.blocks = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, index: int) -> Tensor:
         """One layer's [num_blocks, block_size, latent_dim]."""

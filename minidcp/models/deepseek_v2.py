@@ -38,8 +38,8 @@ class Blueprint:
 
 
 class MLAAttention:
-    """Multi-head latent attention (arXiv:2405.04434 §2.1). H heads are this rank's, G those of its DCP group. W_UK and
-    W_UV are the halves of kv_b_proj."""
+    """Multi-head latent attention (arXiv:2405.04434 §2.1): H heads of this rank, G of its DCP group. W_UK and W_UV are
+    the halves of kv_b_proj."""
 
     def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
         c, state, bias = blueprint.config, blueprint.state, blueprint.config.attention_bias

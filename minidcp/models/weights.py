@@ -78,8 +78,7 @@ class RecordingSource:
 
 
 class CheckpointSource:
-    """A directory of safetensors in the hub's format, on `device` in `dtype`. Raises ValueError if the index or a shard
-    is missing, truncated or not safetensors."""
+    """A directory of safetensors in the hub's format. Raises ValueError if a file is missing or damaged."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
         self.path, self.dtype, self.device, self.bytes_read = path, dtype, device, 0

@@ -1,7 +1,5 @@
-"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for my heads.
-
-Exact: softmax over a union of shards is the LSE-weighted mean of the shards' results (`kernels/merge.py`).
-"""
+"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for my heads. Exact:
+softmax over a union of shards is the LSE-weighted mean of the shards' results (`kernels/merge.py`)."""
 
 from collections.abc import Callable
 
