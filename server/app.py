@@ -208,8 +208,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        loop, error = self.engine.loop, UnavailableError("the server is shutting down")
-        loop.call_soon_threadsafe(loop.call_later, self.engine.config.shutdown_timeout, self.engine.interrupt, error)
+        if self.started:  # else there are no requests, and perhaps no loop
+            wait, error = self.engine.config.shutdown_timeout, UnavailableError("the server is shutting down")
+            self.engine.loop.call_soon_threadsafe(self.engine.loop.call_later, wait, self.engine.interrupt, error)
 
 
 def serve(config: EngineConfig, options: ServeConfig) -> int:
