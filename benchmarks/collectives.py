@@ -123,13 +123,13 @@ def describe(args: argparse.Namespace) -> str:
     return f"{args.ranks} ranks on {gpus} × {torch.cuda.get_device_name()}{shared}"
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8, help="how many")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where")
     parser.add_argument("--comm", help="symmetric or nccl; default: both where every rank has a GPU; gloo on CPUs")
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")], default=SIZES, help="bytes")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     alone = args.device == "cuda" and torch.cuda.device_count() >= args.ranks
     default = "gloo" if args.device == "cpu" else "symmetric,nccl" if alone else "symmetric"
     times: dict[tuple[str, str, int], list[float]] = {}
@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"| {size:,} | " + " | ".join(cells) + " |")
     result = {f"{name} {comm} {size}": [t * 1e6 for t in value] for (name, comm, size), value in times.items()}
     print(json.dumps({"where": where, "us": result}))
-    return result
 
 
 if __name__ == "__main__":

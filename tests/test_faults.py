@@ -45,10 +45,18 @@ def is_alive(pid: int) -> bool:
     return read_stat(pid)[0] not in ("gone", "Z", "X")
 
 
+def is_tracker(pid: int) -> bool:
+    """Whether it is the process that Python itself keeps once other tests have used multiprocessing."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def children_of(parent: int) -> list[int]:
     """Processes started by `parent`, oldest first; zombies too, which it should have waited for."""
     pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    return sorted(pid for pid in pids if read_stat(pid)[1] == parent)
+    return sorted(pid for pid in pids if read_stat(pid)[1] == parent and not is_tracker(pid))
 
 
 @pytest.fixture(scope="module")

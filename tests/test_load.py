@@ -69,6 +69,7 @@ def test_load(demo: Path, tmp_path: Path) -> None:
         rss = asyncio.run(drive(server, solo))
         done.set()
         latencies = sorted(results.get(timeout=20))
+        prober.join(10)
         with httpx.Client(base_url=server.url) as client:
             wait_until(lambda: client.get("/load").json()["running"] == 0, 10, "requests are left")
             load = client.get("/load").json()
