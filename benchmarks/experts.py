@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from kernels import BANDWIDTH, seconds_per_call
 from torch import Tensor
 
-BANDWIDTH = 4.3e12  # of an H200, measured: bytes/s of a copy
 CHUNK = 4096  # choices that one program of `align_kernel` looks at together
 
 
@@ -212,25 +211,6 @@ def check(shape: Shape, tokens: int, tiles: Tiles, device: str, dtype: torch.dty
     error = float((out.double() - expected).norm() / expected.norm())
     assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"{shape.name}, {tokens} tokens, {tiles}: {error:.2e}"
     return error
-
-
-def seconds_per_call(calls: list[Callable[[], object]]) -> float:
-    """Median over replays of a graph that makes every call once."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return float(sorted(times[2:])[3] / len(calls))
 
 
 def list_tiles(tokens_per_expert: float) -> list[Tiles]:

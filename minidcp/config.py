@@ -1,8 +1,5 @@
-"""What the user asked for, checked before anything starts.
-
-Every error that needs no machine and no checkpoint to be found is raised here, as a ValueError that names its flag.
-What the checkpoint is stands in `model_config.py`; read that next.
-"""
+"""What the user asked for, checked before anything starts: every error that needs no machine and no checkpoint to be
+found is raised here, as a ValueError that names its flag. What the checkpoint is: `model_config.py`; read that next."""
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -10,12 +7,12 @@ from typing import Any, get_args, get_type_hints
 
 
 def option(default: Any, help: str, *aliases: str, least: float | None = None) -> Any:
-    """A field of EngineConfig: its default, its --help, what users of other engines type for it, its least value."""
+    """A field of Options: its default, its --help, what users of other engines type for it, its least value."""
     return field(default=default, metadata={"help": help, "aliases": aliases, "choices": (), "least": least})
 
 
 def choice(help: str, *values: str | int, default: int | None = None) -> Any:
-    """A field of EngineConfig that takes one of `values`, by default the first."""
+    """A field of Options that takes one of `values`, by default the first."""
     metadata = {"help": help, "aliases": (), "choices": values, "least": None}
     return field(default=default or values[0], metadata=metadata)
 

@@ -1,8 +1,6 @@
-"""From logits to tokens: greedy, or the Gumbel-max trick with temperature, top-k and top-p.
-
-Randomness is a function of (seed, position, token id), not of a generator's state: a request's tokens do not depend on
-what runs beside it, on preemption, or on the device.
-"""
+"""From logits to tokens: greedy, or the Gumbel-max trick with temperature, top-k, top-p and min-p. Randomness is a
+function of (seed, position, token id), not of a generator's state: a request's tokens do not depend on what runs beside
+it, on preemption, or on the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

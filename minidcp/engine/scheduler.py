@@ -12,7 +12,7 @@ from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request, Status
 
-# Prompt tokens in one step whose log-probabilities are wanted (or one per request): logits are large.
+# Prompt tokens in one step whose log-probabilities are wanted: logits are large.
 MAX_SCORED = 256
 
 
@@ -71,10 +71,15 @@ class Scheduler:
     def add_prefills(self, step: PlannedStep) -> None:
         budget = self.max_num_batched_tokens - step.plan.num_decode
         for request in self.running:
-            if budget > 0 and request.is_prefilling:
+            if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
-        while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
+        while (
+            budget > 0 and self.waiting and self.may_score(self.waiting[0], step) and self.admit(self.waiting[0], step)
+        ):
             budget -= self.add_chunk(step, self.running[-1], budget)
+
+    def may_score(self, request: Request, step: PlannedStep) -> bool:
+        return request.params.prompt_logprobs is None or len(step.plan.scored) < MAX_SCORED
 
     def can_decode(self, request: Request) -> bool:
         """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
@@ -106,7 +111,7 @@ class Scheduler:
     def admit(self, request: Request, step: PlannedStep) -> bool:
         """Move a waiting request to running, with blocks for all its known tokens and one more. Those of its longest
         cached beginning are shared; at least one token is always computed, and all whose logits are wanted."""
-        if not self.free_slots or request.num_in_flight:
+        if not self.free_slots or request.num_in_flight or not self.may_score(request, step):
             return False
         params, size = request.params, self.blocks.tokens_per_block
         usable = (len(request.tokens) - 1) // size if params.prompt_logprobs is None else 0
@@ -140,7 +145,7 @@ class Scheduler:
         start = request.num_computed
         length = min(budget, len(request.tokens) - start)
         if request.params.prompt_logprobs is not None:
-            length = min(length, max(1, MAX_SCORED - len(step.plan.scored)))
+            length = min(length, MAX_SCORED - len(step.plan.scored))
             scored = range(start + 1, min(start + length + 1, len(request.prompt_token_ids)))
             row = len(step.requests)
             step.plan.scored += [(row, start + length - p, request.tokens[p]) for p in scored]
