@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from emulation import emulate_state
 from torch import Tensor
 
 from minidcp.batch import Admission, CacheRows, StepPlan
@@ -27,35 +28,10 @@ from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, MoE
 from minidcp.parallel.exchange import gather_heads
 from minidcp.parallel.group import Group
-from minidcp.parallel.state import ParallelState
 from minidcp.request import SamplingParams
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
 CONFIGS = Path(__file__).parent / "configs"
-
-
-class EmulatedGroup(Group):
-    """Rank 0 of `size`, alone: what peers would send is a copy of the own data."""
-
-    rank = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x.clone()
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x[:, None].expand(-1, self.size, *x.shape[1:]).contiguous()
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return x.sum(1)
-
-    def all_to_all(self, x: Tensor) -> Tensor:
-        return x.clone()
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        return x.clone()
 
 
 def time_graph(work: Callable[[], object], repeats: int = 10) -> float:
@@ -225,7 +201,6 @@ def main() -> None:
     sizes = [int(b) for b in args.batch.split(",")]
     path = CONFIGS / args.model if (CONFIGS / args.model).is_dir() else Path(args.model)
     n = args.emulate_rank_of
-    group: Group = Group() if n == 1 else EmulatedGroup(n)
     config = EngineConfig(
         str(path),
         tp_size=n,
@@ -242,7 +217,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     with torch.inference_mode():
-        runner = ModelRunner(config, ModelConfig.from_hf(path), ParallelState(group, group), torch.device("cuda"))
+        runner = ModelRunner(config, ModelConfig.from_hf(path), emulate_state(n, n), torch.device("cuda"))
         runner.allocate_cache(max(sizes) * runner.interleave.num_blocks(args.context + 1))
         assert runner.cache is not None
         runner.cache.blocks.normal_()

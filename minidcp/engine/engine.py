@@ -44,13 +44,13 @@ class LLMEngine:
         EngineDeadError: a rank ended; from any method.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, start: Callable[[EngineConfig, ModelConfig], Executor] = Executor) -> None:
         lower_max_model_len = config.max_model_len is None
         config, model_config = resolve(config)
         self.model_config = model_config
         self.tokenizer = load_tokenizer(find_model(config.model))
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
-        self.executor = Executor(config, model_config)
+        self.executor = start(config, model_config)
         try:
             self.config = self.init_cache(config, lower_max_model_len)
         except BaseException:
