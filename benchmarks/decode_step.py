@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from emulation import emulate_state
 from torch import Tensor
 
 from minidcp.batch import Admission, CacheRows, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner
+from minidcp.kernels.linear import multiply_by_head
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, MoE
 from minidcp.parallel.exchange import gather_heads
@@ -101,55 +101,49 @@ class Step:
         return time_graph(work), len(self.layers) * floor(0, tokens * self.c.latent_dim * 2, flops)
 
     def experts(self) -> tuple[float, float]:
+        """With the router and the shared experts."""
         x = self.normal(self.b, self.c.hidden_size)
         moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
-        routes = [moe.gate(x) for moe in moes]
 
         def work() -> None:
-            for moe, (weights, ids) in zip(moes, routes, strict=True):
-                moe.run_experts(x, weights, ids)
+            for moe in moes:
+                moe(x)
 
         total = 0.0
-        for moe, (_, ids) in zip(moes, routes, strict=True):
+        for moe in moes:
+            ids = moe.route(x)[1]
             per_expert = (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * 2
-            flops = self.b * self.c.num_experts_per_tok * per_expert
-            total += floor(ids.unique().numel() * per_expert, 0, flops)
+            total += floor(ids.unique().numel() * per_expert, 0, ids.numel() * per_expert)
         return time_graph(work), total
 
     def projections(self) -> tuple[float, float]:
-        """Every other product with a weight: q, kv and o projections, absorption and W_UV, shared experts
-        and dense MLPs, router, head."""
-        x, total = self.normal(self.b, self.c.hidden_size), 0.0
-        narrow = self.rows.narrow
+        """Every other product with a weight: q, kv and o projections, absorption and W_UV, dense MLPs, head."""
+        x, narrow = self.normal(self.b, self.c.hidden_size), self.rows.narrow
+        head = self.runner.model.lm_head
+        weights = [head.weight]
         for layer in self.layers:
             a = layer.self_attn
-            absorbed = (a.group_w_uk, a.group_w_uv) if narrow else (a.w_uk, a.w_uv)
-            weights = [a.q_b_proj.weight, a.kv_a_proj_with_mqa.weight, a.o_proj.weight, *absorbed]
-            if a.q_a_proj is not None:
-                weights.append(a.q_a_proj.weight)
-            mlp = layer.mlp.shared_experts if isinstance(layer.mlp, MoE) else layer.mlp
-            if mlp is not None:
-                weights += [mlp.gate_up_proj, mlp.down_proj]
-            total += sum(floor(w.numel() * 2, 0, 2 * self.b * w.numel()) for w in weights)
-        head = self.runner.model.lm_head.weight
-        total += floor(head.numel() * 2, 0, 2 * self.b * head.numel())
+            weights += [a.a_proj.weight, a.o_proj.weight]
+            weights += (a.group_w_uk, a.group_w_uv) if narrow else (a.w_uk, a.w_uv)
+            if a.q_b_proj is not None:
+                weights.append(a.q_b_proj.weight)
+            if isinstance(layer.mlp, MLP):
+                weights += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
+        total = sum(floor(w.numel() * 2, 0, 2 * self.b * w.numel()) for w in weights)
 
         def work() -> None:
             for layer in self.layers:
                 a = layer.self_attn
-                q = x if a.q_a_proj is None else a.q_a_proj(x)
-                q = a.q_b_proj(q).view(self.b, a.num_heads, -1)[..., : self.c.qk_nope_head_dim]
-                a.kv_a_proj_with_mqa(x)
+                first = a.a_proj(x)[:, : -self.c.latent_dim]
+                q = a.split_heads(a.project_q(first, group=False))[0]
                 if narrow:
                     q = q.repeat(1, self.group_heads // a.num_heads, 1)
                 w_uk, w_uv = (a.group_w_uk, a.group_w_uv) if narrow else (a.w_uk, a.w_uv)
-                latent = torch.einsum("thn,hnc->thc", q, w_uk)
-                out = torch.einsum("thc,hvc->thv", latent, w_uv)[:, : a.num_heads]
+                out = multiply_by_head(multiply_by_head(q, w_uk.mT), w_uv)[:, : a.num_heads]
                 a.o_proj(out.flatten(1))
-                mlp = layer.mlp.shared_experts if isinstance(layer.mlp, MoE) else layer.mlp
-                if isinstance(mlp, MLP):
-                    mlp(x)
-            F.linear(x, head)
+                if isinstance(layer.mlp, MLP):
+                    layer.mlp(x)
+            head(x)
 
         return time_graph(work), total
 

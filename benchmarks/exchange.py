@@ -27,10 +27,11 @@ from torch import Tensor
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
 from minidcp.config import ParallelConfig
+from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig, RopeConfig
-from minidcp.models.deepseek_v2 import Blueprint, MLAAttention, multiply_by_head
+from minidcp.models.deepseek_v2 import Blueprint, MLAAttention
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES, gather_heads
 from minidcp.parallel.group import Group
@@ -71,7 +72,7 @@ def count_bytes(exchange: str, policy: str, q_proj: str, size: int = 8, tokens: 
         layer.attention.plan(batch.decode)
         kv = torch.randn(tokens, 16, config.latent_dim).bfloat16()
         x = torch.randn(tokens, 64).bfloat16()
-        layer.attend_shards(x, torch.randn(tokens, ROPE), kv, batch.decode)
+        layer(x, torch.randn(tokens, ROPE), kv, batch)
         received[state.rank] = state.dcp.received_bytes
 
     threads = [threading.Thread(target=run, args=(state,)) for state in states]
@@ -158,7 +159,7 @@ def time_exchange(group: Group, exchange: str, policy: str, batch: int) -> float
 def time_products(policy: str, batch: int, size: int) -> float:
     """Seconds per layer of absorption and W_UV, for the heads that the policy gives a rank."""
     heads = HEADS if policy == "narrow" else HEADS // size
-    weights = [(normal(heads, NOPE, LATENT), normal(heads, LATENT, V)) for _ in range(LAYERS)]
+    weights = [(normal(heads, NOPE, LATENT).mT, normal(heads, V, LATENT)) for _ in range(LAYERS)]
     q, latent = normal(batch, heads, NOPE), normal(batch, heads, LATENT)
 
     def work() -> None:

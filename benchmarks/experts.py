@@ -1,39 +1,43 @@
-"""Routed experts: candidate Triton kernels beside `grouped_mm`, checked and timed. A workbench: what wins here moves
-into minidcp/kernels, and the tiles that win into a table.
+"""Routed experts on a GPU: the tiles of minidcp/kernels/tiles.json are searched here, and what they reach is compared
+with `grouped_mm` and with the floor. Products with other weights for few tokens are compared with cuBLAS.
 
-    python benchmarks/experts.py                                  # on a GPU: DeepSeek-V2-Lite, and a rank of V2
-    TRITON_INTERPRET=1 python benchmarks/experts.py --check       # small shapes on a CPU, right or wrong only
+    python benchmarks/experts.py --write minidcp/kernels/tiles.json
 
-Shared experts are experts that every token takes with weight 1. Each figure is that of a call within a CUDA graph
-that goes through many layers' weights, so that the L2 cache does not hold them. The last line is JSON.
+Each figure is that of a call within a CUDA graph that goes through several layers' weights, so that the L2 cache does
+not hold them. Kernels are compiled beforehand, by as many processes as there are CPUs. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import multiprocessing
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
-from kernels import BANDWIDTH, seconds_per_call
+from kernels import BANDWIDTH, FLOPS, normal, seconds_per_call
 from torch import Tensor
 
-CHUNK = 4096  # choices that one program of `align_kernel` looks at together
+from minidcp.kernels.experts import (
+    DIRECT_TOKENS,
+    Tile,
+    Tiles,
+    align,
+    choose_tiles,
+    multiply_blocks,
+    read_tiles,
+    run_experts,
+    run_experts_ref,
+)
+from minidcp.kernels.linear import multiply_by_head
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """Of both products: BM tokens of one expert, BN outputs, BK inputs."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int = 4
-    stages: int = 3
+LAYERS = 4  # whose weights a graph goes through
 
 
 @dataclass(frozen=True)
@@ -47,216 +51,169 @@ class Shape:
     inter: int
     shared: int = 2
 
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, gate_up, down, weights, ids
-SHAPES = (Shape("V2-Lite, tp 1", 66, 8, 2048, 1408), Shape("V2, tp 8", 162, 8, 5120, 192))
-
-
-@triton.jit
-def align_kernel(ids, entries, block_expert, num_blocks, count, experts,
-                 BM: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Program e lists the choices (entries of ids [T, K], flat) of expert e in blocks of BM, behind those of experts
-    before it; `count` stands for none. All programs count all choices: that is cheaper than to wait for each other."""
-    e = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    expert = tl.arange(0, EXPERTS)
-    counts = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, count, CHUNK):
-        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
-        counts += tl.histogram(chunk, EXPERTS)
-    blocks = tl.where(expert < experts, (counts + BM - 1) // BM, 0)  # the padding's expert is none of ours
-    before = tl.sum(tl.where(expert < e, blocks, 0), 0)
-    own = tl.sum(tl.where(expert == e, blocks, 0), 0)
-    if e == 0:
-        tl.store(num_blocks, tl.sum(blocks, 0))
-    taken = 0
-    for first in range(0, count, CHUNK):
-        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
-        mine = (chunk == e) & (first + lane < count)
-        place = taken + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(entries + before * BM + place, first + lane, mask=mine)
-        taken += tl.sum(mine.to(tl.int32), 0)
-    for block in range(own):
-        tl.store(block_expert + before + block, e)
-    pad = tl.arange(0, BM)
-    tl.store(entries + before * BM + taken + pad, tl.zeros([BM], tl.int32) + count, mask=taken + pad < own * BM)
+    @property
+    def key(self) -> str:
+        return f"{self.experts}x{self.hidden}x{self.inter}"
 
 
-@triton.jit
-def gate_up_kernel(x, weight, entries, block_expert, num_blocks, out, count, top_k, hidden, inter, tiles,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """out[entry] = silu(x[token] · gate) * (x[token] · up) for BM entries of one expert and BN outputs."""
-    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if block < tl.load(num_blocks):
-        entry = tl.load(entries + block * BM + tl.arange(0, BM))
-        there = entry < count
-        n = tile * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        rows = x + (entry // top_k).to(tl.int64)[:, None] * hidden + k[None, :]
-        expert = tl.load(block_expert + block).to(tl.int64)
-        gate_rows = weight + (expert * 2 * inter + n)[None, :] * hidden + k[:, None]
-        gate, up = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-        for first in range(0, hidden, BK):
-            inside = k < hidden - first
-            a = tl.load(rows + first, mask=there[:, None] & inside[None, :], other=0.0)
-            mask = inside[:, None] & (n < inter)[None, :]
-            gate = tl.dot(a, tl.load(gate_rows + first, mask=mask, other=0.0), gate)
-            up = tl.dot(a, tl.load(gate_rows + first + inter * hidden, mask=mask, other=0.0), up)
-        # Rounded where the unfused path rounds.
-        dtype = out.dtype.element_ty
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-        silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        dst = out + entry.to(tl.int64)[:, None] * inter + n[None, :]
-        tl.store(dst, (silu * up).to(dtype), mask=there[:, None] & (n < inter)[None, :])
+SHAPES = Shape("V2-Lite", 66, 8, 2048, 1408), Shape("V2, rank of 8", 162, 8, 5120, 192)
+PRODUCTS = {  # heads, outputs, inputs
+    "V2-Lite q|kv": (1, 3648, 2048),
+    "V2-Lite o": (1, 2048, 2048),
+    "W_UK": (16, 512, 128),
+    "W_UV": (16, 128, 512),
+    "V2-Lite router": (1, 64, 2048),
+    "V2 router": (1, 160, 5120),
+    "V2 q_a|kv": (1, 2112, 5120),
+    "V2 q_b": (1, 3072, 1536),
+    "V2 o": (1, 5120, 2048),
+    "V2-Lite head": (1, 102400, 2048),
+}
 
 
-@triton.jit
-def down_kernel(h, weight, entries, block_expert, num_blocks, out, count, hidden, inter, tiles,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """out[entry] = h[entry] · down for BM entries of one expert and BN outputs."""
-    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if block < tl.load(num_blocks):
-        entry = tl.load(entries + block * BM + tl.arange(0, BM))
-        there = entry < count
-        n = tile * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        rows = h + entry.to(tl.int64)[:, None] * inter + k[None, :]
-        expert = tl.load(block_expert + block).to(tl.int64)
-        columns = weight + (expert * hidden + n)[None, :] * inter + k[:, None]
-        acc = tl.zeros([BM, BN], tl.float32)
-        for first in range(0, inter, BK):
-            inside = k < inter - first
-            a = tl.load(rows + first, mask=there[:, None] & inside[None, :], other=0.0)
-            b = tl.load(columns + first, mask=inside[:, None] & (n < hidden)[None, :], other=0.0)
-            acc = tl.dot(a, b, acc)
-        dst = out + entry.to(tl.int64)[:, None] * hidden + n[None, :]
-        tl.store(dst, acc.to(out.dtype.element_ty), mask=there[:, None] & (n < hidden)[None, :])
-
-
-@triton.jit
-def sum_kernel(parts, weights, out, hidden, TOP_K: tl.constexpr, BN: tl.constexpr):
-    """out[t] = the weighted sum of a token's TOP_K parts, in their order and in float32."""
-    t = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    acc = tl.zeros([BN], tl.float32)
-    for i in tl.static_range(TOP_K):
-        part = tl.load(parts + (t * TOP_K + i) * hidden + n, mask=n < hidden, other=0.0).to(tl.float32)
-        acc += part * tl.load(weights + t * TOP_K + i)
-    tl.store(out + t * hidden + n, acc.to(out.dtype.element_ty), mask=n < hidden)
-
-
-def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
-    """The candidate. x [T, hidden]; gate_up [E, 2 I, hidden]; down [E, hidden, I]; weights [T, K] float32 and ids
-    [T, K] int32 of a token's experts -> [T, hidden]. Deterministic."""
-    (tokens, hidden), top_k, (experts, _, inter) = x.shape, ids.shape[1], down.shape
-    count = tokens * top_k
-    most = min(count, experts + count // tiles.bm)  # blocks
-    entries = torch.empty(most * tiles.bm, dtype=torch.int32, device=x.device)
-    block_expert = torch.empty(most, dtype=torch.int32, device=x.device)
-    num_blocks = torch.empty(1, dtype=torch.int32, device=x.device)
-    align_kernel[(experts,)](
-        ids, entries, block_expert, num_blocks, count, experts, BM=tiles.bm,
-        EXPERTS=triton.next_power_of_2(experts + 1), CHUNK=min(CHUNK, triton.next_power_of_2(count)),
-    )  # fmt: skip
-    options = dict(BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, num_warps=tiles.warps, num_stages=tiles.stages)
-    h = torch.empty(count, inter, dtype=x.dtype, device=x.device)
-    across = triton.cdiv(inter, tiles.bn)
-    gate_up_kernel[(most * across,)](
-        x, gate_up, entries, block_expert, num_blocks, h, count, top_k, hidden, inter, across, **options
+def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
+    """Block sizes and tiles worth a try for so many tokens."""
+    if tokens <= DIRECT_TOKENS:
+        vectors = [(8, 1024, 4), (16, 512, 4), (32, 256, 4), (16, 1024, 8), (8, 512, 4), (4, 1024, 4), (16, 256, 4)]
+        rows = [(1, Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
+        return [*rows, (16, Tile(64, 128, 4, 4)), (16, Tile(64, 256, 4, 3))]
+    per_expert = tokens * shape.top_k / shape.experts
+    few = [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4),
+           (128, 64, 8, 4), (128, 128, 8, 3)]  # fmt: skip
+    many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 4)]
+    if per_expert > 200:
+        return [(bm, Tile(*tile)) for bm, tile in product((64, 128), many)]
+    bms = (
+        (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64) if per_expert < 40 else (32, 64, 128)
     )
-    parts = torch.empty(count, hidden, dtype=x.dtype, device=x.device)
-    across = triton.cdiv(hidden, tiles.bn)
-    down_kernel[(most * across,)](
-        h, down, entries, block_expert, num_blocks, parts, count, hidden, inter, across, **options
-    )
-    out = torch.empty_like(x)
-    sum_kernel[(tokens, triton.cdiv(hidden, 1024))](parts, weights, out, hidden, TOP_K=top_k, BN=1024)
-    return out
+    return [(bm, Tile(*tile)) for bm, tile in product(bms, few)]
 
 
-def run_grouped_mm(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """What minidcp/models/layers.py does: the twin."""
-    experts, top_k = len(down), ids.shape[1]
-    expert, order = ids.flatten().sort(stable=True)
-    offs = torch.searchsorted(expert, torch.arange(experts, device=x.device), right=True).to(torch.int32)
-    gate, up = F.grouped_mm(x[order // top_k], gate_up.mT, offs=offs).chunk(2, -1)
-    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs)
-    weighted = out.float() * weights.flatten()[order, None]
-    return torch.empty_like(weighted).index_copy_(0, order, weighted).view(-1, top_k, x.shape[1]).sum(1).to(x.dtype)
+def fits(bm: int, tile: Tile, gated: bool) -> bool:
+    """Whether the stages fit into shared memory, where tensor cores use it."""
+    return bm == 1 or tile.stages * tile.bk * (bm + tile.bn * (2 if gated else 1)) * 2 <= 220 << 10
 
 
-def make_inputs(shape: Shape, tokens: int, layers: int, device: str, dtype: torch.dtype) -> list[Inputs]:
-    """For each layer other weights of std 0.02, and for each token other experts, the shared ones last."""
-    inputs: list[Inputs] = []
-    for _ in range(layers):
-        gate_up = torch.randn(shape.experts, 2 * shape.inter, shape.hidden, device=device).mul_(0.02).to(dtype)
-        down = torch.randn(shape.experts, shape.hidden, shape.inter, device=device).mul_(0.02).to(dtype)
-        routed = shape.experts - shape.shared
-        ids = torch.rand(tokens, routed, device=device).topk(shape.top_k - shape.shared).indices
-        always = torch.arange(routed, shape.experts, device=device).expand(tokens, -1)
-        weights = torch.rand(tokens, shape.top_k, device=device)
-        x = torch.randn(tokens, shape.hidden, device=device).to(dtype)
-        inputs.append((x, gate_up, down, weights, torch.cat([ids, always], 1).to(torch.int32)))
-    return inputs
+def make_weights(shape: Shape, experts: int) -> tuple[Tensor, Tensor]:
+    gate_up = normal(experts, 2 * shape.inter, shape.hidden).mul_(0.02)
+    return gate_up, normal(experts, shape.hidden, shape.inter).mul_(0.02)
 
 
-def check(shape: Shape, tokens: int, tiles: Tiles, device: str, dtype: torch.dtype) -> float:
-    """Relative error of the candidate against fp64; raises if it is larger than rounding explains."""
-    ((x, gate_up, down, weights, ids),) = make_inputs(shape, tokens, 1, device, dtype)
-    out = run_experts(x, gate_up, down, weights, ids, tiles)
-    expected = torch.zeros(tokens, shape.hidden, dtype=torch.float64, device=device)
-    for t, i in itertools.product(range(tokens), range(shape.top_k)):
-        gate, up = (gate_up[ids[t, i]].double() @ x[t].double()).chunk(2)
-        expected[t] += weights[t, i] * (down[ids[t, i]].double() @ (F.silu(gate) * up))
-    error = float((out.double() - expected).norm() / expected.norm())
-    assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"{shape.name}, {tokens} tokens, {tiles}: {error:.2e}"
-    return error
+def compile_tile(job: tuple[Shape, bool, int, Tile, bool]) -> None:
+    """In a process of its own: leaves the kernel in Triton's cache."""
+    shape, direct, bm, tile, gated = job
+    weights = make_weights(shape, 2)
+    ids = torch.tensor([[0, 1]] * (1 if direct else 4), dtype=torch.int32, device="cuda")
+    x = normal(len(ids), shape.hidden) if gated else normal(ids.numel(), shape.inter)
+    try:
+        multiply_blocks(x, weights[0 if gated else 1], align(ids, 2, bm), tile, gated)
+    except triton.runtime.errors.OutOfResources:
+        return
 
 
-def list_tiles(tokens_per_expert: float) -> list[Tiles]:
-    """Candidates for so many tokens of an expert."""
-    bms = [16] if tokens_per_expert <= 8 else [16, 32, 64] if tokens_per_expert <= 48 else [64, 128]
-    sizes = itertools.product(bms, (32, 64, 128), (64, 128), (4, 8), (3, 4))
-    fits = (Tiles(*size) for size in sizes)
-    return [
-        t for t in fits if t.stages * t.bk * (t.bm + 2 * t.bn) * 2 <= 220 << 10 and t.warps * 16 <= t.bm * t.bn // 8
-    ]
+def draw_ids(shape: Shape, tokens: int) -> Tensor:
+    """[T, K] for each token other experts, the shared ones last."""
+    routed = shape.experts - shape.shared
+    ids = torch.rand(tokens, routed, device="cuda").topk(shape.top_k - shape.shared).indices
+    always = torch.arange(routed, shape.experts, device="cuda").expand(tokens, -1)
+    return torch.cat([ids, always], 1).to(torch.int32)
 
 
-def search(shape: Shape, tokens: int) -> dict[str, object]:
-    """The fastest tiles for a batch, beside grouped_mm and the floor."""
-    inputs = make_inputs(shape, tokens, 4, "cuda", torch.bfloat16)
-    used = sum(int(ids.unique().numel()) for *_, ids in inputs) / len(inputs)
-    floor = used * 3 * shape.inter * shape.hidden * 2 / BANDWIDTH
-    base = seconds_per_call([lambda i=i: run_grouped_mm(*i) for i in inputs])  # type: ignore[misc]
-    times = {}
-    for tiles in list_tiles(tokens * shape.top_k / shape.experts):
-        try:
-            times[tiles] = seconds_per_call([lambda i=i, t=tiles: run_experts(*i, tiles=t) for i in inputs])  # type: ignore[misc]
-        except (triton.runtime.errors.OutOfResources, RuntimeError):
+def time_or_none(calls: list[Callable[[], object]]) -> float | None:
+    try:
+        return seconds_per_call(calls)
+    except triton.runtime.errors.OutOfResources:
+        return None
+
+
+def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> tuple[Tiles, dict[str, object]]:
+    """The fastest tiles for a batch, and what they reach beside grouped_mm and the floor."""
+    ids = [draw_ids(shape, tokens) for _ in weights]
+    x, h = normal(tokens, shape.hidden), normal(tokens * shape.top_k, shape.inter)
+    best: dict[tuple[int, bool], tuple[float, Tile]] = {}
+    for (bm, tile), gated in product(list_candidates(shape, tokens), (True, False)):
+        if not fits(bm, tile, gated):
             continue
-    best = min(times, key=lambda t: times[t])
-    check(shape, min(tokens, 16), best, "cuda", torch.bfloat16)
-    print(f"{shape.name:14} batch {tokens:5}: grouped_mm {base * 1e6:7.1f} µs, ours {times[best] * 1e6:7.1f}, "
-          f"floor {floor * 1e6:7.1f}, ratio {times[best] / floor:5.2f}  {best}")  # fmt: skip
-    return {"shape": shape.name, "batch": tokens, "grouped_us": base * 1e6, "us": times[best] * 1e6,
-            "floor_us": floor * 1e6, "tiles": vars(best)}  # fmt: skip
+        blocks = [align(i, shape.experts, bm) for i in ids]
+        source, which = (x, 0) if gated else (h, 1)
+        calls: list[Callable[[], object]] = [
+            lambda w=w[which], b=b, t=tile, g=gated, s=source: multiply_blocks(s, w, b, t, g)  # type: ignore[misc]
+            for w, b in zip(weights, blocks, strict=True)
+        ]
+        seconds = time_or_none(calls)
+        if seconds is not None and seconds < best.get((bm, gated), (1.0, tile))[0]:
+            best[bm, gated] = seconds, tile
+    bms = {bm for bm, gated in best if (bm, not gated) in best}
+    bm = min(bms, key=lambda bm: best[bm, True][0] + best[bm, False][0])
+    parts = best[bm, True], best[bm, False]
+    used = sum(len(i.unique()) for i in ids) / len(ids)
+    per_expert = 3 * shape.inter * shape.hidden * 2
+    floor = max(used * per_expert / BANDWIDTH, tokens * shape.top_k * per_expert / FLOPS)
+    print(f"{shape.name:14} {tokens:5}: bm {bm:3}, gate|up {parts[0][0] * 1e6:7.1f} µs {tuple(parts[0][1])}, "
+          f"down {parts[1][0] * 1e6:7.1f} {tuple(parts[1][1])}, both {sum(p[0] for p in parts) / floor:.2f} floors "
+          f"of {floor * 1e6:.1f}", flush=True)  # fmt: skip
+    return Tiles(bm, parts[0][1], parts[1][1]), {"shape": shape.name, "batch": tokens, "floor_us": floor * 1e6}
+
+
+def compare(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> dict[str, object]:
+    """All of it, with the tiles of the table, beside the twin."""
+    x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
+    ids = [draw_ids(shape, tokens) for _ in weights]
+    expected, actual = (f(x, *weights[0], given, ids[0]).float() for f in (run_experts_ref, run_experts))
+    error = float((actual - expected).norm() / expected.norm())
+    assert error < 1e-2, f"{shape.name}, {tokens} tokens: {error:.2e} off the twin"
+    times = [
+        seconds_per_call([lambda w=w, i=i, f=f: f(x, *w, given, i) for w, i in zip(weights, ids, strict=True)])  # type: ignore[misc]
+        for f in (run_experts, run_experts_ref)
+    ]
+    print(f"{shape.name:14} {tokens:5}: {times[0] * 1e6:7.1f} µs, grouped_mm {times[1] * 1e6:7.1f}, error {error:.1e}")
+    return {"shape": shape.name, "batch": tokens, "us": times[0] * 1e6, "grouped_us": times[1] * 1e6}
+
+
+def compare_product(name: str, tokens: int) -> None:
+    heads, dim_out, dim_in = PRODUCTS[name]
+    copies = max(2, min(32, (1 << 28) // (heads * dim_out * dim_in * 2)))
+    weights, x = [normal(heads, dim_out, dim_in) for _ in range(copies)], normal(tokens, heads, dim_in)
+    dtype = torch.float32 if "router" in name else torch.bfloat16
+    if name == "W_UK":
+        weights = [w.mT.contiguous().mT for w in weights]
+    out = torch.empty(tokens, heads, dim_out, dtype=dtype, device="cuda")
+    ours = seconds_per_call([lambda w=w: multiply_by_head(x, w, out) for w in weights])  # type: ignore[misc]
+    rows = x.transpose(0, 1)
+    theirs = seconds_per_call([lambda w=w: F.linear(x[:, 0], w[0]) if heads == 1 else rows @ w.mT for w in weights])  # type: ignore[misc]
+    floor = weights[0].nbytes / BANDWIDTH
+    print(f"{name:16} {tokens:4}: {ours * 1e6:6.1f} µs, cuBLAS {theirs * 1e6:6.1f}, floor {floor * 1e6:6.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="small shapes only, on whatever is there")
-    parser.add_argument("--batch", default="1,8,32,128,256,512", help="tokens")
+    parser.add_argument("--batch", default="1,2,8,32,128,256,512,2048,16384", help="tokens")
+    parser.add_argument("--write", type=Path, help="where to write the tiles that win")
+    parser.add_argument("--products", default="1,2,4,8,16", help="tokens; none: leave the other products out")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for tokens, experts, bm in ((1, 5, 16), (3, 5, 16), (9, 7, 16), (40, 4, 32)):
-        shape = Shape("small", experts, 4, 48, 24)
-        error = check(shape, tokens, Tiles(bm, 16, 16), device, torch.float32)
-        print(f"{tokens:3} tokens, {experts} experts: relative error {error:.1e}")
-    if not args.check:
-        batches = [int(b) for b in args.batch.split(",")]
-        print(json.dumps([search(shape, batch) for shape in SHAPES for batch in batches]))
+    batches = [int(b) for b in args.batch.split(",")]
+    jobs = {
+        (shape, batch <= DIRECT_TOKENS, bm, tile, gated)
+        for shape, batch in product(SHAPES, batches)
+        for (bm, tile), gated in product(list_candidates(shape, batch), (True, False))
+        if fits(bm, tile, gated)
+    }
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        pool.map(compile_tile, sorted(jobs, key=str), chunksize=1)
+    results, table = [], {}
+    for shape in SHAPES:
+        weights = [make_weights(shape, shape.experts) for _ in range(LAYERS)]
+        found = {batch: search(shape, batch, weights) for batch in batches}
+        table[shape.key] = {str(batch): tiles for batch, (tiles, _) in found.items()}
+        if args.write:
+            args.write.write_text(json.dumps(table, indent=1))
+            read_tiles.cache_clear()
+            choose_tiles.cache_clear()
+        results += [found[batch][1] | compare(shape, batch, weights) for batch in batches]
+    for name, tokens in product(PRODUCTS, [int(t) for t in args.products.split(",") if t]):
+        compare_product(name, tokens)
+    print(json.dumps({"tiles": table, "results": results}))
 
 
 if __name__ == "__main__":

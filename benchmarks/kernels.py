@@ -20,7 +20,6 @@ from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials, rescale_partial
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.rope import rotate
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
 CALLS = 64
@@ -61,17 +60,12 @@ def make_calls(kernel: str, tokens: int) -> tuple[list[Callable[[], object]], fl
             calls.append(lambda x=x, r=r: rms_norm(x, weight, 1e-6, r))  # type: ignore[misc]
             moved = 4 * x.nbytes
         elif kernel == "norm + rope + store 576":
-            kv, cos_sin = normal(tokens, 576), torch.randn(tokens, 64, device="cuda")
+            kv, q, cos_sin = normal(tokens, 576), normal(tokens, 16, 192), torch.randn(tokens, 64, device="cuda")
             cache = normal(tokens // 16 + 1, 16, 576)
             slots = torch.randperm(tokens, device="cuda").to(torch.int32)
-            calls.append(
-                lambda kv=kv, s=slots, cs=cos_sin, c=cache: store_latents(kv, latent_weight, 1e-6, cs, c, s)  # type: ignore[misc]
-            )
-            moved = 3 * kv.nbytes + cos_sin.nbytes
-        elif kernel == "rope 16 x 64":
-            q, cos_sin = normal(tokens, 16, 192), torch.randn(tokens, 64, device="cuda")
-            calls.append(lambda q=q, cs=cos_sin: rotate(q[..., 128:], cs, q[..., 128:]))  # type: ignore[misc]
-            moved = 2 * tokens * 16 * 64 * 2 + cos_sin.nbytes
+            given = kv, q[..., 128:], latent_weight, 1e-6, cos_sin, cache, slots
+            calls.append(lambda given=given: store_latents(*given))  # type: ignore[misc]
+            moved = 3 * kv.nbytes + cos_sin.nbytes + 2 * q[..., 128:].nbytes
         elif kernel.startswith("merge 8 x 16"):
             dim = int(kernel.split()[-1])
             outs, lses = normal(8, tokens, 16, dim), torch.randn(8, tokens, 16, device="cuda")
@@ -113,7 +107,6 @@ def main() -> None:
     kernels = (
         "rms_norm + residual 5120",
         "norm + rope + store 576",
-        "rope 16 x 64",
         "merge 8 x 16 x 512",
         "merge 8 x 16 x 128",
         "rescale 128 x 512",

@@ -12,10 +12,9 @@ from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minidcp import LLM
+from minidcp.kernels.experts import route
 from minidcp.model_config import ModelConfig, RopeConfig
-from minidcp.models.layers import Router
 from minidcp.models.rope import inverse_frequencies
-from minidcp.models.weights import Weights
 
 
 @pytest.mark.parametrize(
@@ -66,16 +65,16 @@ def test_router_normalises_or_scales(normalise: bool) -> None:
     config = ModelConfig.from_dict(
         STYLES["v2"] | {"model_type": "deepseek_v2", "norm_topk_prob": normalise, "routed_scaling_factor": 16.0}
     )
-    weight = torch.randn(8, 64)
-    router = Router(config, Weights(FixedSource({"weight": weight})))
-    x = torch.randn(20, 64)
-    weights, ids = router(x)
+    logits = torch.randn(20, 8) * 8
+    all_weights, all_ids = route(logits, config, shared=2)
+    assert (all_weights[:, 3:] == 1).all() and (all_ids[:, 3:] == torch.tensor([8, 9])).all()
+    weights, ids = all_weights[:, :3], all_ids[:, :3]
     for token in range(20):
-        scores = (x[token] @ weight.T).softmax(-1)
+        scores = logits[token].softmax(-1)
         groups = scores.view(4, 2).amax(-1).argsort(descending=True)[:2].tolist()
         allowed = sorted((i for i in range(8) if i // 2 in groups), key=lambda i: -scores[i])[:3]
         assert sorted(ids[token].tolist()) == sorted(allowed)
-        picked = scores[ids[token]]
+        picked = scores[ids[token].long()]
         expected = picked / picked.sum() if normalise else picked * 16
         torch.testing.assert_close(weights[token], expected)
 

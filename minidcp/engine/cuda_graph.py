@@ -15,7 +15,7 @@ from minidcp.config import EngineConfig
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.parallel.state import ParallelState
 
-# batch -> logits [S, vocab] and their best tokens [S], which also become their slots' last ones.
+# batch -> this rank's logits [S, V / N] and the best tokens [S], which also become their slots' last ones.
 Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
 
 

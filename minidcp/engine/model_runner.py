@@ -148,7 +148,8 @@ class ModelRunner:
         self.cache = self.make_cache(1, 1)
         self.cache.blocks = self.cache.blocks.expand(self.model_config.num_hidden_layers, -1, -1, -1)
         batch = self.build_batch(plan)
-        self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
+        logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
+        self.model.lm_head.gather(logits)
         torch.cuda.synchronize(self.device)
 
     def make_cache(self, layers: int, num_blocks: int) -> LatentCache:
@@ -173,20 +174,16 @@ class ModelRunner:
         return ForwardBatch.build(plan, self.tables, self.policy, rank, narrow, self.device)
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """A step up to logits [S + K, vocab] and the best tokens [S], which become the slots' last ones."""
+        """A step up to this rank's logits [S + K, V / N] and the best tokens [S], which become the slots' last ones."""
         assert self.cache is not None
         self.state.begin_step()
         token_ids = torch.cat([self.last_tokens[batch.decode_slots], batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
-        best = logits[: len(batch.sample_slots)].argmax(-1)
-        return logits, self.share_tokens(best, batch.sample_slots)
-
-    def share_tokens(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """Rank 0 decides for all: two ranks that round differently must not go separate ways."""
-        if len(tokens):
-            tokens = self.state.tp.broadcast(tokens)
-            self.last_tokens[slots] = tokens
-        return tokens
+        best = logits[: len(batch.sample_slots)]
+        if len(best):
+            best = self.model.lm_head.choose_best(best)
+            self.last_tokens[batch.sample_slots] = best
+        return logits, best
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -207,10 +204,13 @@ class ModelRunner:
             slots = batch.sample_slots
         sampled = None
         if plan.sampling or plan.scored:
+            if self.sampler.reads_logits(plan):
+                self.state.begin_step()  # these collectives are in no graph
+                logits = self.model.lm_head.gather(logits)
             if self.state.rank == 0:
                 sampled = self.sampler.sample(logits, plan, tokens)
                 tokens = sampled.tokens[: len(tokens)]
-            if not self.sampler.takes_best(plan):
-                self.state.begin_step()  # these collectives are in no graph
-                tokens = self.share_tokens(tokens, slots)
+            if len(tokens) and not self.sampler.takes_best(plan):
+                # Rank 0 decides for all: two ranks that round differently must not go separate ways.
+                self.last_tokens[slots] = self.state.tp.broadcast(tokens)
         return PendingResult(sampled, begin, self.state.received_bytes + self.replayed_bytes)

@@ -61,6 +61,11 @@ class Sampler:
         rows = (a.params for a in self.list_rows(plan))
         return not any(params.temperature > 0 or params.is_adjusted for params in rows)
 
+    def reads_logits(self, plan: StepPlan) -> bool:
+        """Whether `sample` wants more than the best tokens."""
+        wanted = any(a.params.logprobs is not None for a in self.list_rows(plan))
+        return bool(plan.scored) or wanted or not self.takes_best(plan)
+
     def sample(self, logits: Tensor, plan: StepPlan, best: Tensor) -> Sampled:
         """Tokens for the S sampling rows from logits [S + K, vocab] (float32), whose best are `best`, and
         what is wanted of them and of the K scored tokens."""

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidcp.kernels import use_triton
+from minidcp.kernels import launch_early, use_triton, wait_for_previous
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         rms_norm_kernel[(tokens,)](
             x, x if residual is None else residual, weight, out, total,
             x.stride(0), x.stride(0) if residual is None else residual.stride(0), dim, eps,
-            HAS_RESIDUAL=residual is not None, DIM=width, num_warps=4 if width <= 2048 else 8,
+            HAS_RESIDUAL=residual is not None, DIM=width, num_warps=4 if width <= 2048 else 8, **launch_early(),
         )  # fmt: skip
     return out, total
 
@@ -46,9 +46,10 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 @triton.jit
 def rms_norm_kernel(
     x, residual, weight, out, total, x_t, residual_t, dim, eps,
-    HAS_RESIDUAL: tl.constexpr, DIM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, DIM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program normalises one token."""
+    wait_for_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DIM)
     mask = d < dim

@@ -12,11 +12,11 @@ from torch import Tensor
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheRows, ForwardBatch
 from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
-from minidcp.kernels.rope import rotate
 from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.model_config import ModelConfig
-from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding
+from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding, join
 from minidcp.models.rope import RotaryEmbedding
 from minidcp.models.weights import Shard, Weights
 from minidcp.parallel.exchange import Exchange, exchange_p2p, gather_heads
@@ -49,22 +49,25 @@ class MLAAttention:
         self.num_heads = c.num_attention_heads // tp.size
         own_heads = Shard(0, tp.rank, tp.size)
         group_heads = Shard(0, state.dcp_group_index, tp.size // dcp.size)
-        self.q_a_proj, q_in, q_scope = None, c.hidden_size, weights.scope("q_proj")
-        if c.q_lora_rank is not None:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, weights.scope("q_a_proj"), bias=bias)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
-            q_in, q_scope = c.q_lora_rank, weights.scope("q_b_proj")
-        q_shard = group_heads if self.replicated_q else own_heads
-        # Where there is no q_lora this is q_proj.
-        self.q_b_proj = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
-        self.q_b_proj.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
         first = dcp.rank * self.num_heads  # of this rank's heads among the group's
-        rows = slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim)
-        self.own_q_b_proj = self.q_b_proj.part(rows) if self.replicated_q else self.q_b_proj
 
-        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
-        self.kv_a_proj_with_mqa.reorder_rope(1, c.qk_rope_head_dim)
+        kv_a = Linear(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
+        kv_a.reorder_rope(1, c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS)
+        lora, q_in, q_scope = c.q_lora_rank is not None, c.q_lora_rank or c.hidden_size, weights.scope("q_proj")
+        if lora:
+            q_a = Linear(c.hidden_size, q_in, weights.scope("q_a_proj"), bias=bias)
+            self.q_a_layernorm = RMSNorm(q_in, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
+            q_scope = weights.scope("q_b_proj")
+        q_shard = group_heads if self.replicated_q else own_heads
+        q = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
+        q.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
+        # What is computed from the layer's input in one product, the latents last; then q, where it is not among it.
+        self.a_proj = join(q_a, kv_a) if lora else kv_a if self.replicated_q else join(q, kv_a)
+        self.q_b_proj = q if lora or self.replicated_q else None
+        self.own_q_b_proj = self.q_b_proj
+        if self.replicated_q:
+            self.own_q_b_proj = q.part(slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim))
 
         width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
         kv_b_proj = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
@@ -79,69 +82,83 @@ class MLAAttention:
     @property
     def peer_head_bytes(self) -> int:
         """How much of this layer's weights belongs to heads of other ranks."""
-        held = (self.q_b_proj.weight, self.group_w_uk, self.group_w_uv)
-        own = (self.own_q_b_proj.weight, self.w_uk, self.w_uv)
-        return sum(w.nbytes for w in held) - sum(w.nbytes for w in own)
+        extra: int = self.group_w_uk.nbytes + self.group_w_uv.nbytes - self.w_uk.nbytes - self.w_uv.nbytes
+        if self.q_b_proj is not None and self.own_q_b_proj is not None:
+            extra += self.q_b_proj.weight.nbytes - self.own_q_b_proj.weight.nbytes
+        return extra
 
     def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden], replicated -> this rank's summand of the output [T, hidden]."""
-        d = batch.num_decode
-        q_in = x if self.q_a_proj is None else self.q_a_layernorm(self.q_a_proj(x))
-        norm = self.kv_a_layernorm
-        new = self.kv_a_proj_with_mqa(x)
-        latents = store_latents(new, norm.weight, norm.eps, cos_sin, kv, batch.slot_mapping)
+        d, width = batch.num_decode, self.config.latent_dim
+        joint = self.a_proj(x)
+        first, new = joint[:, :-width], joint[:, -width:]
+        if self.q_b_proj is not None:
+            first = x if first.shape[1] == 0 else self.q_a_layernorm(first)
+
+        def store(q: Tensor, rows: slice) -> Tensor:
+            q_pe, norm = self.split_heads(q)[1], self.kv_a_layernorm
+            return store_latents(new[rows], q_pe, norm.weight, norm.eps, cos_sin[rows], kv, batch.slot_mapping[rows])
 
         parts = []
         if batch.decode is not None:
-            parts.append(self.attend_shards(q_in[:d], cos_sin[:d], kv, batch.decode)[0])
+            rows, place = slice(d), None
+            if batch.decode.narrow and not self.replicated_q:  # the next collective gathers it
+                place = self.state.dcp.empty((d, self.num_heads * self.config.qk_head_dim), x)
+            q = self.project_q(first[rows], self.replicated_q, place)
+            store(q, rows)
+            parts.append(self.attend_shards(q, kv, batch.decode)[0])
         if batch.prefill is not None:
-            parts.append(self.prefill(q_in[d:], cos_sin[d:], latents[d:], kv, batch))
+            rows, all_heads = slice(d, None), self.replicated_q and isinstance(batch.context, CacheRows)
+            q = self.project_q(first[rows], all_heads)
+            latents = store(q, rows)
+            parts.append(self.prefill(q, latents, kv, batch))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(out.flatten(1))
 
-    def attend_shards(self, x: Tensor, cos_sin: Tensor, kv: Tensor, rows: CacheRows) -> tuple[Tensor, Tensor]:
-        """Absorbed form over the sharded cache; x [T, q's input] -> [T, H, v] and lse [T, H].
+    def attend_shards(self, q: Tensor, kv: Tensor, rows: CacheRows) -> tuple[Tensor, Tensor]:
+        """Absorbed form over the sharded cache; q [T, H, nope + rope], or [T, G, …] where q is replicated -> [T, H, v]
+        and lse [T, H].
 
         Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can stand on either
         side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per head. Narrow: the group's
         heads, 192 and 128 cross. Where ranks read each other's memory, what crosses is written there at once.
         """
-        c, dcp, tokens = self.config, self.state.dcp, len(x)
+        c, dcp, tokens = self.config, self.state.dcp, len(q)
+        if rows.narrow and not self.replicated_q:
+            q = gather_heads(q, dcp)  # [T, G, nope + rope]
+        q_nope, q_pe = self.split_heads(q)
         if rows.narrow or self.replicated_q:
-            own = None if self.replicated_q else dcp.empty((tokens, self.num_heads * c.qk_head_dim), x)
-            q = self.project_q(self.q_b_proj, x, cos_sin, own)
-            q = q if self.replicated_q else gather_heads(q, dcp)  # [T, G, nope + rope]
-            q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-            q_latent = multiply_by_head(q_nope, self.group_w_uk)
+            q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)
+        elif dcp.size == 1:
+            q_latent = multiply_by_head(q_nope, self.w_uk.mT)
         else:
-            q_nope, q_pe = self.split_heads(self.q_b_proj(x))
-            wide = dcp.empty((tokens, self.num_heads, c.latent_dim), x)
-            q_latent, rotated = wide.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-            multiply_by_head(q_nope, self.w_uk, q_latent)
-            rotate(q_pe, cos_sin, rotated)
-            q = gather_heads(wide, dcp)  # [T, G, C + rope]
-            q_latent, q_pe = q.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+            wide = dcp.empty((tokens, self.num_heads, c.latent_dim), q)
+            multiply_by_head(q_nope, self.w_uk.mT, wide[..., : c.kv_lora_rank])
+            wide[..., c.kv_lora_rank :] = q_pe
+            # [T, G, C + rope]
+            q_latent, q_pe = gather_heads(wide, dcp).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
 
         # Other exchanges than p2p fill the group's memory before they have read the partial.
         place = None
         if self.exchange is exchange_p2p:
             dim = c.v_head_dim if rows.narrow else c.kv_lora_rank
-            place = dcp.empty((tokens, q_pe.shape[1], dim), x)
+            place = dcp.empty((tokens, q_latent.shape[1], dim), q)
         latent, lse = self.attention.decode(q_latent, q_pe, kv, rows, None if rows.narrow else place)
         if rows.narrow:
-            return self.exchange(multiply_by_head(latent, self.group_w_uv.mT, place), lse, dcp)
+            return self.exchange(multiply_by_head(latent, self.group_w_uv, place), lse, dcp)
         if dcp.size > 1:
             latent, lse = self.exchange(latent, lse, dcp)
-        return multiply_by_head(latent, self.w_uv.mT), lse
+        return multiply_by_head(latent, self.w_uv), lse
 
-    def prefill(self, x: Tensor, cos_sin: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
+    def prefill(self, q: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """MHA form, this rank's heads: new tokens among themselves, merged by LSE with what they find in the cache;
-        x [T, q's input] -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
+        q [T, H, nope + rope] (or [T, G, …]) -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
         assert batch.prefill is not None
-        q = self.project_q(self.own_q_b_proj, x, cos_sin)
+        every, first = q, self.state.dcp.rank * self.num_heads if q.shape[1] > self.num_heads else 0
+        q = q[:, first : first + self.num_heads]
         out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
         if isinstance(batch.context, CacheRows):
-            seen, seen_lse = self.attend_shards(x, cos_sin, kv, batch.context)
+            seen, seen_lse = self.attend_shards(every, kv, batch.context)
             return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
         for piece in batch.context or ():
             shard = kv.flatten(0, 1)[piece.slots]  # [S, C + rope]
@@ -151,17 +168,15 @@ class MLAAttention:
             out[some], lse[some] = merge_partials(torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse]))
         return out
 
-    def project_q(self, proj: Linear, x: Tensor, cos_sin: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, q's input] -> [T, heads of proj, nope + rope], rotated."""
-        q = proj(x, out)
-        q_pe = self.split_heads(q)[1]
-        rotate(q_pe, cos_sin, q_pe)
+    def project_q(self, x: Tensor, group: bool, out: Tensor | None = None) -> Tensor:
+        """x [T, q's input], or q itself [T, H · (nope + rope)] -> q [T, H or G, nope + rope], not rotated yet."""
+        proj = self.q_b_proj if group else self.own_q_b_proj
+        q = x if proj is None else proj(x, out)
         return q.view(len(x), -1, self.config.qk_head_dim)
 
     def split_heads(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, heads · (nope + rope)] -> views [T, heads, nope] and [T, heads, rope]."""
-        c = self.config
-        q_nope, q_pe = q.unflatten(1, (-1, c.qk_head_dim)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        """[T, heads, nope + rope] -> views [T, heads, nope] and [T, heads, rope]."""
+        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, q_pe
 
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,14 +185,6 @@ class MLAAttention:
         k_nope = torch.einsum("tc,hnc->thn", kv_c, self.w_uk)
         v = torch.einsum("tc,hvc->thv", kv_c, self.w_uv)
         return torch.cat([k_nope, k_pe[:, None].expand(-1, self.num_heads, -1)], -1), v
-
-
-def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [T, H, I], weight [H, I, O] -> [T, H, O], written to `out` if one is given."""
-    if out is None:
-        out = x.new_empty(len(x), x.shape[1], weight.shape[2])
-    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
-    return out
 
 
 class DecoderLayer:
@@ -218,7 +225,7 @@ class DeepseekV2ForCausalLM:
         self.rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim, max_model_len, head.device)
 
     def __call__(self, token_ids: Tensor, cache: LatentCache, batch: ForwardBatch) -> Tensor:
-        """token_ids [T] -> float32 logits [S, vocab] of the batch's sampled tokens, on every rank."""
+        """token_ids [T] -> this rank's logits [S, V / N] of the batch's sampled tokens; see `LMHead`."""
         for rows in (batch.decode, batch.context):
             if isinstance(rows, CacheRows):
                 self.attention.plan(rows)
@@ -228,5 +235,5 @@ class DeepseekV2ForCausalLM:
             x, residual = layer(x, residual, cos_sin, cache.layer(i), batch)
         assert residual is not None
         if not len(batch.sample_index):  # chunks that end before their prompts do
-            return x.new_empty(0, self.lm_head.vocab_size, dtype=torch.float32)
+            return x.new_empty(0, len(self.lm_head.weight))
         return self.lm_head(self.norm.add(x[batch.sample_index], residual[batch.sample_index])[0])

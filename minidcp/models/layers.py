@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidcp.kernels.experts import route, run_experts
+from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import WHOLE, Shard, Weights, deinterleave_rope_rows
@@ -58,8 +60,18 @@ class Linear:
         return part
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Into `out`, if one is given; then without a bias."""
-        return F.linear(x, self.weight, self.bias) if out is None else torch.mm(x, self.weight.T, out=out)
+        """Into `out` [T, out_dim], if one is given."""
+        result = multiply_by_head(x[:, None], self.weight[None], None if out is None else out[:, None])[:, 0]
+        return result if self.bias is None else result.add_(self.bias)
+
+
+def join(first: Linear, second: Linear) -> Linear:
+    """One product for two of the same input: the outputs side by side."""
+    joint = copy.copy(first)
+    joint.weight = torch.cat([first.weight, second.weight])
+    biases = [x.bias if x.bias is not None else x.weight.new_zeros(len(x.weight)) for x in (first, second)]
+    joint.bias = torch.cat(biases) if first.bias is not None or second.bias is not None else None
+    return joint
 
 
 class VocabParallelEmbedding:
@@ -77,22 +89,43 @@ class VocabParallelEmbedding:
 
 
 class LMHead:
-    """Logits over the whole vocabulary, float32, on every rank; rows sharded over the TP group."""
+    """Logits, rows of the vocabulary sharded over the TP group."""
 
     def __init__(self, weight: Tensor, vocab_size: int, tp: Group) -> None:
         self.weight, self.vocab_size, self.tp = weight, vocab_size, tp
 
     def __call__(self, x: Tensor) -> Tensor:
-        by_rank = self.tp.all_gather(F.linear(x, self.weight))  # [T, N, V / N], the last part padded
-        return by_rank.flatten(1)[:, : self.vocab_size].float()
+        """x [S, hidden] -> [S, V / N], this rank's; -inf for rows that pad the last shards."""
+        logits = multiply_by_head(x[:, None], self.weight[None])[:, 0]
+        padding = (self.tp.rank + 1) * len(self.weight) - self.vocab_size
+        if padding > 0:
+            logits[:, max(0, len(self.weight) - padding) :] = -torch.inf
+        return logits
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """[S, V / N] of every rank -> [S, V] float32 on all."""
+        return self.tp.all_gather(logits).flatten(1)[:, : self.vocab_size].float()
+
+    def choose_best(self, logits: Tensor) -> Tensor:
+        """[S, V / N] of every rank -> the most likely tokens [S], the same on all ranks."""
+        best, ids = logits.max(-1)
+        if self.tp.size == 1:
+            return ids
+        ids += self.tp.rank * len(self.weight)
+        # float64 holds both exactly.
+        by_rank = self.tp.all_gather(torch.stack([best.double(), ids.double()], 1))  # [S, N, 2]
+        winner = by_rank[..., 0].argmax(-1, keepdim=True)
+        return by_rank[..., 1].gather(1, winner)[:, 0].long()
 
 
 class MLP:
     """down(silu(gate(x)) · up(x)), intermediate dim sharded over TP. Gives this rank's summand."""
 
-    def __init__(self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights) -> None:
+    def __init__(
+        self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights, align: int = GEMM_ALIGN
+    ) -> None:
         hidden, rank, size = config.hidden_size, state.tp.rank, state.tp.size
-        rows, columns = Shard(0, rank, size, GEMM_ALIGN), Shard(1, rank, size, GEMM_ALIGN)
+        rows, columns = Shard(0, rank, size, align), Shard(1, rank, size, align)
         gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)
         up = weights.read("up_proj.weight", intermediate, hidden, shard=rows)
         self.gate_up_proj = torch.cat([gate, up])  # [2 I / tp, hidden]
@@ -102,56 +135,36 @@ class MLP:
         gate, up = F.linear(x, self.gate_up_proj).chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_proj)
 
-
-class Router:
-    """Which experts a token goes to, and their weights. Everything in float32, as the original."""
-
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config = config
-        self.weight = weights.read("weight", config.n_routed_experts, config.hidden_size).float()
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> weights [T, K] float32 and expert ids [T, K]."""
-        c = self.config
-        scores = F.linear(x.float(), self.weight).softmax(-1)
-        if c.n_group > 1:
-            by_group = scores.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-            groups = by_group.amax(-1).topk(c.topk_group, -1).indices
-            chosen = torch.zeros_like(by_group[..., 0]).scatter_(1, groups, 1.0) > 0
-            scores = by_group.masked_fill(~chosen[..., None], 0.0).flatten(1)
-        topk_weights, topk_ids = scores.topk(c.num_experts_per_tok, -1)
-        # The original either normalises or scales; transformers always scales.
-        if c.norm_topk_prob and c.num_experts_per_tok > 1:
-            return topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20), topk_ids
-        return topk_weights * c.routed_scaling_factor, topk_ids
+    def split(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """As `count` MLPs whose sum this is: gate_up and down of each."""
+        gate_up = self.gate_up_proj.unflatten(0, (2, count, -1)).transpose(0, 1).flatten(1, 2)
+        return list(zip(gate_up, self.down_proj.chunk(count, 1), strict=True))
 
 
 class MoE:
-    """Routed experts plus the shared ones, every expert's intermediate dim sharded over TP, so that all ranks do the
-    same work whatever the routing. Gives this rank's summand."""
+    """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
+    whatever the routing. Gives this rank's summand."""
 
     def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
-        self.gate = Router(config, weights.scope("gate"))
-        scopes = [weights.scope(f"experts.{e}") for e in range(config.n_routed_experts)]
-        experts = [MLP(config, config.moe_intermediate_size, state, scope) for scope in scopes]
-        # Both as grouped_mm wants them: [experts, in, out].
-        self.gate_up_proj = torch.stack([e.gate_up_proj for e in experts]).transpose(1, 2)
-        self.down_proj = torch.stack([e.down_proj for e in experts]).transpose(1, 2)
-        shared = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(config, shared, state, weights.scope("shared_experts")) if shared else None
+        self.config, self.shared = config, config.n_shared_experts
+        self.gate = weights.read("gate.weight", config.n_routed_experts, config.hidden_size)
+        experts = []
+        for e in range(config.n_routed_experts):
+            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
+        if self.shared:  # in the checkpoint they are one MLP
+            together = config.moe_intermediate_size * self.shared
+            scope = weights.scope("shared_experts")
+            experts += MLP(config, together, state, scope, GEMM_ALIGN * self.shared).split(self.shared)
+        self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
+        self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts, shared ones included. In float32, as
+        the original: the products of bf16 are exact."""
+        logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
+        multiply_by_head(x[:, None], self.gate[None], logits[:, None])
+        return route(logits, self.config, self.shared)
 
     def __call__(self, x: Tensor) -> Tensor:
-        topk_weights, topk_ids = self.gate(x)
-        routed = self.run_experts(x, topk_weights, topk_ids)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
-
-    def run_experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        num_experts, top_k = self.gate_up_proj.shape[0], topk_ids.shape[1]
-        expert, order = topk_ids.flatten().sort(stable=True)  # (token, choice) pairs by expert
-        offs = torch.searchsorted(expert, torch.arange(num_experts, device=x.device), right=True).to(torch.int32)
-        gate, up = F.grouped_mm(x[order // top_k], self.gate_up_proj, offs=offs).chunk(2, -1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=offs)
-        weighted = out.float() * topk_weights.flatten()[order, None]
-        # Back in (token, choice) order before summing: deterministic, unlike an atomic scatter-add.
-        by_token = torch.empty_like(weighted).index_copy_(0, order, weighted)
-        return by_token.view(-1, top_k, out.shape[-1]).sum(1).to(x.dtype)
+        weights, ids = self.route(x)
+        return run_experts(x, self.gate_up_proj, self.down_proj, weights, ids)

@@ -7,7 +7,8 @@ import torch
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheRows
-from minidcp.kernels import kv_store, merge, mla_decode, norm, peer, rope
+from minidcp.kernels import experts, kv_store, linear, merge, mla_decode, norm, peer
+from minidcp.model_config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -76,12 +77,16 @@ def test_rescale(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtyp
 def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     kv, weight = torch.randn(6, latent + rope_dim).to(dtype), torch.rand(latent).to(dtype) + 0.5
+    queries = torch.randn(6, 5, 8 + rope_dim).to(dtype)
     cos_sin, turn = random_angles(6, rope_dim)
     slots = torch.tensor([5, -1, 0, 11, -1, 7], dtype=torch.int32)
     results = []
     for function in (kv_store.store_latents_ref, kv_store.store_latents):
         cache = torch.full((3, 4, latent + rope_dim), torch.nan, dtype=dtype)
-        latents = function(kv, weight, 1e-6, cos_sin, cache, slots)
+        q = queries.clone()
+        latents = function(kv, q[..., 8:], weight, 1e-6, cos_sin, cache, slots)
+        close(q[..., 8:], turned(queries[..., 8:], turn[:, None]), dtype)
+        assert torch.equal(q[..., :8], queries[..., :8])
         rows = cache.view(12, -1)
         for token, slot in enumerate(slots.tolist()):
             if slot >= 0:
@@ -107,17 +112,59 @@ def test_rms_norm(dim: int, with_residual: bool, dtype: torch.dtype) -> None:
         close(kept, total, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotate(dtype: torch.dtype) -> None:
+# Triton's interpreter multiplies bf16 matrices wrongly, so only single tokens, which use no tensor cores, have bf16.
+SHAPES = [(1, 1, 100, 40), (1, 3, 700, 24), (5, 2, 520, 33), (40, 1, 64, 7)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim_in", "dim_out", "dtype"),
+    [*((*shape, torch.float32) for shape in SHAPES), *((*shape, torch.bfloat16) for shape in SHAPES[:2])],
+)
+def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: torch.dtype) -> None:
+    """Weights of any strides, in and out parts of wider rows."""
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 24).to(dtype)[..., 8:]  # a slice, as q is
-    cos_sin, turn = random_angles(3, 16)
-    expected = turned(x, turn[:, None])
-    close(rope.rotate_ref(x, cos_sin), expected, dtype)
-    wide = torch.zeros(3, 5, 20, dtype=dtype)
-    for source, out in ((x, wide[..., 4:]), (x, x)):  # elsewhere, and in place
-        rope.rotate(source, cos_sin, out)
-        close(out, expected, dtype)
+    x = torch.randn(tokens, heads, dim_in + 8).to(dtype)[..., 8:]
+    weight = torch.randn(heads, dim_out, dim_in).to(dtype)
+    expected = torch.einsum("thi,hoi->tho", x.double(), weight.double())
+    scale = dim_in**0.5
+    for w in (weight, weight.mT.contiguous().mT):
+        wide = torch.full((tokens, heads, dim_out + 4), torch.nan, dtype=dtype)
+        assert linear.multiply_by_head(x, w, wide[..., :dim_out]).data_ptr() == wide.data_ptr()
+        close(wide[..., :dim_out] / scale, expected / scale, dtype)
+        assert wide[..., dim_out:].isnan().all()
+        exact = linear.multiply_by_head(x, w, torch.empty(tokens, heads, dim_out))
+        close(exact / scale, expected / scale, torch.float32)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)])
+def test_route(count: int, groups: int, chosen: int, top_k: int, normalise: bool) -> None:
+    torch.manual_seed(0)
+    keys = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
+    values = count, groups, chosen, top_k, normalise
+    config = ModelConfig(*[8] * 9, routed_scaling_factor=3.0, **dict(zip(keys, values, strict=True)))
+    logits = torch.randn(7, count) * 3
+    for a, b in zip(experts.route(logits, config, 2), experts.route_ref(logits, config, 2), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("tokens", "count", "bm"), [(1, 5, 16), (1, 5, 1), (2, 5, 1), (9, 7, 16), (40, 4, 32)])
+def test_experts(tokens: int, count: int, bm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dims that are no multiples of a tile's, experts that nobody chose."""
+    dtype = torch.bfloat16 if bm == 1 else torch.float32
+    torch.manual_seed(0)
+    hidden, inter = 48, 24
+    x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, 4)
+    gate_up, down = torch.randn(count, 2 * inter, hidden).to(dtype) / 7, torch.randn(count, hidden, inter).to(dtype) / 5
+    ids = torch.rand(tokens, count).topk(min(4, count - 1)).indices.to(torch.int32)
+    weights = weights[:, : ids.shape[1]].contiguous()
+    gate, up = torch.einsum("th,teoh->teo", x.double(), gate_up[ids.long()].double()).chunk(2, -1)
+    parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
+    expected = (parts * weights[..., None].double()).sum(1)
+    tile = experts.Tile(16, 32, 4, 3)
+    close(experts.run_experts_ref(x, gate_up, down, weights, ids), expected, dtype)
+    monkeypatch.setattr(experts, "choose_tiles", lambda *shape: experts.Tiles(bm, tile, tile))
+    close(experts.run_experts(x, gate_up, down, weights, ids), expected, dtype)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,303 @@
+"""Mixture of experts: routing, and the experts' products over the tokens that chose them. Triton kernels and twins.
+
+A choice is a (token, expert) pair; entry t · K + i is token t's i-th. Shared experts are experts that every token
+chooses, with weight 1. All results are sums in a fixed order: deterministic.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels.linear import add_product
+from minidcp.model_config import ModelConfig
+
+CHUNK = 4096  # choices that a program of `align_kernel` looks at together
+DIRECT_TOKENS = 2  # up to which every choice is a block of its own
+
+
+class Tile(NamedTuple):
+    """What one program computes: BN outputs, BK inputs at a time."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Of both products; BM choices of one expert form a block."""
+
+    bm: int
+    gate_up: Tile
+    down: Tile
+
+
+@cache
+def read_tiles() -> dict[str, dict[int, Tiles]]:
+    """tiles.json, which `benchmarks/experts.py` finds: for a shape "experts x hidden x inter", by the number of tokens
+    up to which a choice is the best."""
+    text = (Path(__file__).parent / "tiles.json").read_text()
+    return {
+        shape: {int(tokens): Tiles(bm, Tile(*gate_up), Tile(*down)) for tokens, (bm, gate_up, down) in rows.items()}
+        for shape, rows in json.loads(text).items()
+    }
+
+
+@cache
+def choose_tiles(experts: int, top_k: int, hidden: int, inter: int, tokens: int) -> Tiles:
+    """From the table, or by the mean number of tokens that an expert gets: weights are read once if all of them fit
+    into one block."""
+    for most, tiles in read_tiles().get(f"{experts}x{hidden}x{inter}", {}).items():
+        if tokens <= most:
+            return tiles
+    per_expert = tokens * top_k / experts
+    if per_expert > 64:
+        return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+    if tokens <= DIRECT_TOKENS:
+        return Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))
+    bm = 16 if per_expert <= 12 else 32 if per_expert <= 24 else 64
+    return Tiles(bm, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4))
+
+
+class Blocks(NamedTuple):
+    """Entries by expert, in blocks of `bm` of one expert each; `most` is how many blocks there may be. Where every
+    entry is a block of its own only ids are read."""
+
+    ids: Tensor  # [T, K] int32
+    bm: int
+    most: int
+    entries: Tensor | None = None  # [most * bm] int32; T * K stands for none
+    experts: Tensor | None = None  # [most + 1] int32 of the blocks, and last the number of blocks
+
+
+def align(ids: Tensor, num_experts: int, bm: int) -> Blocks:
+    count = ids.numel()
+    if len(ids) <= DIRECT_TOKENS:
+        return Blocks(ids, bm, count)
+    most = min(count, num_experts + count // bm)
+    entries = torch.empty(most * bm, dtype=torch.int32, device=ids.device)
+    experts = torch.empty(most + 1, dtype=torch.int32, device=ids.device)
+    align_kernel[(num_experts,)](
+        ids, entries, experts, most, count, num_experts, BM=bm, EXPERTS=triton.next_power_of_2(num_experts + 1),
+        CHUNK=min(CHUNK, triton.next_power_of_2(count)), **launch_early(),
+    )  # fmt: skip
+    return Blocks(ids, bm, most, entries, experts)
+
+
+def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated: bool) -> Tensor:
+    """x [T, I], or [T · K, I] one row per entry; weight [E, O, I], or [E, 2 O, I] GATED -> [T · K, O] by entry."""
+    count, dim_in, dim_out = blocks.ids.numel(), x.shape[1], weight.shape[1] // (2 if gated else 1)
+    out = x.new_empty(count, dim_out)
+    across = triton.cdiv(dim_out, tile.bn)
+    experts_kernel[(blocks.most * across,)](
+        x, weight, blocks.ids, blocks.entries, blocks.experts, out, blocks.most, count, count // len(x), dim_in,
+        dim_out, across, GATED=gated, DIRECT=blocks.entries is None, EVEN=dim_in % tile.bk == 0,
+        BM=blocks.bm, BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **launch_early(),
+    )  # fmt: skip
+    return out
+
+
+def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i].
+
+    Args:
+        x: [T, hidden]; gate_up: [E, 2 I, hidden]; down: [E, hidden, I]; all contiguous, in one dtype.
+        weights: [T, K] float32; ids: [T, K] int32, a token's experts, none twice.
+
+    Returns:
+        [T, hidden].
+    """
+    if not use_triton(x):
+        return run_experts_ref(x, gate_up, down, weights, ids)
+    out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape
+    if tokens:
+        tiles = choose_tiles(experts, ids.shape[1], hidden, inter, tokens)
+        blocks = align(ids, experts, tiles.bm)
+        h = multiply_blocks(x, gate_up, blocks, tiles.gate_up, gated=True)
+        parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)
+        grid = tokens, triton.cdiv(hidden, 1024)
+        sum_kernel[grid](parts, weights, out, hidden, TOP_K=ids.shape[1], BN=1024, **launch_early())
+    return out
+
+
+def run_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    top_k = ids.shape[1]
+    expert, order = ids.flatten().sort(stable=True)  # choices by expert
+    offs = torch.searchsorted(expert, torch.arange(len(down), device=x.device), right=True).to(torch.int32)
+    gate, up = F.grouped_mm(x[order // top_k], gate_up.mT, offs=offs).chunk(2, -1)
+    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs)
+    weighted = out.float() * weights.flatten()[order, None]
+    # Back in the tokens' order before summing: deterministic, unlike an atomic scatter-add.
+    by_token = torch.empty_like(weighted).index_copy_(0, order, weighted)
+    return by_token.view(-1, top_k, out.shape[-1]).sum(1).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["most", "count", "experts"])
+def align_kernel(
+    ids, entries, block_expert, most, count, experts,
+    BM: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program e lists the entries of expert e in blocks of BM, behind those of the experts before it; `count` stands
+    for none. All programs count all choices: that is cheaper than to wait for each other."""
+    wait_for_previous(EARLY)
+    e = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    expert = tl.arange(0, EXPERTS)
+    counts = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, count, CHUNK):
+        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
+        counts += tl.histogram(chunk, EXPERTS)
+    needed = tl.where(expert < experts, (counts + BM - 1) // BM, 0)  # the padding's expert is none of ours
+    before = tl.sum(tl.where(expert < e, needed, 0), 0)
+    own = tl.sum(tl.where(expert == e, needed, 0), 0)
+    if e == 0:
+        tl.store(block_expert + most, tl.sum(needed, 0))
+    taken = 0
+    for first in range(0, count, CHUNK):
+        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
+        mine = (chunk == e) & (first + lane < count)
+        place = taken + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(entries + before * BM + place, first + lane, mask=mine)
+        taken += tl.sum(mine.to(tl.int32), 0)
+    for block in range(own):
+        tl.store(block_expert + before + block, e)
+    pad = tl.arange(0, BM)
+    tl.store(entries + before * BM + taken + pad, tl.zeros([BM], tl.int32) + count, mask=taken + pad < own * BM)
+
+
+@triton.jit(do_not_specialize=["most", "count", "per_row", "across"])
+def experts_kernel(
+    x, weight, ids, entries, block_expert, out, most, count, per_row, dim_in, dim_out, across,
+    GATED: tl.constexpr, DIRECT: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program computes BN outputs for a block of BM entries of one expert: its weights [dim_out, dim_in] times row
+    entry // per_row of x, or GATED silu(gate) · up of weights [2 dim_out, dim_in]. The weights are the left operand,
+    so that a few tokens fill a tensor core's instruction."""
+    wait_for_previous(EARLY)
+    block, n = tl.program_id(0) // across, tl.program_id(0) % across * BN + tl.arange(0, BN)
+    m, k = tl.arange(0, BM), tl.arange(0, BK)
+    if DIRECT:
+        num_blocks = most
+        expert = tl.load(ids + block).to(tl.int64)
+        entry = tl.where(m == 0, block, count)
+    else:
+        num_blocks = tl.load(block_expert + most)
+        expert = tl.load(block_expert + block).to(tl.int64)
+        entry = tl.load(entries + block * BM + m)
+    if block < num_blocks:
+        # What lies beyond the outputs or entries reads something and is not stored.
+        columns = x + (entry % count // per_row).to(tl.int64)[None, :] * dim_in + k[:, None]
+        rows = weight + (expert * dim_out * (2 if GATED else 1) + n % dim_out)[:, None] * dim_in + k[None, :]
+        acc, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
+        for first in range(0, dim_in, BK):
+            if EVEN:
+                a, w = tl.load(columns + first), tl.load(rows + first)
+            else:
+                inside = k < dim_in - first
+                a = tl.load(columns + first, mask=inside[:, None], other=0.0)
+                w = tl.load(rows + first, mask=inside[None, :], other=0.0)
+            acc = add_product(w, a, acc)
+            if GATED:
+                others = rows + first + dim_out * dim_in
+                w = tl.load(others) if EVEN else tl.load(others, mask=(k < dim_in - first)[None, :], other=0.0)
+                up = add_product(w, a, up)
+        dtype = out.dtype.element_ty
+        if GATED:  # rounded where the twin rounds
+            gate, up = acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+            acc = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+        place = out + entry.to(tl.int64)[None, :] * dim_out + n[:, None]
+        tl.store(place, acc.to(dtype), mask=(entry < count)[None, :] & (n < dim_out)[:, None])
+
+
+@triton.jit
+def sum_kernel(parts, weights, out, hidden, TOP_K: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):
+    """out[t] = the weighted sum of a token's TOP_K parts, in their order and in float32."""
+    wait_for_previous(EARLY)
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros([BN], tl.float32)
+    for i in tl.static_range(TOP_K):
+        part = tl.load(parts + (t * TOP_K + i) * hidden + n, mask=n < hidden, other=0.0).to(tl.float32)
+        acc += part * tl.load(weights + t * TOP_K + i)
+    tl.store(out + t * hidden + n, acc.to(out.dtype.element_ty), mask=n < hidden)
+
+
+def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Tensor]:
+    """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts, best
+    first; behind them the `shared` ones, numbered after all others, with weight 1."""
+    c = config
+    if not use_triton(logits):
+        return route_ref(logits, config, shared)
+    tokens, experts = logits.shape
+    top_k = c.num_experts_per_tok + shared
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    if tokens:
+        route_kernel[(tokens,)](
+            logits, weights, ids, experts, c.routed_scaling_factor, c.num_experts_per_tok, top_k,
+            EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(top_k), GROUPS=c.n_group,
+            TOP_GROUPS=c.topk_group, NORM=c.norm_topk_prob and c.num_experts_per_tok > 1,
+            num_warps=1, **launch_early(),
+        )  # fmt: skip
+    return weights, ids
+
+
+def route_ref(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Tensor]:
+    c, (tokens, experts) = config, logits.shape
+    scores = logits.softmax(-1)
+    if c.n_group > 1:
+        by_group = scores.view(-1, c.n_group, experts // c.n_group)
+        groups = by_group.amax(-1).topk(c.topk_group, -1).indices
+        chosen = torch.zeros_like(by_group[..., 0]).scatter_(1, groups, 1.0) > 0
+        scores = by_group.masked_fill(~chosen[..., None], 0.0).flatten(1)
+    weights, ids = scores.topk(c.num_experts_per_tok, -1)
+    # The original either normalises or scales; transformers always scales.
+    if c.norm_topk_prob and c.num_experts_per_tok > 1:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    else:
+        weights = weights * c.routed_scaling_factor
+    always = torch.arange(experts, experts + shared, device=ids.device).expand(tokens, -1)
+    return torch.cat([weights, weights.new_ones(always.shape)], 1), torch.cat([ids, always], 1).to(torch.int32)
+
+
+@triton.jit(do_not_specialize=["experts", "top_k", "slots"])
+def route_kernel(
+    logits, weights, ids, experts, scale, top_k, slots, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program routes one token."""
+    wait_for_previous(EARLY)
+    t = tl.program_id(0).to(tl.int64)
+    e, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
+    x = tl.load(logits + t * experts + e, mask=e < experts, other=-float("inf"))
+    x = tl.exp(x - tl.max(x, 0))
+    scores = tl.where(e < experts, x / tl.sum(x, 0), -1.0)
+    if GROUPS > 1:
+        group = e // (experts // GROUPS)
+        left = scores  # of the groups that are not chosen
+        for _ in tl.static_range(TOP_GROUPS):
+            left = tl.where(group == tl.argmax(left, 0) // (experts // GROUPS), -1.0, left)
+        scores = tl.where((left >= 0) & (e < experts), 0.0, scores)
+    own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), experts + slot - top_k
+    total = 0.0
+    for i in range(top_k):
+        best, most = tl.argmax(scores, 0), tl.max(scores, 0)
+        own_ids = tl.where(slot == i, best, own_ids)
+        own_weights = tl.where(slot == i, most, own_weights)
+        scores = tl.where(e == best, -1.0, scores)
+        total += most
+    factor = scale
+    if NORM:
+        factor = 1.0 / (total + 1e-20)
+    own_weights = tl.where(slot < top_k, own_weights * factor, 1.0)
+    tl.store(weights + t * slots + slot, own_weights, mask=slot < slots)
+    tl.store(ids + t * slots + slot, own_ids, mask=slot < slots)

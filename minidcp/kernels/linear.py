@@ -1,0 +1,74 @@
+"""Products with a weight for few tokens, where cuBLAS does not come near the memory's bandwidth."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidcp.kernels import launch_early, use_triton, wait_for_previous
+
+FEW_TOKENS = 16  # up to which the kernel is the faster one, and up to
+FEW_VALUES = 1 << 17  # outputs, as a router has
+
+
+def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, H, I], weight [H, O, I] -> [T, H, O], accumulated in float32; written to `out` if one is given, whatever
+    its dtype. Any strides, but x and out have the last dim contiguous."""
+    tokens, heads, dim_in = x.shape
+    dim_out = weight.shape[1]
+    if out is None:
+        out = x.new_empty(tokens, heads, dim_out)
+    if not use_triton(x) or (tokens > FEW_TOKENS and tokens * heads * dim_out > FEW_VALUES):
+        if out.dtype != x.dtype:
+            x, weight = x.to(out.dtype), weight.to(out.dtype)
+        if heads == 1:
+            torch.mm(x[:, 0], weight[0].T, out=out[:, 0])
+        else:
+            torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
+        return out
+    assert x.stride(2) == 1 and out.stride(2) == 1
+    # As many programs as are resident at once, with all of their weights asked for as soon as possible.
+    rows = max(4 if tokens == 1 else 16, min(64, triton.next_power_of_2(heads * dim_out // 384)))
+    columns = min(triton.next_power_of_2(dim_in), (1 << 15) // rows if tokens == 1 else 512)
+    block = 1 if tokens == 1 else 16
+    if tokens:
+        multiply_kernel[(triton.cdiv(dim_out, rows), heads, triton.cdiv(tokens, block))](
+            x, weight, out, tokens, dim_out, dim_in, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
+            BM=block, BN=rows, BK=columns, **launch_early(), num_warps=8 if rows * columns > 1 << 13 else 4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def add_product(w, x, acc):
+    """acc [N, M] + w [N, K] · x [K, M]: on tensor cores, but for a single column."""
+    if x.shape[1] == 1:
+        acc += tl.sum(w.to(tl.float32) * tl.trans(x).to(tl.float32), 1, keep_dims=True)
+    else:
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def multiply_kernel(
+    x, weight, out, tokens, dim_out, dim_in, x_t, x_h, w_h, w_n, w_k, out_t, out_h,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program computes BN outputs of one head for BM tokens."""
+    h = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(2) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    rows = weight + h * w_h + (n % dim_out).to(tl.int64)[:, None] * w_n
+    columns = x + h * x_h + (t % tokens).to(tl.int64)[None, :] * x_t
+    w = tl.load(rows + k[None, :] * w_k, mask=(k < dim_in)[None, :], other=0.0)
+    wait_for_previous(EARLY)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for first in range(0, dim_in, BK):
+        acc = add_product(
+            w, tl.load(columns + (first + k)[:, None], mask=(first + k < dim_in)[:, None], other=0.0), acc
+        )
+        k_next = first + BK + k
+        w = tl.load(rows + k_next[None, :] * w_k, mask=(k_next < dim_in)[None, :], other=0.0)
+    place = out + t.to(tl.int64)[None, :] * out_t + h * out_h + n[:, None]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (n < dim_out)[:, None])
