@@ -1,6 +1,7 @@
-"""The command line: `minidcp serve MODEL …` and `minidcp generate MODEL --prompt …`."""
+"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …`, `minidcp plan MODEL --gpu h100 …`."""
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 from minidcp.config import EngineConfig, Options, ServeConfig, flag
 from minidcp.engine.executor import EngineDeadError
 from minidcp.llm import LLM
+from minidcp.planner import GPUS, Plan, describe, draw, find_gpu
 from minidcp.request import SamplingParams
 
 
@@ -75,6 +77,32 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def parse_counts(name: str, text: str) -> list[int]:
+    """Integers by commas, or 1..512 for the powers of two in it and its ends."""
+    first, dots, last = text.partition("..")
+    try:
+        counts = [int(n) for n in ((first, last) if dots else text.split(","))]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1 or counts != sorted(counts):
+        raise ValueError(f"{flag(name)} {text!r}: must be rising integers, such as 1,8,64 or 1..512")
+    return sorted({*counts, *(1 << i for i in range(31) if dots and counts[0] < 1 << i < counts[1])})
+
+
+def plan(args: argparse.Namespace) -> int:
+    concurrency, sizes = (parse_counts(name, getattr(args, name)) for name in ("concurrency", "dcp_size"))
+    args.max_num_seqs = max(args.max_num_seqs, *concurrency)
+    configs = [engine_config(argparse.Namespace(**vars(args) | {"dcp_size": size})) for size in sizes]
+    plans = [Plan(config, find_gpu(args.gpu), args.context) for config in configs]
+    title = f"{configs[0].model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
+    memory, steps = [p.memory for p in plans], [p.time_step(n) for p in plans for n in concurrency]
+    result = {"title": title, "memory": memory, "steps": steps}
+    print(json.dumps(result) if args.json else describe(title, memory, steps))
+    if args.plot:
+        draw(title, steps, args.plot)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -91,6 +119,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="makes sampling repeatable")
     p.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     p.set_defaults(run=generate)
+
+    p = commands.add_parser("plan", help="estimate capacity and speed", allow_abbrev=False, conflict_handler="resolve")
+    add_engine_flags(p)  # --dcp-size is declared anew
+    p.add_argument("--dcp-size", "--decode-context-parallel-size", "-dcp", default="1", help="one or several: 1,2,4,8")
+    p.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or memory=…,bandwidth=…,flops=…,link=… (in bytes)")
+    p.add_argument("--context", type=int, default=4096, help="tokens of a request, in the mean while it decodes")
+    p.add_argument("--concurrency", default="1..512", help="requests at once: a range, or several by commas")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--plot", metavar="FILE", help="chart of tokens/s, .png or .svg")
+    p.set_defaults(run=plan)
     return parser
 
 

@@ -127,6 +127,7 @@ class ModelRunner:
         """How much memory this rank's cache may take: what a step of the largest size leaves over."""
         if self.device.type == "cpu":
             return CPU_KV_BYTES // self.state.tp.size
+        torch.cuda.empty_cache()  # of what loading needed
         self.run_largest_prefill()
         free, total = torch.cuda.mem_get_info(self.device)
         reserve = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES

@@ -71,10 +71,12 @@ class RecordingSource:
     def __init__(self) -> None:
         self.bytes_read = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.sizes: dict[str, int] = {}  # values that this rank holds
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        self.shapes[name] = shape
-        return torch.empty(shard.shape(shape), device="meta")
+        part = torch.empty(shard.shape(shape), device="meta")
+        self.shapes[name], self.sizes[name] = shape, part.numel()
+        return part
 
 
 class CheckpointSource:
@@ -162,7 +164,7 @@ class RandomSource:
         return out
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")) -> Path:
     """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress). Raises
     ValueError if it is neither a directory nor a hub name that can be downloaded."""
     path = Path(model).expanduser()
@@ -173,7 +175,7 @@ def find_model(model: str) -> Path:
     from huggingface_hub import snapshot_download  # imports slowly, and a local model never needs it
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
