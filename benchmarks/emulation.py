@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,29 +52,33 @@ def calibrate_wait() -> Callable[[float], None]:
     """A function that keeps the GPU busy for so many seconds, its own launch in a CUDA graph included."""
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)  # until the clock is up: a tenth of a second
-    short, long, count = 2_000, 42_000, 100
-    times = []
-    for cycles in (short, long):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                torch.cuda._sleep(cycles)
-        best = float("inf")
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            graph.replay()
-            torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        times.append(best / count)
-    rate = (long - short) / (times[1] - times[0])  # cycles a second
-    launch = max(0.0, times[0] - short / rate)
+    short, long = 2_000, 42_000
+    first, second = (seconds_in_graph(torch.cuda._sleep, cycles) for cycles in (short, long))
+    rate = (long - short) / (second - first)  # cycles a second
+    launch = max(0.0, first - short / rate)
 
     def wait(seconds: float) -> None:
         if seconds > launch:
             torch.cuda._sleep(round((seconds - launch) * rate))
 
+    took, least = (seconds_in_graph(wait, 20e-6) * 1e6, launch * 1e6)
+    print(f"emulated waits: one of 20 µs takes {took:.1f} µs in a CUDA graph; none takes less than {least:.1f}")
     return wait
+
+
+def seconds_in_graph(wait: Callable[[Any], None], argument: float, count: int = 100) -> float:
+    """Of one of so many waits in a row, in the fastest of five replays."""
+    graph, best = torch.cuda.CUDAGraph(), float("inf")
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            wait(argument)
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best / count
 
 
 class EmulatedGroup(SymmetricGroup):

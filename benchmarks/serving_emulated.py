@@ -168,7 +168,8 @@ def summarise(seconds: np.ndarray[Any, Any]) -> tuple[float, float, float]:
 
 def serve(setup: Setup, link: Link, times: StepTimes | None) -> dict[str, Any]:
     """The load at every concurrency, on one engine."""
-    result: dict[str, Any] = {"setup": setup.label, "clock": "real" if times is None else "simulated"}
+    clock = "real" if times is None else "simulated"
+    result: dict[str, Any] = {"setup": setup.label, "emulated": True, "clock": clock}
     engine, now = setup.start(link, times)
     rows = []
     try:
@@ -184,7 +185,7 @@ def load_times(args: argparse.Namespace, setups: list[Setup], link: Link) -> tup
     """The device and the step times in the file --steps; what it lacks for these setups is measured and added."""
     names = ("memory_gib", "utilization", "max_num_seqs", "max_num_batched_tokens")
     given = {"model": args.model.name, "link": str(link)} | {name: getattr(args, name) for name in names}
-    held: dict[str, Any] = {"device": name_device(), "conditions": given, "times": {}}
+    held: dict[str, Any] = {"emulated": True, "device": name_device(), "conditions": given, "times": {}}
     if args.steps.exists():
         held = json.loads(args.steps.read_text())
     if differing := {name: value for name, value in held["conditions"].items() if given[name] != value}:

@@ -160,7 +160,7 @@ def draw(title: str, steps: list[dict[str, Any]], file: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f"--plot {file}: needs matplotlib: pip install 'minidcp[bench]' ({error})") from None
-    figure = Figure(constrained_layout=True)
+    figure = Figure(figsize=(9, 5), constrained_layout=True)
     axis = figure.subplots()
     for dcp in dict.fromkeys(s["dcp_size"] for s in steps):
         points = [(s["concurrency"], s["tokens_per_s"]) for s in steps if s["dcp_size"] == dcp]

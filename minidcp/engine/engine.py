@@ -37,7 +37,7 @@ class EngineStats:
 
 
 class LLMEngine:
-    """One model on its ranks, serving many requests at once. Not thread-safe: one thread calls it.
+    """One model on the ranks that `start` starts, serving many requests. Not thread-safe: one thread calls it.
 
     Raises:
         ValueError: the configuration or the checkpoint is wrong; the message says what.
