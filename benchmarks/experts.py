@@ -74,7 +74,16 @@ PRODUCTS = {  # heads, outputs, inputs
 def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
     """Block sizes and tiles worth a try for so many tokens."""
     if tokens <= DIRECT_TOKENS:
-        vectors = [(8, 1024, 4), (16, 512, 4), (32, 256, 4), (16, 1024, 8), (8, 512, 4), (4, 1024, 4), (16, 256, 4)]
+        vectors = [
+            (4, 1024, 4),
+            (4, 512, 4),
+            (2, 1024, 4),
+            (4, 2048, 8),
+            (2, 2048, 4),
+            (8, 1024, 4),
+            (8, 512, 4),
+            (16, 256, 4),
+        ]
         rows = [(1, Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
         return [*rows, (16, Tile(64, 128, 4, 4)), (16, Tile(64, 256, 4, 3))]
     per_expert = tokens * shape.top_k / shape.experts
