@@ -232,8 +232,8 @@ def sum_kernel(parts, weights, out, hidden, TOP_K: tl.constexpr, BN: tl.constexp
 
 
 def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Tensor]:
-    """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts, best
-    first; behind them the `shared` ones, numbered after all others, with weight 1."""
+    """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts: the
+    `shared` ones, which have the first numbers and weight 1, and then the routed ones, best first."""
     c = config
     if not use_triton(logits):
         return route_ref(logits, config, shared)
@@ -243,7 +243,7 @@ def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Ten
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     if tokens:
         route_kernel[(tokens,)](
-            logits, weights, ids, experts, c.routed_scaling_factor, c.num_experts_per_tok, top_k,
+            logits, weights, ids, experts, c.routed_scaling_factor, shared, top_k,
             EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(top_k), GROUPS=c.n_group,
             TOP_GROUPS=c.topk_group, NORM=c.norm_topk_prob and c.num_experts_per_tok > 1,
             num_warps=1, **launch_early(),
@@ -265,13 +265,13 @@ def route_ref(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor,
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     else:
         weights = weights * c.routed_scaling_factor
-    always = torch.arange(experts, experts + shared, device=ids.device).expand(tokens, -1)
-    return torch.cat([weights, weights.new_ones(always.shape)], 1), torch.cat([ids, always], 1).to(torch.int32)
+    always = torch.arange(shared, device=ids.device).expand(tokens, -1)
+    return torch.cat([weights.new_ones(always.shape), weights], 1), torch.cat([always, ids + shared], 1).to(torch.int32)
 
 
-@triton.jit(do_not_specialize=["experts", "top_k", "slots"])
+@triton.jit(do_not_specialize=["experts", "shared", "top_k"])
 def route_kernel(
-    logits, weights, ids, experts, scale, top_k, slots, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    logits, weights, ids, experts, scale, shared, top_k, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program routes one token."""
@@ -287,17 +287,17 @@ def route_kernel(
         for _ in tl.static_range(TOP_GROUPS):
             left = tl.where(group == tl.argmax(left, 0) // (experts // GROUPS), -1.0, left)
         scores = tl.where((left >= 0) & (e < experts), 0.0, scores)
-    own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), experts + slot - top_k
+    own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), slot
     total = 0.0
-    for i in range(top_k):
+    for i in range(shared, top_k):
         best, most = tl.argmax(scores, 0), tl.max(scores, 0)
-        own_ids = tl.where(slot == i, best, own_ids)
+        own_ids = tl.where(slot == i, shared + best, own_ids)
         own_weights = tl.where(slot == i, most, own_weights)
         scores = tl.where(e == best, -1.0, scores)
         total += most
     factor = scale
     if NORM:
         factor = 1.0 / (total + 1e-20)
-    own_weights = tl.where(slot < top_k, own_weights * factor, 1.0)
-    tl.store(weights + t * slots + slot, own_weights, mask=slot < slots)
-    tl.store(ids + t * slots + slot, own_ids, mask=slot < slots)
+    own_weights = tl.where(slot < shared, 1.0, own_weights * factor)
+    tl.store(weights + t * top_k + slot, own_weights, mask=slot < top_k)
+    tl.store(ids + t * top_k + slot, own_ids, mask=slot < top_k)

@@ -5,6 +5,7 @@ Plain callables over plain tensors. Attributes carry Hugging Face's names; shard
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,8 @@ class VocabParallelEmbedding:
         self.tp = tp
 
     def __call__(self, token_ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(token_ids, self.weight)
         local = token_ids - self.tp.rank * self.weight.shape[0]
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
@@ -108,12 +111,16 @@ class LMHead:
 
     def choose_best(self, logits: Tensor) -> Tensor:
         """[S, V / N] of every rank -> the most likely tokens [S], the same on all ranks."""
-        best, ids = logits.max(-1)
+        # In two steps, because one row by itself does not fill a GPU.
+        parts = logits.unflatten(1, (math.gcd(logits.shape[1], 64), -1))
+        values, within = parts.max(-1)
+        best, part = values.max(-1, keepdim=True)
+        ids: Tensor = (within.gather(1, part) + part * parts.shape[2])[:, 0]
         if self.tp.size == 1:
             return ids
         ids += self.tp.rank * len(self.weight)
         # float64 holds both exactly.
-        by_rank = self.tp.all_gather(torch.stack([best.double(), ids.double()], 1))  # [S, N, 2]
+        by_rank = self.tp.all_gather(torch.stack([best[:, 0].double(), ids.double()], 1))  # [S, N, 2]
         winner = by_rank[..., 0].argmax(-1, keepdim=True)
         return by_rank[..., 1].gather(1, winner)[:, 0].long()
 
@@ -149,12 +156,12 @@ class MoE:
         self.config, self.shared = config, config.n_shared_experts
         self.gate = weights.read("gate.weight", config.n_routed_experts, config.hidden_size)
         experts = []
-        for e in range(config.n_routed_experts):
-            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
         if self.shared:  # in the checkpoint they are one MLP
             together = config.moe_intermediate_size * self.shared
             scope = weights.scope("shared_experts")
             experts += MLP(config, together, state, scope, GEMM_ALIGN * self.shared).split(self.shared)
+        for e in range(config.n_routed_experts):
+            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
         self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
         self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
 
