@@ -41,30 +41,16 @@ class Tiles(NamedTuple):
 
 
 @cache
-def read_tiles() -> dict[str, dict[int, Tiles]]:
-    """tiles.json, which `benchmarks/experts.py` finds: for a shape "experts x hidden x inter", by the number of tokens
-    up to which a choice is the best."""
-    text = (Path(__file__).parent / "tiles.json").read_text()
-    return {
-        shape: {int(tokens): Tiles(bm, Tile(*gate_up), Tile(*down)) for tokens, (bm, gate_up, down) in rows.items()}
-        for shape, rows in json.loads(text).items()
-    }
-
-
-@cache
-def choose_tiles(experts: int, top_k: int, hidden: int, inter: int, tokens: int) -> Tiles:
-    """From the table, or by the mean number of tokens that an expert gets: weights are read once if all of them fit
-    into one block."""
-    for most, tiles in read_tiles().get(f"{experts}x{hidden}x{inter}", {}).items():
-        if tokens <= most:
-            return tiles
-    per_expert = tokens * top_k / experts
-    if per_expert > 64:
-        return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
-    if tokens <= DIRECT_TOKENS:
-        return Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))
-    bm = 16 if per_expert <= 12 else 32 if per_expert <= 24 else 64
-    return Tiles(bm, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4))
+def list_tiles(experts: int, top_k: int, hidden: int, inter: int) -> dict[int, Tiles]:
+    """By the number of tokens up to which they are the best ones: from tiles.json, which `benchmarks/experts.py` finds,
+    or by a rule: the tokens that an expert gets in the mean fill one block, so that its weights are read once."""
+    found = json.loads((Path(__file__).parent / "tiles.json").read_text()).get(f"{experts}x{hidden}x{inter}")
+    if found:
+        return {int(most): Tiles(bm, Tile(*gate_up), Tile(*down)) for most, (bm, gate_up, down) in found.items()}
+    tile, most = Tile(64, 128, 4, 4), experts / top_k
+    rule = {DIRECT_TOKENS: Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))}
+    rule |= {int(mean * most): Tiles(bm, tile, tile) for mean, bm in ((12, 16), (24, 32), (64, 64))}
+    return rule | {1 << 20: Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))}
 
 
 class Blocks(NamedTuple):
@@ -119,7 +105,8 @@ def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
         return run_experts_ref(x, gate_up, down, weights, ids)
     out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape
     if tokens:
-        tiles = choose_tiles(experts, ids.shape[1], hidden, inter, tokens)
+        table = list_tiles(experts, ids.shape[1], hidden, inter)
+        tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
         blocks = align(ids, experts, tiles.bm)
         h = multiply_blocks(x, gate_up, blocks, tiles.gate_up, gated=True)
         parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)

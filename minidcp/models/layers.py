@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.experts import route, run_experts
+from minidcp.kernels.experts import list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
@@ -171,6 +171,12 @@ class MoE:
         logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
         return route(logits, self.config, self.shared)
+
+    def compile(self, most: int) -> None:
+        """Run with each of the tiles that up to `most` tokens will use, so that no request waits for a compiler."""
+        experts, hidden, inter = self.down_proj.shape
+        for tokens in list_tiles(experts, self.shared + self.config.num_experts_per_tok, hidden, inter):
+            self(self.gate.new_zeros(min(tokens, most), hidden))
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
