@@ -89,9 +89,6 @@ class ModelRunner:
         groups = f"groups: {type(state.tp).__name__}; exchange: {exchange}, {config.exchange_policy}"
         self.log(f"attention: {self.attention.name}; {groups}")
         self.model, self.bytes_read = self.load()
-        if extra := sum(layer.self_attn.peer_head_bytes for layer in self.model.layers):
-            purpose = "no q is gathered" if config.replicates_q else "exchanges can be narrow"
-            self.log(f"weights for other ranks' heads, so that {purpose}: {extra / 1e6:.1f} MB per rank")
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
