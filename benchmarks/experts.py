@@ -29,9 +29,8 @@ from minidcp.kernels.experts import (
     Tile,
     Tiles,
     align,
-    choose_tiles,
+    list_tiles,
     multiply_blocks,
-    read_tiles,
     run_experts,
     run_experts_ref,
 )
@@ -74,12 +73,21 @@ PRODUCTS = {  # heads, outputs, inputs
 def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
     """Block sizes and tiles worth a try for so many tokens."""
     if tokens <= DIRECT_TOKENS:
-        vectors = [(8, 1024, 4), (16, 512, 4), (32, 256, 4), (16, 1024, 8), (8, 512, 4), (4, 1024, 4), (16, 256, 4)]
+        vectors = [
+            (4, 1024, 4),
+            (4, 512, 4),
+            (2, 1024, 4),
+            (4, 2048, 8),
+            (2, 2048, 4),
+            (8, 1024, 4),
+            (8, 512, 4),
+            (16, 256, 4),
+        ]
         rows = [(1, Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
         return [*rows, (16, Tile(64, 128, 4, 4)), (16, Tile(64, 256, 4, 3))]
     per_expert = tokens * shape.top_k / shape.experts
     few = [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4),
-           (128, 64, 8, 4), (128, 128, 8, 3)]  # fmt: skip
+           (128, 64, 8, 4), (128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 3)]  # fmt: skip
     many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 4)]
     if per_expert > 200:
         return [(bm, Tile(*tile)) for bm, tile in product((64, 128), many)]
@@ -170,6 +178,15 @@ def compare(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> 
     return {"shape": shape.name, "batch": tokens, "us": times[0] * 1e6, "grouped_us": times[1] * 1e6}
 
 
+def format_table(table: dict[str, dict[str, Tiles]]) -> str:
+    """JSON with a line for each batch."""
+    shapes = []
+    for shape, rows in table.items():
+        lines = ",\n".join(f'  "{tokens}": {json.dumps(tiles)}' for tokens, tiles in rows.items())
+        shapes.append(f' "{shape}": {{\n{lines}\n }}')
+    return "{\n" + ",\n".join(shapes) + "\n}\n"
+
+
 def compare_product(name: str, tokens: int) -> None:
     heads, dim_out, dim_in = PRODUCTS[name]
     copies = max(2, min(32, (1 << 28) // (heads * dim_out * dim_in * 2)))
@@ -207,9 +224,8 @@ def main() -> None:
         found = {batch: search(shape, batch, weights) for batch in batches}
         table[shape.key] = {str(batch): tiles for batch, (tiles, _) in found.items()}
         if args.write:
-            args.write.write_text(json.dumps(table, indent=1))
-            read_tiles.cache_clear()
-            choose_tiles.cache_clear()
+            args.write.write_text(format_table(table))
+            list_tiles.cache_clear()
         results += [found[batch][1] | compare(shape, batch, weights) for batch in batches]
     for name, tokens in product(PRODUCTS, [int(t) for t in args.products.split(",") if t]):
         compare_product(name, tokens)

@@ -18,6 +18,7 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
+from minidcp.models.layers import MoE
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
@@ -88,9 +89,6 @@ class ModelRunner:
         groups = f"groups: {type(state.tp).__name__}; exchange: {exchange}, {config.exchange_policy}"
         self.log(f"attention: {self.attention.name}; {groups}")
         self.model, self.bytes_read = self.load()
-        if extra := sum(layer.self_attn.peer_head_bytes for layer in self.model.layers):
-            purpose = "no q is gathered" if config.replicates_q else "exchanges can be narrow"
-            self.log(f"weights for other ranks' heads, so that {purpose}: {extra / 1e6:.1f} MB per rank")
         self.tables = BlockTables(config.max_num_seqs, self.interleave.num_blocks(self.max_model_len) + 1)
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -137,6 +135,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run_largest_prefill(self) -> None:
         """A step of max_num_batched_tokens new tokens on as much context, which stores nothing."""
+        for moe in [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)][:1]:
+            moe.compile(self.budget)
         left, plan = self.budget, StepPlan()
         while left and len(plan.slots) < self.config.max_num_seqs:
             length = min(left, -(-self.max_model_len // 2))
@@ -180,10 +180,10 @@ class ModelRunner:
         self.state.begin_step()
         token_ids = torch.cat([self.last_tokens[batch.decode_slots], batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
-        best = logits[: len(batch.sample_slots)]
-        if len(best):
-            best = self.model.lm_head.choose_best(best)
-            self.last_tokens[batch.sample_slots] = best
+        if not len(batch.sample_slots):
+            return logits, self.last_tokens[:0]
+        best = self.model.lm_head.choose_best(logits[: len(batch.sample_slots)])
+        self.last_tokens[batch.sample_slots] = best
         return logits, best
 
     @torch.inference_mode()

@@ -41,30 +41,16 @@ class Tiles(NamedTuple):
 
 
 @cache
-def read_tiles() -> dict[str, dict[int, Tiles]]:
-    """tiles.json, which `benchmarks/experts.py` finds: for a shape "experts x hidden x inter", by the number of tokens
-    up to which a choice is the best."""
-    text = (Path(__file__).parent / "tiles.json").read_text()
-    return {
-        shape: {int(tokens): Tiles(bm, Tile(*gate_up), Tile(*down)) for tokens, (bm, gate_up, down) in rows.items()}
-        for shape, rows in json.loads(text).items()
-    }
-
-
-@cache
-def choose_tiles(experts: int, top_k: int, hidden: int, inter: int, tokens: int) -> Tiles:
-    """From the table, or by the mean number of tokens that an expert gets: weights are read once if all of them fit
-    into one block."""
-    for most, tiles in read_tiles().get(f"{experts}x{hidden}x{inter}", {}).items():
-        if tokens <= most:
-            return tiles
-    per_expert = tokens * top_k / experts
-    if per_expert > 64:
-        return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
-    if tokens <= DIRECT_TOKENS:
-        return Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))
-    bm = 16 if per_expert <= 12 else 32 if per_expert <= 24 else 64
-    return Tiles(bm, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4))
+def list_tiles(experts: int, top_k: int, hidden: int, inter: int) -> dict[int, Tiles]:
+    """By the number of tokens up to which they are the best ones: from tiles.json, which `benchmarks/experts.py` finds,
+    or by a rule: the tokens that an expert gets in the mean fill one block, so that its weights are read once."""
+    found = json.loads((Path(__file__).parent / "tiles.json").read_text()).get(f"{experts}x{hidden}x{inter}")
+    if found:
+        return {int(most): Tiles(bm, Tile(*gate_up), Tile(*down)) for most, (bm, gate_up, down) in found.items()}
+    tile, most = Tile(64, 128, 4, 4), experts / top_k
+    rule = {DIRECT_TOKENS: Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))}
+    rule |= {int(mean * most): Tiles(bm, tile, tile) for mean, bm in ((12, 16), (24, 32), (64, 64))}
+    return rule | {1 << 20: Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))}
 
 
 class Blocks(NamedTuple):
@@ -119,7 +105,8 @@ def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
         return run_experts_ref(x, gate_up, down, weights, ids)
     out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape
     if tokens:
-        tiles = choose_tiles(experts, ids.shape[1], hidden, inter, tokens)
+        table = list_tiles(experts, ids.shape[1], hidden, inter)
+        tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
         blocks = align(ids, experts, tiles.bm)
         h = multiply_blocks(x, gate_up, blocks, tiles.gate_up, gated=True)
         parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)
@@ -232,8 +219,8 @@ def sum_kernel(parts, weights, out, hidden, TOP_K: tl.constexpr, BN: tl.constexp
 
 
 def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Tensor]:
-    """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts, best
-    first; behind them the `shared` ones, numbered after all others, with weight 1."""
+    """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts: the
+    `shared` ones, which have the first numbers and weight 1, and then the routed ones, best first."""
     c = config
     if not use_triton(logits):
         return route_ref(logits, config, shared)
@@ -243,7 +230,7 @@ def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Ten
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     if tokens:
         route_kernel[(tokens,)](
-            logits, weights, ids, experts, c.routed_scaling_factor, c.num_experts_per_tok, top_k,
+            logits, weights, ids, experts, c.routed_scaling_factor, shared, top_k,
             EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(top_k), GROUPS=c.n_group,
             TOP_GROUPS=c.topk_group, NORM=c.norm_topk_prob and c.num_experts_per_tok > 1,
             num_warps=1, **launch_early(),
@@ -265,13 +252,13 @@ def route_ref(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor,
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     else:
         weights = weights * c.routed_scaling_factor
-    always = torch.arange(experts, experts + shared, device=ids.device).expand(tokens, -1)
-    return torch.cat([weights, weights.new_ones(always.shape)], 1), torch.cat([ids, always], 1).to(torch.int32)
+    always = torch.arange(shared, device=ids.device).expand(tokens, -1)
+    return torch.cat([weights.new_ones(always.shape), weights], 1), torch.cat([always, ids + shared], 1).to(torch.int32)
 
 
-@triton.jit(do_not_specialize=["experts", "top_k", "slots"])
+@triton.jit(do_not_specialize=["experts", "shared", "top_k"])
 def route_kernel(
-    logits, weights, ids, experts, scale, top_k, slots, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    logits, weights, ids, experts, scale, shared, top_k, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program routes one token."""
@@ -287,17 +274,17 @@ def route_kernel(
         for _ in tl.static_range(TOP_GROUPS):
             left = tl.where(group == tl.argmax(left, 0) // (experts // GROUPS), -1.0, left)
         scores = tl.where((left >= 0) & (e < experts), 0.0, scores)
-    own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), experts + slot - top_k
+    own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), slot
     total = 0.0
-    for i in range(top_k):
+    for i in range(shared, top_k):
         best, most = tl.argmax(scores, 0), tl.max(scores, 0)
-        own_ids = tl.where(slot == i, best, own_ids)
+        own_ids = tl.where(slot == i, shared + best, own_ids)
         own_weights = tl.where(slot == i, most, own_weights)
         scores = tl.where(e == best, -1.0, scores)
         total += most
     factor = scale
     if NORM:
         factor = 1.0 / (total + 1e-20)
-    own_weights = tl.where(slot < top_k, own_weights * factor, 1.0)
-    tl.store(weights + t * slots + slot, own_weights, mask=slot < slots)
-    tl.store(ids + t * slots + slot, own_ids, mask=slot < slots)
+    own_weights = tl.where(slot < shared, 1.0, own_weights * factor)
+    tl.store(weights + t * top_k + slot, own_weights, mask=slot < top_k)
+    tl.store(ids + t * top_k + slot, own_ids, mask=slot < top_k)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
 
-FEW_TOKENS = 16  # up to which the kernel is the faster one, and up to
-FEW_VALUES = 1 << 17  # outputs, as a router has
+FEW_TOKENS = 64  # up to which the kernel is the faster one where there is a weight per head; elsewhere for one
 
 
 def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -18,25 +17,31 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
     dim_out = weight.shape[1]
     if out is None:
         out = x.new_empty(tokens, heads, dim_out)
-    if not use_triton(x) or (tokens > FEW_TOKENS and tokens * heads * dim_out > FEW_VALUES):
-        if out.dtype != x.dtype:
-            x, weight = x.to(out.dtype), weight.to(out.dtype)
-        if heads == 1:
-            torch.mm(x[:, 0], weight[0].T, out=out[:, 0])
-        else:
-            torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
+    if not use_triton(x) or tokens > (FEW_TOKENS if heads > 1 else 1):
+        multiply_by_head_ref(x, weight, out)
         return out
     assert x.stride(2) == 1 and out.stride(2) == 1
-    # As many programs as are resident at once, with all of their weights asked for as soon as possible.
-    rows = max(4 if tokens == 1 else 16, min(64, triton.next_power_of_2(heads * dim_out // 384)))
-    columns = min(triton.next_power_of_2(dim_in), (1 << 15) // rows if tokens == 1 else 512)
-    block = 1 if tokens == 1 else 16
+    if tokens <= 1:  # all weights are asked for at once, by programs that are resident together
+        block, columns = 1, min(triton.next_power_of_2(dim_in), 2048 if heads * dim_out <= 2560 else 1024)
+        rows = max(4, 4096 // columns)
+    else:
+        block, columns = 16 if tokens <= 16 else 32, min(triton.next_power_of_2(dim_in), 512)
+        rows = 64 if columns <= 128 else 16
     if tokens:
         multiply_kernel[(triton.cdiv(dim_out, rows), heads, triton.cdiv(tokens, block))](
             x, weight, out, tokens, dim_out, dim_in, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
-            BM=block, BN=rows, BK=columns, **launch_early(), num_warps=8 if rows * columns > 1 << 13 else 4,
+            BM=block, BN=rows, BK=columns, **launch_early(), num_warps=2 if rows * columns <= 4096 else 4,
         )  # fmt: skip
     return out
+
+
+def multiply_by_head_ref(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    if x.shape[1] > 1 or (out.dtype != x.dtype and not x.is_cuda):
+        torch.bmm(x.transpose(0, 1).to(out.dtype), weight.mT.to(out.dtype), out=out.transpose(0, 1))
+    elif out.dtype == x.dtype:
+        torch.mm(x[:, 0], weight[0].T, out=out[:, 0])
+    else:
+        torch.mm(x[:, 0], weight[0].T, out_dtype=out.dtype, out=out[:, 0])
 
 
 @triton.jit

@@ -119,9 +119,7 @@ def rescale_partial(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tenso
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
     if tokens:
         rescale_kernel[(tokens, heads)](
-            out, lses, scaled, lse,
-            *out.stride()[:2], *lses.stride(), *scaled.stride()[:2], lse.stride(0),
-            rank, lses.shape[0], dim,
+            out, lses, scaled, lse, *out.stride()[:2], *lses.stride(), rank, lses.shape[0], dim,
             SIZE=triton.next_power_of_2(lses.shape[0]), DIM=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
     return scaled, lse
@@ -137,12 +135,12 @@ def rescale_partial_ref(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, T
 
 @triton.jit
 def rescale_kernel(
-    out, lses, scaled, lse,
-    out_t, out_h, lses_n, lses_t, lses_h, scaled_t, scaled_h, lse_t,
-    rank, size, dim, SIZE: tl.constexpr, DIM: tl.constexpr,
+    out, lses, scaled, lse, out_t, out_h, lses_n, lses_t, lses_h, rank, size, dim,
+    SIZE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One program rescales one token and head."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = t * tl.num_programs(1) + h
     n = tl.arange(0, SIZE)
     d = tl.arange(0, DIM)
     part_lse = tl.load(lses + n * lses_n + t * lses_t + h * lses_h, mask=n < size, other=-float("inf"))
@@ -154,6 +152,5 @@ def rescale_kernel(
     weight = tl.exp(own - tl.where(total > 0, merged, 0.0))
     mask = d < tl.where(own > -float("inf"), dim, 0)  # an empty shard is not even read
     part = tl.load(out + t * out_t + h * out_h + d, mask=mask, other=0.0)
-    acc = part.to(tl.float32) * weight
-    tl.store(scaled + t * scaled_t + h * scaled_h + d, acc.to(scaled.dtype.element_ty), mask=d < dim)
-    tl.store(lse + t * lse_t + h, merged)
+    tl.store(scaled + row * dim + d, (part.to(tl.float32) * weight).to(scaled.dtype.element_ty), mask=d < dim)
+    tl.store(lse + row, merged)

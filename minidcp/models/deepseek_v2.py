@@ -79,14 +79,6 @@ class MLAAttention:
         o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
         self.o_proj = Linear(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
 
-    @property
-    def peer_head_bytes(self) -> int:
-        """How much of this layer's weights belongs to heads of other ranks."""
-        extra: int = self.group_w_uk.nbytes + self.group_w_uv.nbytes - self.w_uk.nbytes - self.w_uv.nbytes
-        if self.q_b_proj is not None and self.own_q_b_proj is not None:
-            extra += self.q_b_proj.weight.nbytes - self.own_q_b_proj.weight.nbytes
-        return extra
-
     def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden], replicated -> this rank's summand of the output [T, hidden]."""
         d, width = batch.num_decode, self.config.latent_dim

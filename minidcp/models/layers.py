@@ -5,12 +5,13 @@ Plain callables over plain tensors. Attributes carry Hugging Face's names; shard
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.experts import route, run_experts
+from minidcp.kernels.experts import list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
@@ -82,6 +83,8 @@ class VocabParallelEmbedding:
         self.tp = tp
 
     def __call__(self, token_ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(token_ids, self.weight)
         local = token_ids - self.tp.rank * self.weight.shape[0]
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
@@ -108,12 +111,16 @@ class LMHead:
 
     def choose_best(self, logits: Tensor) -> Tensor:
         """[S, V / N] of every rank -> the most likely tokens [S], the same on all ranks."""
-        best, ids = logits.max(-1)
+        # In two steps, because one row by itself does not fill a GPU.
+        parts = logits.unflatten(1, (math.gcd(logits.shape[1], 64), -1))
+        values, within = parts.max(-1)
+        best, part = values.max(-1, keepdim=True)
+        ids: Tensor = (within.gather(1, part) + part * parts.shape[2])[:, 0]
         if self.tp.size == 1:
             return ids
         ids += self.tp.rank * len(self.weight)
         # float64 holds both exactly.
-        by_rank = self.tp.all_gather(torch.stack([best.double(), ids.double()], 1))  # [S, N, 2]
+        by_rank = self.tp.all_gather(torch.stack([best[:, 0].double(), ids.double()], 1))  # [S, N, 2]
         winner = by_rank[..., 0].argmax(-1, keepdim=True)
         return by_rank[..., 1].gather(1, winner)[:, 0].long()
 
@@ -149,12 +156,12 @@ class MoE:
         self.config, self.shared = config, config.n_shared_experts
         self.gate = weights.read("gate.weight", config.n_routed_experts, config.hidden_size)
         experts = []
-        for e in range(config.n_routed_experts):
-            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
         if self.shared:  # in the checkpoint they are one MLP
             together = config.moe_intermediate_size * self.shared
             scope = weights.scope("shared_experts")
             experts += MLP(config, together, state, scope, GEMM_ALIGN * self.shared).split(self.shared)
+        for e in range(config.n_routed_experts):
+            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
         self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
         self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
 
@@ -164,6 +171,12 @@ class MoE:
         logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
         return route(logits, self.config, self.shared)
+
+    def compile(self, most: int) -> None:
+        """Run with each of the tiles that up to `most` tokens will use, so that no request waits for a compiler."""
+        experts, hidden, inter = self.down_proj.shape
+        for tokens in list_tiles(experts, self.shared + self.config.num_experts_per_tok, hidden, inter):
+            self(self.gate.new_zeros(min(tokens, most), hidden))
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)

@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN scaling: the angles. `kernels/rope.py` rotates, in halves.
+"""Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves.
 
 The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which
 rotating halves gives bit for bit the same scores.

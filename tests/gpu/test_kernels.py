@@ -1,0 +1,80 @@
+"""Routing, experts and products for few tokens in bf16 against fp64: the interpreter cannot check tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import Oracle
+from torch import Tensor
+
+from minidcp.kernels.experts import route, route_ref, run_experts
+from minidcp.kernels.linear import multiply_by_head
+from minidcp.model_config import ModelConfig
+
+pytestmark = pytest.mark.gpu
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.isfinite().all()
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(256, 96), (2048, 1408), (200, 40)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40, 130, 700, 3000])
+def test_experts(tokens: int, hidden: int, inter: int) -> None:
+    """Some experts are popular, some have no tokens. The same bits again, and in a graph with other inputs before."""
+    torch.manual_seed(tokens)
+    count, top_k = 18, 6
+    gate_up, down = normal(count, 2 * inter, hidden) * hidden**-0.5, normal(count, hidden, inter) * inter**-0.5
+    x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+    popularity = torch.rand(count - 1, device="cuda") ** 3  # nobody chooses the last one
+    ids = (torch.rand(tokens, count - 1, device="cuda") * popularity).topk(top_k).indices.to(torch.int32)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda")
+    for e in range(count - 1):
+        token, choice = (ids == e).nonzero(as_tuple=True)
+        gate, up = (x[token].double() @ gate_up[e].double().T).chunk(2, -1)
+        part = (torch.nn.functional.silu(gate) * up) @ down[e].double().T
+        expected.index_add_(0, token, part * weights[token, choice, None].double())
+    out = run_experts(x, gate_up, down, weights, ids)
+    assert relative_error(out, expected) < 1e-2
+    assert torch.equal(out, run_experts(x, gate_up, down, weights, ids))
+
+    inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_experts(inputs[0], gate_up, down, *inputs[1:])
+    graph.replay()
+    for place, value in zip(inputs, (x, weights, ids), strict=True):
+        place.copy_(value)
+    graph.replay()
+    assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 500])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_route(checkpoint: Oracle, tokens: int, normalise: bool) -> None:
+    torch.manual_seed(tokens)
+    config = replace(ModelConfig.from_hf(checkpoint.path), norm_topk_prob=normalise)
+    logits = torch.randn(tokens, config.n_routed_experts, device="cuda") * 4
+    for ours, theirs in zip(route(logits, config, 2), route_ref(logits, config, 2), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 65])
+@pytest.mark.parametrize(
+    ("heads", "dim_in", "dim_out"), [(16, 128, 512), (16, 512, 128), (1, 2048, 3648), (1, 5120, 160), (3, 200, 40)]
+)
+def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int) -> None:
+    torch.manual_seed(tokens)
+    x, weight = normal(tokens, heads, dim_in), normal(heads, dim_out, dim_in)
+    expected = torch.einsum("thi,hoi->tho", x.double(), weight.double())
+    for w in (weight, weight.mT.contiguous().mT):
+        assert relative_error(multiply_by_head(x, w), expected) < 4e-3
+        exact = multiply_by_head(x, w, torch.empty(tokens, heads, dim_out, device="cuda"))
+        assert relative_error(exact, expected) < 1e-5
