@@ -24,14 +24,14 @@ GPUS = {
     "a100": dict(memory=79.1 * 2**30, bandwidth=1.7e12, flops=270e12, link=240e9),
     "b200": dict(memory=178.3 * 2**30, bandwidth=6.8e12, flops=1.7e15, link=700e9),
 }
-# What the parts of a decode step take: a multiple of their floors, µs a layer, and µs a layer and row. Fitted to the
-# README's tables of an H200: FA3, and one rank of V2 of 8; each of a layer's collectives is a p2p kernel by itself.
+# What the parts of a decode step take: a multiple of their floors, µs a layer, and µs a layer and row. Fitted to a rank of
+# V2 (tp 8) on an H200 in README and benchmarks/NOTES.md; each of a layer's collectives is the README's p2p kernel alone.
 COSTS = {
     "attention": (1.84, 14.0, 0.0),
-    "experts": (2.1, 65.0, 0.26),  # with the router and the shared ones
-    "projections": (1.5, 75.0, 0.0),  # with absorption, W_UV, dense MLPs and the head
+    "experts": (1.0, 16.0, 0.16),  # with the router and the shared ones
+    "projections": (1.3, 25.0, 0.0),  # with absorption, W_UV, dense MLPs and the head
     "exchange": (1.0, 4.0, 0.0),  # all-reduces, q gather, exchange of outputs
-    "rest": (0.0, 29.0, 0.12),
+    "rest": (0.0, 3.0, 0.03),
 }
 KINDS = (".mlp.experts.", ".mlp.shared_experts.", ".mlp.gate.", ".kv_b_proj.", ".embed_tokens.")  # of weights
 # Estimates: a process with its kernels; tensors as wide as the hidden dim, beside the experts' outputs, in a prefill.
