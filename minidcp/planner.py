@@ -24,8 +24,8 @@ GPUS = {
     "a100": dict(memory=79.1 * 2**30, bandwidth=1.7e12, flops=270e12, link=240e9),
     "b200": dict(memory=178.3 * 2**30, bandwidth=6.8e12, flops=1.7e15, link=700e9),
 }
-# What the parts of a decode step take: a multiple of their floors, µs a layer, and µs a layer and row. Fitted to a rank of
-# V2 (tp 8) on an H200 in README and benchmarks/NOTES.md; each of a layer's collectives is the README's p2p kernel alone.
+# What the parts of a decode step take: a multiple of their floors, µs a layer, and µs a layer and row. Fitted to a rank
+# of V2 on an H200 in README and benchmarks/NOTES.md; each of a layer's collectives is the README's p2p kernel alone.
 COSTS = {
     "attention": (1.84, 14.0, 0.0),
     "experts": (1.0, 16.0, 0.16),  # with the router and the shared ones
