@@ -54,9 +54,6 @@ class EmulatedGroup(Group):
     def all_to_all(self, x: Tensor) -> Tensor:
         return x.clone()
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        return x.clone()
-
 
 def time_graph(work: Callable[[], object], repeats: int = 10) -> float:
     """Median seconds of a replay."""
