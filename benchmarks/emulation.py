@@ -133,10 +133,6 @@ class EmulatedGroup(SymmetricGroup):
         self.spend("all_to_all", x[:, 0].nbytes * (self.size - 1))
         return x.clone()
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        self.spend("all_gather", 0)
-        return x.clone()
-
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         outs, lses = (x.unflatten(1, (self.size, -1)).transpose(0, 1) for x in (out, lse))
         self.spend("reduce_scatter", (outs[0].nbytes + lses[0].nbytes) * (self.size - 1))

@@ -213,5 +213,5 @@ class ModelRunner:
                 tokens = sampled.tokens[: len(tokens)]
             if len(tokens) and not self.sampler.takes_best(plan):
                 # Rank 0 decides for all: two ranks that round differently must not go separate ways.
-                self.last_tokens[slots] = self.state.tp.broadcast(tokens)
+                self.last_tokens[slots] = self.state.tp.all_gather(tokens)[:, 0]
         return PendingResult(sampled, begin, self.state.received_bytes + self.replayed_bytes)

@@ -1,4 +1,4 @@
-"""Merging partial attention results by their log-sum-exp: two Triton kernels and their torch twins.
+"""Merging partial attention results by their log-sum-exp: a Triton kernel and its torch twin.
 
 LSEs are natural logarithms in fp32; -inf marks an empty shard, whose output may hold anything, NaN too: it is masked,
 never multiplied by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1.
@@ -12,19 +12,23 @@ from torch import Tensor
 from minidcp.kernels import use_triton
 
 
-def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def merge_partials(
+    outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None, only: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the union of N shards.
 
     Args:
         outs: [N, T, H, D] partial outputs, contiguous D; lses: [N, T, H] float32. Other strides are free.
         dtype: of the result; outs' by default.
+        only: give this shard's share alone, outs[only] times exp(its lse - lse of the union): the shares' sum is the
+            whole. The other partials are not read.
 
     Returns:
         out [T, H, D] (0 where every shard is empty) and lse [T, H] float32.
     """
     dtype = dtype or outs.dtype
     if not use_triton(outs):
-        return merge_partials_ref(outs, lses, dtype)
+        return merge_partials_ref(outs, lses, dtype, only)
     size, tokens, heads, dim = outs.shape
     assert outs.stride(3) == 1
     out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
@@ -34,25 +38,28 @@ def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None)
         rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads // 1024)))
         merge_kernel[(triton.cdiv(tokens * heads, rows),)](
             outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
-            ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)),
+            ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)), ONLY=-1 if only is None else only,
             num_warps=max(1, rows * width * outs.element_size() // 1024),
         )  # fmt: skip
     return out, lse
 
 
-def merge_partials_ref(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge_partials_ref(
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, only: int | None = None
+) -> tuple[Tensor, Tensor]:
     lse = lses.logsumexp(0)
     weights = (lses - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # [N, T, H]
-    parts = outs.float().masked_fill((lses == -torch.inf)[..., None], 0.0)
-    return torch.einsum("nth,nthd->thd", weights, parts).to(dtype), lse
+    some = slice(None) if only is None else slice(only, only + 1)
+    parts = outs[some].float().masked_fill((lses[some] == -torch.inf)[..., None], 0.0)
+    return torch.einsum("nth,nthd->thd", weights[some], parts).to(dtype), lse
 
 
 @triton.jit
 def merge_kernel(
     outs, lses, out, lse, outs_n, outs_t, outs_h, lses_n, lses_t, lses_h, size, tokens, heads, dim,
-    ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the N partials of ROWS (token, head) pairs."""
+    """One program merges the N partials of ROWS (token, head) pairs, or rescales partial ONLY of them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < tokens * heads
     limit = tl.where(there, size, 0)  # of shards that a row has
@@ -67,6 +74,8 @@ def merge_kernel(
         parts, part_lses = (), ()
         for i in tl.static_range(CHUNK):
             shard, live = tl.cast(first + i, tl.int64), first + i < limit
+            if ONLY >= 0:
+                live = first + i < tl.where(shard == ONLY, limit, 0)
             parts += (tl.load(outs + shard * outs_n, mask=live[:, None] & (d < dim), other=0.0),)  # type: ignore[assignment]
         tl.debug_barrier()  # so that all loads are under way before one is waited for
         for i in tl.static_range(CHUNK):
@@ -103,54 +112,3 @@ def store_merged(top, total, acc, out, lse, row, there, d, dim):
     dst = out + row.to(tl.int64)[:, None] * dim + d
     merged = acc * (1.0 / some)[:, None]
     tl.store(dst, merged.to(out.dtype.element_ty), mask=there[:, None] & (d < dim))
-
-
-def rescale_partial(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Rank `rank`'s share of the union: its partial output times exp(its lse - lse of the union).
-
-    From out [T, H, D] with contiguous D and every rank's lses [N, T, H] float32: [T, H, D] in out's dtype, to be summed
-    over the ranks, and the union's lse [T, H] float32.
-    """
-    if not use_triton(out):
-        return rescale_partial_ref(out, lses, rank)
-    tokens, heads, dim = out.shape
-    assert out.stride(2) == 1
-    scaled = torch.empty(tokens, heads, dim, dtype=out.dtype, device=out.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
-    if tokens:
-        rescale_kernel[(tokens, heads)](
-            out, lses, scaled, lse, *out.stride()[:2], *lses.stride(), rank, lses.shape[0], dim,
-            SIZE=triton.next_power_of_2(lses.shape[0]), DIM=triton.next_power_of_2(dim), num_warps=1,
-        )  # fmt: skip
-    return scaled, lse
-
-
-def rescale_partial_ref(out: Tensor, lses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    lse = lses.logsumexp(0)
-    own = lses[rank]
-    weight = (own - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
-    part = out.float().masked_fill((own == -torch.inf)[..., None], 0.0)
-    return (part * weight[..., None]).to(out.dtype), lse
-
-
-@triton.jit
-def rescale_kernel(
-    out, lses, scaled, lse, out_t, out_h, lses_n, lses_t, lses_h, rank, size, dim,
-    SIZE: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """One program rescales one token and head."""
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = t * tl.num_programs(1) + h
-    n = tl.arange(0, SIZE)
-    d = tl.arange(0, DIM)
-    part_lse = tl.load(lses + n * lses_n + t * lses_t + h * lses_h, mask=n < size, other=-float("inf"))
-    own = tl.load(lses + rank * lses_n + t * lses_t + h * lses_h)
-    top = tl.max(part_lse, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp(part_lse - top), 0)
-    merged = tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)) + top, -float("inf"))
-    weight = tl.exp(own - tl.where(total > 0, merged, 0.0))
-    mask = d < tl.where(own > -float("inf"), dim, 0)  # an empty shard is not even read
-    part = tl.load(out + t * out_t + h * out_h + d, mask=mask, other=0.0)
-    tl.store(scaled + row * dim + d, (part.to(tl.float32) * weight).to(scaled.dtype.element_ty), mask=d < dim)
-    tl.store(lse + row, merged)

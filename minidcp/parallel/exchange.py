@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minidcp.kernels.merge import merge_partials, rescale_partial
+from minidcp.kernels.merge import merge_partials
 from minidcp.parallel.group import Group
 from minidcp.parallel.symmetric import SymmetricGroup
 
@@ -24,7 +24,7 @@ def exchange_ag_rs(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tens
     """All-gather the LSEs, rescale the own partial by exp(lse - lse of the union), reduce-scatter it."""
     tokens, dim = len(out), out.shape[2]
     lses = group.all_gather(lse).transpose(0, 1)
-    scaled, merged_lse = rescale_partial(out, lses, group.rank)
+    scaled, merged_lse = merge_partials(out.expand(group.size, -1, -1, -1), lses, only=group.rank)
     own = merged_lse.view(tokens, group.size, -1)[:, group.rank]
     return group.reduce_scatter(scaled.view(tokens, group.size, -1, dim)), own
 

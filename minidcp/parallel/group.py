@@ -46,18 +46,13 @@ class Group:
         """[T, size, ...]: entry [:, i] is rank i's x[:, rank], from x [T, size, ...]; any strides."""
         return x
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x [T]; the others pass a tensor of the same shape and dtype."""
-        return x
-
 
 class TorchGroup(Group):
     """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has them in dim 1
     is transposed before and after."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.root = group, dist.get_global_rank(group, 0)
-        self.rank, self.size = group.rank(), group.size()
+        self.group, self.rank, self.size = group, group.rank(), group.size()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
@@ -83,12 +78,6 @@ class TorchGroup(Group):
         dist.all_to_all_single(out, by_rank, group=self.group)
         self.count(out[0], self.size - 1)
         return out.transpose(0, 1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        out = x.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(out, src=self.root, group=self.group)
-        self.count(x, self.rank > 0)
-        return out
 
 
 # torch 2.13 renames these two and deprecates the old names; 2.11 has only the old ones.
@@ -141,7 +130,3 @@ class ThreadGroup(Group):
     def all_to_all(self, x: Tensor) -> Tensor:
         self.count(x[:, 0], self.size - 1)
         return torch.stack([part[:, self.rank] for part in self.publish(x)], 1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        self.count(x, self.rank > 0)
-        return self.publish(x)[0].clone()

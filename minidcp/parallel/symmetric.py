@@ -110,12 +110,6 @@ class SymmetricGroup(Group):
         self.count(out, self.size - 1)
         return out.view(len(x), *x.shape[2:])
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        out = x.new_empty(1, 1, len(x))
-        read_peers(self.meeting, self.stage(x)[:1], len(x), 0, out)
-        self.count(x, self.rank > 0)
-        return out.view(x.shape)
-
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The exchange in one kernel: from this rank's partial attention for the heads of all ranks (out [T, N * H, D]
         and lse [T, N * H]) to that over all shards for its own ([T, H, D], [T, H])."""

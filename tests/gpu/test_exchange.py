@@ -138,7 +138,7 @@ def replay_delayed(group: SymmetricGroup) -> None:
             results += EXCHANGES["p2p"](group.empty(out.shape, out).copy_(out), lse, group)
             spin_kernel[(1,)](turns[4 * layer + 2 :], sink)
             results.append(group.all_reduce(hidden))
-        group.broadcast(hidden[:, 0])  # an odd number in all: only begin_step sets the halves right again
+        group.all_gather(hidden[:, 0])  # an odd number in all: only begin_step sets the halves right again
         return results
 
     for tokens, dim in shapes:

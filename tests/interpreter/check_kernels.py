@@ -65,8 +65,9 @@ def test_merge_reads_the_packed_layout() -> None:
 def test_rescale(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
-    for function in (merge.rescale_partial_ref, merge.rescale_partial):
-        parts, merged = zip(*(function(outs[r], lses, r) for r in range(size)), strict=True)
+    for function in (merge.merge_partials_ref, merge.merge_partials):
+        shares = (function(outs[r].expand(size, -1, -1, -1), lses, dtype, r) for r in range(size))
+        parts, merged = zip(*shares, strict=True)
         torch.testing.assert_close(torch.stack(parts).double().sum(0), expected, **tolerance(dtype))
         for lse in merged:
             torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
