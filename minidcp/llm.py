@@ -41,7 +41,10 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = LLMEngine(EngineConfig.from_kwargs(model=str(model), **options))
+        known = ["model", *(f.name for f, _ in EngineConfig.options())]
+        unknown = sorted(set(options) - set(known))
+        require(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        self.engine = LLMEngine(EngineConfig(str(model), **options))
         self.num_requests = 0
 
     def generate(

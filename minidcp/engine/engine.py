@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minidcp.config import EngineConfig, flag, require
+from minidcp.config import EngineConfig, divisors, flag, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
 from minidcp.engine.executor import Executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
@@ -230,7 +230,9 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     """Fill in every "auto" and check the configuration against the model and the machine."""
     path = find_model(config.model)
     model_config = ModelConfig.from_hf(path)
-    config.parallel.check_heads(model_config.num_attention_heads)
+    heads = model_config.num_attention_heads
+    wanted = f"--tp-size {config.tp_size} must divide the model's {heads} attention heads"
+    require(heads % config.tp_size == 0, f"{wanted}; possible: {divisors(heads)}")
     device, dtype, longest = config.device, config.dtype, model_config.max_position_embeddings
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

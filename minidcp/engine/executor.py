@@ -52,7 +52,7 @@ class Executor:
 
     def start_threads(self) -> None:
         """For the CPU. A rank that fails breaks the barriers its peers wait at."""
-        states, self.rendezvous = build_thread_states(self.config.parallel)
+        states, self.rendezvous = build_thread_states(self.config.tp_size, self.config.dcp_size)
         for rank, state in enumerate(states):
             self.start_thread(rank, lambda _, __, state=state: state)  # type: ignore[misc]
 

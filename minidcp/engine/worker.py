@@ -129,7 +129,7 @@ def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None])
 
 
 def join_processes(config: EngineConfig, device: torch.device) -> ParallelState:
-    return init_process_state(config.parallel, config.comm, device)
+    return init_process_state(config.tp_size, config.dcp_size, config.comm, device)
 
 
 def main() -> None:
