@@ -69,7 +69,7 @@ class Metrics(Collector):
             "vllm:num_requests_running": len(scheduler.running),
             "vllm:num_requests_waiting": len(scheduler.waiting),
             "vllm:kv_cache_usage_perc": 1 - blocks.num_available / blocks.num_blocks,
-            "minidcp:kv_blocks_free": blocks.num_free,
+            "minidcp:kv_blocks_free": len(blocks.free),
         }
         counters = {
             "vllm:prompt_tokens": stats.prompt_tokens + scheduler.num_cached_tokens,
@@ -127,7 +127,7 @@ class Metrics(Collector):
     def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
         """What the page at / shows."""
         scheduler, (capacity, used) = engine.scheduler, engine.kv_tokens()
-        total, cached, free = engine.blocks.num_blocks, engine.blocks.num_cached, engine.blocks.num_free
+        total, cached, free = engine.blocks.num_blocks, len(engine.blocks.cached), len(engine.blocks.free)
         return {
             "model": model_name,
             "version": __version__,

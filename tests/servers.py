@@ -179,7 +179,7 @@ class Local:
             self.engine.scheduler.num_unfinished == 0
             and not self.engine.requests
             and blocks.num_live == 0
-            and blocks.num_free + blocks.num_cached == blocks.num_blocks
+            and len(blocks.free) + len(blocks.cached) == blocks.num_blocks
         )
 
     @contextmanager

@@ -350,7 +350,7 @@ def unharmed(llm: LLM, expected: list[list[int]]) -> Iterator[None]:
     blocks = llm.engine.blocks
     assert llm.engine.requests == {}
     assert llm.engine.scheduler.num_unfinished == blocks.num_live == 0
-    assert blocks.num_free + blocks.num_cached == blocks.num_blocks
+    assert len(blocks.free) + len(blocks.cached) == blocks.num_blocks
     assert tokens_of(llm.generate(GOOD, GREEDY)) == expected
 
 

@@ -18,7 +18,7 @@ from minidcp.request import FinishReason, Request
 
 
 def check_blocks(blocks: BlockManager, requests: list[Request]) -> None:
-    assert blocks.num_free + blocks.num_cached + blocks.num_live == blocks.num_blocks
+    assert len(blocks.free) + len(blocks.cached) + blocks.num_live == blocks.num_blocks
     held = [b for r in requests for b in r.blocks]
     assert blocks.num_live == len(set(held))
     for block in set(held):

@@ -44,46 +44,37 @@ class Detokenizer:
 
     def append(self, token: int) -> str:
         """Add a token; returns the text that is now certain. A stop string is cut and sets `stopped`."""
-        if self.tokenizer is None or self.stopped:
-            return ""
         self.ids.append(token)
-        return self.take(whole=True)
+        return self.take(is_last=False)
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
+        return self.take(is_last=True)
+
+    def take(self, is_last: bool) -> str:
         if self.tokenizer is None or self.stopped:
             return ""
-        text = self.take(whole=False)
-        if not self.stopped:
-            text, self.pending = text + self.pending, ""
-        return text
-
-    def take(self, whole: bool) -> str:
-        """The text that the tokens from `read` on add; if it must be whole, none while it ends inside a character."""
         before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
-        if whole and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
-            return ""
+        if not is_last and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
+            return ""  # inside a character
         self.prefix, self.read = self.read, len(self.ids)
-        return self.release(after[len(before) :])
+        self.pending += after[len(before) :]
+        return self.release(is_last)
 
     def decode(self, start: int, end: int) -> str:
         assert self.tokenizer is not None
         options = dict(skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
         return str(self.tokenizer.decode(self.ids[start:end], **options))
 
-    def release(self, new: str) -> str:
-        """Pass `new` text on, up to a stop string or the beginning of one."""
-        text = self.pending + new
-        if len(self.ids) <= self.min_tokens:
-            self.pending = ""
-            return text
-        found = [at for at in map(text.find, self.stop) if at >= 0]
-        if found:
-            self.stopped, self.pending = True, ""
-            return text[: min(found)]
-        held = max((overlap(text, stop) for stop in self.stop), default=0)
-        self.pending = text[len(text) - held :]
-        return text[: len(text) - held]
+    def release(self, is_last: bool) -> str:
+        """Pass the pending text on, up to a stop string or, if more may follow, the beginning of one."""
+        text, stops = self.pending, self.stop if len(self.ids) > self.min_tokens else ()
+        found = [at for at in map(text.find, stops) if at >= 0]
+        self.stopped = bool(found)
+        held = 0 if is_last else max((overlap(text, stop) for stop in stops), default=0)
+        end = min(found, default=len(text) - held)
+        self.pending = text[end:]
+        return text[:end]
 
 
 def overlap(text: str, stop: str) -> int:

@@ -20,7 +20,7 @@ from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
-from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, Status, TokenLogprobs
+from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger("minidcp")
 
@@ -176,7 +176,7 @@ class LLMEngine:
         deltas = [
             self.advance(request, token, entry)
             for request, token, entry in zip(requests, result.tokens, logprobs, strict=False)
-            if request.status is not Status.FINISHED  # it ended while this step was in flight
+            if request.finish_reason is None  # it ended while this step was in flight
         ]
         self.observe(step, result)
         stats = self.stats
@@ -190,24 +190,18 @@ class LLMEngine:
     def advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> OutputDelta:
         """Add a sampled token to its request's text and finish the request if that ends it."""
         params, detokenizer = request.params, self.requests[request.request_id][1]
-        reason, text = None, ""
-        if request.num_outputs > params.min_tokens and token in request.stop_ids:
-            reason = FinishReason.STOP
-        else:
-            text = detokenizer.append(token)
-            if request.num_outputs >= request.max_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None:
+        stops = request.num_outputs > params.min_tokens and token in request.stop_ids
+        is_last = stops or request.num_outputs >= request.max_tokens
+        text = "" if stops else detokenizer.append(token)
+        if is_last:
             text += detokenizer.flush()
-        if detokenizer.stopped:
-            reason = FinishReason.STOP
-        if reason is not None:
+        reason = None
+        if is_last or detokenizer.stopped:
+            reason = FinishReason.STOP if stops or detokenizer.stopped else FinishReason.LENGTH
             del self.requests[request.request_id]
             self.scheduler.finish(request, reason)
-        delta = OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
-        if request.num_outputs == 1 and params.prompt_logprobs is not None:
-            return replace(delta, prompt_logprobs=request.prompt_logprobs)
-        return delta
+        of_prompt = request.prompt_logprobs if request.num_outputs == 1 else None
+        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens, of_prompt)
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
         """How many tokens each rank's cache has room for, and how many of running requests it holds."""

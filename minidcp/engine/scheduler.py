@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
-from minidcp.request import FinishReason, Request, Status
+from minidcp.request import FinishReason, Request
 
 # Prompt tokens in one step whose log-probabilities are wanted: logits are large.
 MAX_SCORED = 256
@@ -64,7 +64,7 @@ class Scheduler:
 
     def add_decodes(self, step: PlannedStep) -> None:
         for request in list(self.running):
-            if request.status is Status.RUNNING and self.can_decode(request) and self.grow(request, step):
+            if request.is_running and self.can_decode(request) and self.grow(request, step):
                 self.add_row(step, request, 1)
         step.plan.num_decode = len(step.requests)
 
@@ -73,9 +73,7 @@ class Scheduler:
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
-        while (
-            budget > 0 and self.waiting and self.may_score(self.waiting[0], step) and self.admit(self.waiting[0], step)
-        ):
+        while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
             budget -= self.add_chunk(step, self.running[-1], budget)
 
     def may_score(self, request: Request, step: PlannedStep) -> bool:
@@ -117,8 +115,7 @@ class Scheduler:
         usable = (len(request.tokens) - 1) // size if params.prompt_logprobs is None else 0
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
-        shared = self.blocks.match(request.block_hashes[:usable])
-        self.blocks.share(shared)
+        shared = self.blocks.share(request.block_hashes[:usable])
         fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared))
         if fresh is None:
             self.blocks.release(shared)
@@ -136,7 +133,6 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         history = tuple(request.tokens) if params.is_penalised else ()
         step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
-        request.status = Status.RUNNING
         self.running.append(request)
         return True
 
@@ -170,10 +166,10 @@ class Scheduler:
         requests = [step.requests[row] for row in step.plan.sampling]
         for request, token in zip(requests, tokens, strict=True):
             request.num_in_flight -= 1
-            if request.status is not Status.FINISHED:
+            if request.finish_reason is None:
                 request.tokens.append(token)
         for request in step.requests:
-            if request.status is Status.RUNNING:
+            if request.is_running:
                 self.publish(request)
         return requests
 
@@ -191,16 +187,16 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
-        if request.status is Status.WAITING:
-            self.waiting.remove(request)
-        elif request.status is Status.RUNNING:
+        if request.is_running:
             self.leave(request)
-        request.status, request.finish_reason = Status.FINISHED, reason
+        elif request.finish_reason is None:
+            self.waiting.remove(request)
+        request.finish_reason = reason
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it is computed anew, first in line, when there is room."""
         self.leave(request)
-        request.status, request.num_computed = Status.WAITING, 0
+        request.num_computed = 0
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 

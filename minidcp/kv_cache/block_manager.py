@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from itertools import takewhile
 
 
 class BlockManager:
@@ -19,14 +20,6 @@ class BlockManager:
         self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self.hash_of: dict[int, bytes] = {}
         self.block_of: dict[bytes, int] = {}
-
-    @property
-    def num_free(self) -> int:
-        return len(self.free)
-
-    @property
-    def num_cached(self) -> int:
-        return len(self.cached)
 
     @property
     def num_live(self) -> int:
@@ -52,12 +45,6 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Take one more reference to each block; a cached one becomes live."""
-        for block in blocks:
-            self.ref_counts[block] += 1
-            self.cached.pop(block, None)
-
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block; an unused one is cached if its content is known."""
         # The end of a sequence is worth less than its beginning: it becomes the older entry.
@@ -78,13 +65,12 @@ class BlockManager:
             content = array("q", tokens[index * size : (index + 1) * size]).tobytes()
             hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The longest run of known blocks for these hashes from the beginning; takes no reference."""
-        blocks: list[int] = []
-        for digest in hashes:
-            if digest not in self.block_of:
-                break
-            blocks.append(self.block_of[digest])
+    def share(self, hashes: Sequence[bytes]) -> list[int]:
+        """The longest run of known blocks for these hashes from the beginning, with one more reference to each."""
+        blocks = [self.block_of[digest] for digest in takewhile(self.block_of.__contains__, hashes)]
+        for block in blocks:
+            self.ref_counts[block] += 1
+            self.cached.pop(block, None)
         return blocks
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
