@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from multiprocessing.connection import Client, Connection, Listener, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import NoReturn, TypeVar
@@ -21,10 +20,10 @@ import torch.distributed as dist
 from minidcp.batch import StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import StepResult
-from minidcp.engine.worker import Command, Failed, Join, Ready, join_processes, serve_and_exit, serve_rank
+from minidcp.engine.worker import Command, Failed, Ready, serve_and_exit, serve_rank
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.group import Rendezvous
-from minidcp.parallel.state import build_thread_states
+from minidcp.parallel.state import ParallelState, build_thread_states
 
 R = TypeVar("R", Ready, StepResult)
 STOP_SECONDS = 5.0  # for ranks to leave by themselves before they are killed
@@ -42,7 +41,7 @@ class Executor:
         self.config, self.model_config = config, model_config
         self.connections: list[Connection] = []
         self.reports: queue.SimpleQueue[Ready | StepResult | Failed] = queue.SimpleQueue()
-        self.held: deque[Ready | StepResult] = deque()  # taken from `reports`, but not yet asked for
+        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()  # once more, to be seen before their turn
         self.failure: str | None = None
         self.threads: list[threading.Thread] = []  # that are ranks
         self.rendezvous: list[Rendezvous] = []  # at whose barriers they wait for each other
@@ -54,7 +53,7 @@ class Executor:
         """For the CPU. A rank that fails breaks the barriers its peers wait at."""
         states, self.rendezvous = build_thread_states(self.config.tp_size, self.config.dcp_size)
         for rank, state in enumerate(states):
-            self.start_thread(rank, lambda _, __, state=state: state)  # type: ignore[misc]
+            self.start_thread(rank, state)
 
     def start_processes(self) -> None:
         """On this machine; they end when this process does, however it ends."""
@@ -86,18 +85,18 @@ class Executor:
         store, size, key = rendezvous_store(), self.config.tp_size, os.urandom(32)
         with Listener((os.environ["MASTER_ADDR"], 0), backlog=size, authkey=key) as listener:
             store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
-            self.start_thread(0, join_processes)
+            self.start_thread(0)
             for _ in range(size - 1):
                 connection = listener.accept()
                 self.connect(connection.recv(), connection)
 
-    def start_thread(self, rank: int, join: Join) -> None:
-        """Have rank `rank` in a thread of this process."""
+    def start_thread(self, rank: int, state: ParallelState | None = None) -> None:
+        """Have rank `rank` in a thread of this process; without a state it joins other processes."""
         ours, theirs = Pipe()
 
         def run() -> None:
             with theirs:
-                if not serve_rank(rank, theirs, join, own_process=False):
+                if not serve_rank(rank, theirs, state, own_process=False):
                     self.break_barriers()
 
         self.threads.append(threading.Thread(target=run, name=f"rank {rank}", daemon=True))
@@ -109,15 +108,16 @@ class Executor:
         connection.send((self.config, self.model_config))
 
         def read() -> None:
-            report: object = None
             try:
                 with connection:
-                    while not isinstance(report, Failed):
-                        self.reports.put(report := connection.recv())
+                    while not isinstance(report := connection.recv(), Failed):
+                        self.reports.put(report)
             except (EOFError, OSError):
-                self.reports.put(Failed(f"rank {rank}: its process ended{self.exit_code(rank)}", died=True))
+                report = Failed(f"rank {rank}: its process ended{self.exit_code(rank)}", died=True)
             except Exception as error:
-                self.reports.put(Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True))
+                report = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
+            self.failures.put(report)
+            self.reports.put(report)
 
         threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
 
@@ -138,9 +138,9 @@ class Executor:
 
     def receive(self, kind: type[R]) -> R:
         """The oldest report not received yet, unless a rank has ended."""
-        report = self.held.popleft() if self.held else self.reports.get()
+        report = self.reports.get()
         if isinstance(report, Failed):
-            self.fail(report)
+            self.fail()
         assert isinstance(report, kind)
         return report
 
@@ -165,23 +165,19 @@ class Executor:
         """Raise EngineDeadError if a rank has ended; for moments when no result is awaited."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        while not self.reports.empty():
-            report = self.reports.get()
-            if isinstance(report, Failed):
-                self.fail(report)
-            self.held.append(report)
+        if not self.failures.empty():
+            self.fail()
 
-    def fail(self, first: Failed) -> NoReturn:
-        """One rank's end makes its peers fail too: find the cause among the reports, end all, raise."""
-        cause, deadline = first, time.monotonic() + 1.0
+    def fail(self) -> NoReturn:
+        """One rank's end makes its peers fail too: find the cause among their reports, end all, raise."""
+        first = cause = self.failures.get()
+        deadline = time.monotonic() + 1.0
         while not (cause.died or cause.user_error):
             try:
-                report = self.reports.get(timeout=max(0.0, deadline - time.monotonic()))
+                cause = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 cause = first
                 break
-            if isinstance(report, Failed):
-                cause = report
         self.failure = cause.reason
         self.stop(kill=True)
         if cause.user_error:
