@@ -17,7 +17,7 @@ from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
 
 from .async_engine import AsyncEngine, UnavailableError
-from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
+from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest, StreamOptions
 from .tokenization import Tokenization
 
 T = TypeVar("T")
@@ -62,9 +62,7 @@ class Generation:
 
     async def stream(self) -> AsyncIterator[str]:
         """An event per token; clients measure latency by events, so those with empty text count too."""
-        options = self.body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        always = options is not None and bool(options.continuous_usage_stats)
+        options = self.body.stream_options or StreamOptions()
         head = self.head | {"object": self.EVENT}
         try:
             async for batch in self.run(self.engine.config.sse_keep_alive_interval):
@@ -72,9 +70,11 @@ class Generation:
                 for index, delta in batch:
                     self.count(index, delta)
                     event = head | {"choices": [self.word_choice(index, [delta], whole=False)]}
-                    events.append(write_event(event | {"usage": self.usage()} if always else event))
+                    events.append(
+                        write_event(event | {"usage": self.usage()} if options.continuous_usage_stats else event)
+                    )
                 yield "".join(events)
-            if with_usage:
+            if options.include_usage:
                 yield write_event(head | {"choices": [], "usage": self.usage()})
         except (EngineDeadError, UnavailableError, TimeoutError) as error:
             status = 504 if isinstance(error, TimeoutError) else 503

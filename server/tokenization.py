@@ -3,6 +3,8 @@
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from minidcp.config import require
+
 from .async_engine import AsyncEngine
 from .protocol import ChatMessage, ChatRequest, TokenizeRequest, TokenizeResponse
 
@@ -75,6 +77,5 @@ class Tokenization:
     async def detokenize(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         tokenizer, vocab = self.require_tokenizer("tokens"), self.engine.engine.model_config.vocab_size
         bad = next((token for token in tokens if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise ValueError(f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
+        require(bad is None, f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
         return str(await self.engine.in_background(tokenizer.decode, tokens, skip_special_tokens))
