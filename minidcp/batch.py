@@ -52,10 +52,6 @@ class StepPlan:
     # (row, how many tokens before its last, their known successor) whose log-probabilities are wanted
     scored: list[tuple[int, int, int]] = field(default_factory=list)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
 
 class BlockTables:
     """Block ids by slot on the host: [max_num_seqs, width], kept up to date by each plan's new blocks."""

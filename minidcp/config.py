@@ -21,7 +21,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: object, message: str) -> None:
     if not ok:
         raise ValueError(message)
 

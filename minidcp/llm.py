@@ -1,6 +1,7 @@
 """The offline API: prompts in, completions out. For a server see `minidcp serve`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return batch
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`.
 
     Args:
@@ -96,9 +97,6 @@ class LLM:
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
         self.engine.close()
-
-    def __enter__(self) -> "LLM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

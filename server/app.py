@@ -194,11 +194,8 @@ class Server(uvicorn.Server):
 
 
 def serve(config: EngineConfig, options: ServeConfig) -> int:
-    """Serve until told to stop; returns the exit code, 1 if a rank ended.
-
-    Raises:
-        ValueError: the configuration or the checkpoint is wrong, or the address cannot be listened on.
-    """
+    """Serve until told to stop; returns the exit code, 1 if a rank ended. Raises ValueError if the configuration or the
+    checkpoint is wrong, or the address cannot be listened on."""
     if not is_driver():
         LLMEngine(config)  # does not return
     options = replace(options, api_key=options.api_key or environ.get("MINIDCP_API_KEY"))

@@ -83,12 +83,10 @@ class AsyncEngine:
 
     def take_commands(self, engine: LLMEngine) -> None:
         """Run what is in the inbox; wait for it a moment if there is nothing else to do."""
-        try:
+        with contextlib.suppress(queue.Empty):
             self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
             while True:
                 self.inbox.get_nowait()()
-        except queue.Empty:
-            pass
 
     def deliver(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:
@@ -129,13 +127,9 @@ class AsyncEngine:
         self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
     ) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
         """The deltas of some completions as they come, each with its request's index; an empty list after
-        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks.
-
-        Raises:
-            UnavailableError: too many requests are waiting, or the server shuts down.
-            EngineDeadError: a rank has ended.
-            TimeoutError: it took longer than --request-timeout.
-        """
+        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks. Raises
+        UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError if a rank has ended,
+        and TimeoutError if it took longer than --request-timeout."""
         self.check_room(len(requests))
         engine = self.engine
         stream: Stream = asyncio.Queue()

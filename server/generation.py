@@ -90,13 +90,9 @@ class Generation:
             self.cached_tokens += delta.cached_tokens
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(map(len, self.prompts))
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+        prompt, completion = sum(map(len, self.prompts)), self.completion_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return counts | {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
     def word_choice(self, index: int, deltas: list[OutputDelta], whole: bool) -> dict[str, Any]:
         """The choice that these deltas, all or the next ones of choice `index`, make."""
@@ -143,13 +139,11 @@ class Generation:
         samples, prompts = body.samples(), body.prompts()
         engine.check_room(len(prompts) * len(samples))  # before any work, and before a stream's 200
         ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
-        echoed = []
+        begun = cls(engine, spelling, body, ids, samples)
         if body.echo:
-            for prompt, tokens in zip(prompts, ids, strict=True):
-                engine.engine.validate(tokens, samples[0])
-                skip = body.skip_special_tokens is not False
-                echoed.append(prompt if isinstance(prompt, str) else await spelling.detokenize(tokens, skip))
-        return cls(engine, spelling, body, ids, samples, echoed)
+            skip = body.skip_special_tokens is not False
+            begun.echoed = [p if isinstance(p, str) else await spelling.detokenize(p, skip) for p in prompts]
+        return begun
 
 
 class Chat(Generation):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -61,6 +61,9 @@ class Metrics(Collector):
         """Tell of this engine, too, whenever somebody asks."""
         self.engine = engine
         self.registry.register(self)
+        capacity = self.make(Gauge, "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds", "rank")
+        for rank, tokens in enumerate(engine.kv_tokens()[0]):
+            capacity.labels(**self.labels, rank=rank).set(tokens)
 
     def collect(self) -> Iterator[Metric]:
         """What can be read off the engine; part of prometheus_client's contract of a collector."""
@@ -84,11 +87,6 @@ class Metrics(Collector):
                 metric = family(name, name.split(":")[1].replace("_", " "), labels=list(self.labels))
                 metric.add_metric(list(self.labels.values()), value)
                 yield metric
-        name, what = "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds"
-        metric = GaugeMetricFamily(name, what, labels=[*self.labels, "rank"])
-        for rank, tokens in enumerate(self.engine.kv_tokens()[0]):
-            metric.add_metric([*self.labels.values(), str(rank)], tokens)
-        yield metric
 
     def observe(self, step: PlannedStep, result: StepResult | None) -> None:
         """A step is planned, or there is its result."""

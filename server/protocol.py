@@ -70,7 +70,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
 
     def samples(self) -> list[SamplingParams]:
         """For each of a prompt's n choices. Raises ValueError, naming the field that is wrong."""
-        require(self.stream_options is None or bool(self.stream), "stream_options is allowed only with stream true")
+        require(self.stream_options is None or self.stream, "stream_options is allowed only with stream true")
         limits = (self.max_completion_tokens, self.max_tokens, self.DEFAULT_MAX_TOKENS)
         limit = next((limit for limit in limits if limit is not None), None)
         given = {name: getattr(self, name) for name in SAMPLING} | self.count_logprobs()
@@ -99,8 +99,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def check_best_of(self) -> Self:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of {self.best_of}: must be n, {self.n or 1}; choices are not ranked here")
+        n = self.n or 1
+        require(self.best_of in (None, n), f"best_of {self.best_of}: must be n, {n}; choices are not ranked here")
         return self
 
     def count_logprobs(self) -> dict[str, int | None]:
@@ -113,7 +113,7 @@ class CompletionRequest(GenerationRequest):
         if self.prompt and isinstance(self.prompt[0], int):
             return [[t for t in self.prompt if isinstance(t, int)]]
         prompts: list[str | list[int]] = [p for p in self.prompt if not isinstance(p, int)]
-        require(bool(prompts), "prompt: is empty; give at least one")
+        require(prompts, "prompt: is empty; give at least one")
         return prompts
 
 
@@ -148,8 +148,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
 
     def count_logprobs(self) -> dict[str, int | None]:
-        allowed = not self.top_logprobs or bool(self.logprobs)
-        require(allowed, f"top_logprobs {self.top_logprobs}: only with logprobs true")
+        require(self.logprobs or not self.top_logprobs, f"top_logprobs {self.top_logprobs}: only with logprobs true")
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 

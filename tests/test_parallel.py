@@ -99,7 +99,7 @@ def test_torch_group() -> None:
 
 
 def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
-    states, rendezvous = build_thread_states(2, 1)
+    states, barriers = build_thread_states(2, 1)
     failures = []
 
     def wait() -> None:
@@ -110,7 +110,7 @@ def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    rendezvous[0].barrier.abort()
+    barriers[0].abort()
     thread.join(10)
     assert failures == ["another rank of this engine failed"]
 

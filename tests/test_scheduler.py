@@ -115,7 +115,7 @@ def test_every_output_equals_its_solo_run(
                 scheduler.finish(request, FinishReason.ABORT)
         planned = scheduler.schedule()
         if planned is not None:
-            assert planned.plan.num_tokens <= scheduler.max_num_batched_tokens
+            assert sum(planned.plan.lengths) <= scheduler.budget
             in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
         if in_flight and (planned is None or len(in_flight) > 1):
             step, tokens = in_flight.popleft()
@@ -190,7 +190,7 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
 
 def test_scored_prompts_share_a_steps_logits() -> None:
     """However many want their prompt's log-probabilities: logits are large."""
-    scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, max_num_batched_tokens=8192)
+    scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, budget=8192)
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
     requests = [Request(str(i), [5] * 200, params, 1, seed=0) for i in range(20)]
     for request in requests:

@@ -12,11 +12,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids).
-
-    Raises:
-        ValueError: there are tokenizer files, but they cannot be read.
-    """
+    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids). Raises ValueError if there are
+    tokenizer files, but they cannot be read."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer

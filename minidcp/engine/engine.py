@@ -37,12 +37,8 @@ class EngineStats:
 
 
 class LLMEngine:
-    """One model on its ranks, serving many requests at once. Not thread-safe: one thread calls it.
-
-    Raises:
-        ValueError: the configuration or the checkpoint is wrong; the message says what.
-        EngineDeadError: a rank ended; from any method.
-    """
+    """One model on its ranks, serving many requests at once. Not thread-safe: one thread calls it. Raises ValueError if
+    the configuration or the checkpoint is wrong, and from any method EngineDeadError if a rank ended."""
 
     def __init__(self, config: EngineConfig) -> None:
         lower_max_model_len = config.max_model_len is None
@@ -52,25 +48,23 @@ class LLMEngine:
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
         self.executor = Executor(config, model_config)
         try:
-            self.config = self.init_cache(config, lower_max_model_len)
+            num_blocks, self.max_model_len = self.init_cache(config, lower_max_model_len)
         except BaseException:
             self.executor.close()
             raise
-        assert self.config.num_blocks and self.config.max_model_len
-        self.max_model_len = self.config.max_model_len
-        self.blocks = BlockManager(self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
-        self.scheduler = Scheduler(
-            self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
-        )
+        self.config = replace(config, num_blocks=num_blocks, max_model_len=self.max_model_len)
+        self.blocks = BlockManager(num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
+        budget = config.max_num_batched_tokens or 0
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, budget, config.mixed_steps)
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
         self.stats = EngineStats()
         # Hears of every step when it is planned, with None, and again with its result.
         self.observe: Callable[[PlannedStep, StepResult | None], None] = lambda _, __: None
 
-    def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
-        """Size the cache from what the ranks have room for; the configuration with the final numbers. A context length
-        that nobody asked for is lowered to what fits."""
+    def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> tuple[int, int]:
+        """Size the cache from what the ranks have room for; its blocks and the context length, which is lowered to what
+        fits if nobody asked for it."""
         ready = self.executor.wait_ready()
         self.weight_bytes = max(r.bytes_read for r in ready)
         layout = Interleave(config.dcp_size, config.block_size)
@@ -87,12 +81,13 @@ class LLMEngine:
         held = f"{max(capacity, 0)} tokens ({num_blocks} blocks of {config.block_size} × dcp {config.dcp_size})"
         what = f"--max-model-len {max_model_len}: the KV cache holds {held}"
         require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
-        self.executor.init_cache(num_blocks)
+        self.executor.submit(num_blocks)
+        self.executor.wait_ready()
         per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
         requests = f"{num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
         in_all = f"{capacity} in all (dcp {config.dcp_size}), {requests}"
         logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {per_rank}, {in_all}")
-        return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+        return num_blocks, max_model_len
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
         """Queue a prompt. Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer."""

@@ -17,12 +17,10 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from minidcp.batch import StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import StepResult
 from minidcp.engine.worker import Command, Failed, Ready, serve_and_exit, serve_rank
 from minidcp.model_config import ModelConfig
-from minidcp.parallel.group import Rendezvous
 from minidcp.parallel.state import ParallelState, build_thread_states
 
 R = TypeVar("R", Ready, StepResult)
@@ -44,14 +42,14 @@ class Executor:
         self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()  # once more, to be seen before their turn
         self.failure: str | None = None
         self.threads: list[threading.Thread] = []  # that are ranks
-        self.rendezvous: list[Rendezvous] = []  # at whose barriers they wait for each other
+        self.barriers: list[threading.Barrier] = []  # at which they wait for each other
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         starts = {"threads": self.start_threads, "processes": self.start_processes, "torchrun": self.accept_torchrun}
         starts[config.ranks]()
 
     def start_threads(self) -> None:
         """For the CPU. A rank that fails breaks the barriers its peers wait at."""
-        states, self.rendezvous = build_thread_states(self.config.tp_size, self.config.dcp_size)
+        states, self.barriers = build_thread_states(self.config.tp_size, self.config.dcp_size)
         for rank, state in enumerate(states):
             self.start_thread(rank, state)
 
@@ -60,18 +58,12 @@ class Executor:
         # As torchrun's agent does: host the store, and let the ranks find it in their environment. The operating
         # system picks the port.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        log_level = str(logging.getLogger("minidcp").getEffectiveLevel())
         for rank in range(self.config.tp_size):
             ours, theirs = Pipe()
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.config.tp_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self.store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "MINIDCP_LOG_LEVEL": str(logging.getLogger("minidcp").getEffectiveLevel()),
-            }
+            env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.config.tp_size))
+            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+            env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=log_level)
             start = "from minidcp.engine.worker import main; main()"
             command = [sys.executable, "-c", start, str(theirs.fileno())]
             self.processes[rank] = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
@@ -130,7 +122,6 @@ class Executor:
             return " (exit code unknown)"
 
     def send(self, command: Command) -> None:
-        """Hand a command to every rank."""
         message = ForkingPickler.dumps(command)
         for connection in self.connections:
             with contextlib.suppress(OSError):  # the connection's reader reports the end
@@ -148,13 +139,10 @@ class Executor:
         """One Ready per rank. ValueError: they found the checkpoint or an option wrong; EngineDeadError: one ended."""
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
-    def init_cache(self, num_blocks: int) -> None:
-        self.send(num_blocks)
-        self.wait_ready()
-
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, command: Command) -> None:
+        """Hand a command to every rank, unless one has ended."""
         self.check()
-        self.send(plan)
+        self.send(command)
 
     def collect(self) -> StepResult:
         """The result of the oldest step not collected yet. Raises EngineDeadError if a rank ended."""
@@ -210,8 +198,8 @@ class Executor:
                 line.shutdown(socket.SHUT_RDWR)
 
     def break_barriers(self) -> None:
-        for rendezvous in self.rendezvous:
-            rendezvous.barrier.abort()
+        for barrier in self.barriers:
+            barrier.abort()
 
 
 def rendezvous_store() -> dist.Store:

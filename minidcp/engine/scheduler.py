@@ -29,10 +29,8 @@ class Scheduler:
     step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe because workers execute plans in
     order: whatever a late plan overwrites, earlier ones have read."""
 
-    def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
-    ) -> None:
-        self.blocks, self.max_num_batched_tokens = blocks, max_num_batched_tokens
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, budget: int, mixed_steps: bool = True) -> None:
+        self.blocks, self.budget = blocks, budget  # tokens of a step
         self.mixed_steps, self.decoded_last = mixed_steps, False
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
@@ -69,7 +67,7 @@ class Scheduler:
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: PlannedStep) -> None:
-        budget = self.max_num_batched_tokens - step.plan.num_decode
+        budget = self.budget - step.plan.num_decode
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)

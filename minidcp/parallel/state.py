@@ -1,13 +1,16 @@
 """Which groups a rank belongs to. Built once per rank and handed to constructors; there is no global."""
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from minidcp.parallel.group import Group, Rendezvous, ThreadGroup, TorchGroup
+from minidcp.parallel.group import Group, ThreadGroup, TorchGroup
 from minidcp.parallel.symmetric import SymmetricGroup
 
 # A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
@@ -42,15 +45,18 @@ class ParallelState:
         return self.tp.rank // self.dcp.size
 
 
-def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[Rendezvous]]:
+def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
     """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
-    tp, dcp = Rendezvous(tp_size), [Rendezvous(dcp_size) for _ in range(tp_size // dcp_size)]
+    barriers = [threading.Barrier(tp_size), *(threading.Barrier(dcp_size) for _ in range(tp_size // dcp_size))]
+    tp, *dcp = (join_threads(barrier) for barrier in barriers)
+    return [ParallelState(*groups) for groups in zip(tp, chain(*dcp), strict=True)], barriers
 
-    def join(rendezvous: Rendezvous, rank: int) -> Group:
-        return ThreadGroup(rendezvous, rank) if rendezvous.barrier.parties > 1 else Group()
 
-    states = [ParallelState(join(tp, r), join(dcp[r // dcp_size], r % dcp_size)) for r in range(tp_size)]
-    return states, [tp, *dcp]
+def join_threads(barrier: threading.Barrier) -> list[Group]:
+    """The group of as many ranks as meet at the barrier, as each of them has it."""
+    size = barrier.parties
+    places: list[list[Tensor | None]] = [[None] * size, [None] * size]
+    return [ThreadGroup(rank, barrier, places) for rank in range(size)] if size > 1 else [Group()]
 
 
 def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.device) -> ParallelState:
