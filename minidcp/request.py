@@ -54,7 +54,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
+            given = getattr(self, name)
+            object.__setattr__(self, name, tuple(given) if isinstance(given, tuple | list) else (given,))
         for f in fields(self):
             if f.metadata:
                 self.check(f.name, fits(getattr(self, f.name), f.type, *f.metadata["range"]), f.metadata["what"])
@@ -76,10 +77,6 @@ class SamplingParams:
     @property
     def is_penalised(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
-
-
-def as_tuple(value: object) -> tuple[object, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def fits(value: Any, kind: Any, least: float, most: float = math.inf) -> bool:

@@ -165,8 +165,8 @@ def test_block_manager_against_a_model(data: st.DataObject) -> None:
                 held.append((tokens, blocks))
                 manager.publish(blocks[: len(hashes)], hashes)
         live = {block for _, blocks in held for block in blocks}
-        assert manager.num_live == len(live)
-        assert len(manager.free) + len(manager.cached) + manager.num_live == total
+        assert len(manager.live) == len(live)
+        assert len(manager.free) + len(manager.cached) + len(manager.live) == total
         assert not live & (set(manager.free) | set(manager.cached))
 
 

@@ -148,7 +148,7 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_unfinished > 0 or bool(self.in_flight)
+        return bool(self.requests or self.in_flight)
 
     def step(self) -> list[OutputDelta]:
         """Plan and submit the next step, then take in the result of the one before it: planning overlaps with running.
@@ -207,9 +207,8 @@ class LLMEngine:
         return [capacity for _ in ranks], [shards[rank % layout.size] for rank in ranks]
 
     def check_health(self) -> None:
-        """Raise EngineDeadError if a rank has ended while nothing was running."""
-        if not self.in_flight:
-            self.executor.check()
+        """Raise EngineDeadError if a rank has ended; for moments when nothing runs."""
+        self.executor.check()
 
     def close(self) -> None:
         self.executor.close()

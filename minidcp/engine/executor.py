@@ -150,7 +150,7 @@ class Executor:
         return self.receive(StepResult)
 
     def check(self) -> None:
-        """Raise EngineDeadError if a rank has ended; for moments when no result is awaited."""
+        """Raise EngineDeadError if a rank has ended."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
         if not self.failures.empty():

@@ -39,10 +39,6 @@ class Scheduler:
         self.num_queried_tokens = 0  # of requests that came to run
         self.num_cached_tokens = 0  # that the prefix cache saved from being computed
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self.waiting) + len(self.running)
-
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 

@@ -15,15 +15,11 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, tokens_per_block: int, prefix_cache: bool = True) -> None:
         self.num_blocks, self.tokens_per_block, self.prefix_cache = num_blocks, tokens_per_block, prefix_cache
-        self.ref_counts = [0] * num_blocks
         self.free: deque[int] = deque(range(num_blocks))
+        self.live: dict[int, int] = {}  # with how many requests use it
         self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self.hash_of: dict[int, bytes] = {}
         self.block_of: dict[bytes, int] = {}
-
-    @property
-    def num_live(self) -> int:
-        return sum(count > 0 for count in self.ref_counts)
 
     @property
     def num_available(self) -> int:
@@ -41,7 +37,7 @@ class BlockManager:
             else:
                 block, _ = self.cached.popitem(last=False)
                 del self.block_of[self.hash_of.pop(block)]
-            self.ref_counts[block] = 1
+            self.live[block] = 1
             blocks.append(block)
         return blocks
 
@@ -49,9 +45,9 @@ class BlockManager:
         """Give back one reference to each block; an unused one is cached if its content is known."""
         # The end of a sequence is worth less than its beginning: it becomes the older entry.
         for block in reversed(blocks):
-            self.ref_counts[block] -= 1
-            assert self.ref_counts[block] >= 0, f"block {block} was released twice"
-            if self.ref_counts[block] == 0:
+            self.live[block] -= 1
+            if self.live[block] == 0:
+                del self.live[block]
                 if block in self.hash_of:
                     self.cached[block] = None
                 else:
@@ -69,7 +65,7 @@ class BlockManager:
         """The longest run of known blocks for these hashes from the beginning, with one more reference to each."""
         blocks = [self.block_of[digest] for digest in takewhile(self.block_of.__contains__, hashes)]
         for block in blocks:
-            self.ref_counts[block] += 1
+            self.live[block] = self.live.get(block, 0) + 1
             self.cached.pop(block, None)
         return blocks
 
