@@ -1,9 +1,8 @@
 """What the user asked for, checked before anything starts: every error that needs no machine and no checkpoint to be
 found is raised here, as a ValueError that names its flag. What the checkpoint is: `model_config.py`; read that next."""
 
-from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 
 def option(default: Any, help: str, *aliases: str, least: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
@@ -40,12 +39,9 @@ class Options:
             require(least is None or value is None or value >= least, f"{given}: must be at least {least}")
 
     @classmethod
-    def options(cls) -> Iterator[tuple[Field[Any], tuple[type, ...]]]:
+    def options(cls) -> list[tuple[Field[Any], tuple[type, ...]]]:
         """Every field that is a flag, and the types of its values."""
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            if f.metadata:
-                yield f, get_args(hints[f.name]) or (hints[f.name],)
+        return [(f, get_args(f.type) or (f.type,)) for f in fields(cls) if f.metadata]
 
 
 @dataclass(frozen=True)

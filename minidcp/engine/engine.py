@@ -100,8 +100,7 @@ class LLMEngine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids))
         stop_ids = tuple(t for t in ends if t < self.model_config.vocab_size)
         request = Request(request_id, tokens, params, max_tokens, seed, stop_ids)
-        detokenizer = Detokenizer(self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens)
-        self.requests[request_id] = request, detokenizer
+        self.requests[request_id] = request, Detokenizer(self.tokenizer, params)
         self.scheduler.add(request)
         return request
 

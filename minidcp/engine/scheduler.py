@@ -6,7 +6,7 @@ out. No tensors, no ranks, no text. `engine.py` turns what comes back into outpu
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
@@ -20,8 +20,8 @@ MAX_SCORED = 256
 class PlannedStep:
     """A plan and whose rows it holds; the workers get the plan only."""
 
-    plan: StepPlan
-    requests: list[Request]
+    plan: StepPlan = field(default_factory=StepPlan)
+    requests: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -44,16 +44,13 @@ class Scheduler:
 
     def schedule(self) -> PlannedStep | None:
         """The next step, or None if nothing can be planned before a running step's tokens are known."""
-        step = PlannedStep(StepPlan(), [])
-        if self.mixed_steps:
-            self.add_decodes(step)
-            self.add_prefills(step)
-        else:  # they take turns where there is both to do
-            turns = [self.add_decodes, self.add_prefills]
-            for add in reversed(turns) if self.decoded_last else turns:
-                if not step.requests:
-                    add(step)
-            self.decoded_last = step.plan.num_decode > 0
+        step, turns = PlannedStep(), [self.add_decodes, self.add_prefills]
+        if not self.mixed_steps and self.decoded_last:  # they take turns where there is both to do
+            turns.reverse()
+        for add in turns:
+            if self.mixed_steps or not step.requests:
+                add(step)
+        self.decoded_last = step.plan.num_decode > 0
         return step if step.requests else None
 
     def add_decodes(self, step: PlannedStep) -> None:
@@ -75,12 +72,9 @@ class Scheduler:
 
     def can_decode(self, request: Request) -> bool:
         """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
-        known = len(request.tokens) + request.num_in_flight
-        return (
-            not request.is_prefilling
-            and request.num_computed == known - 1
-            and request.num_outputs + request.num_in_flight < request.max_tokens
-        )
+        is_last_missing = request.num_computed == len(request.tokens) + request.num_in_flight - 1
+        may_go_on = request.num_outputs + request.num_in_flight < request.max_tokens
+        return is_last_missing and may_go_on and not request.is_prefilling
 
     def grow(self, request: Request, step: PlannedStep) -> bool:
         """Make room for one more token, preempting younger requests if need be; False: it was preempted."""

@@ -30,15 +30,12 @@ class BlockManager:
         """`count` blocks with one reference each, or None (and no change) if there are too few."""
         if count > self.num_available:
             return None
-        blocks = []
-        for _ in range(count):
-            if self.free:
-                block = self.free.popleft()
-            else:
-                block, _ = self.cached.popitem(last=False)
-                del self.block_of[self.hash_of.pop(block)]
-            self.live[block] = 1
-            blocks.append(block)
+        while len(self.free) < count:
+            block, _ = self.cached.popitem(last=False)
+            del self.block_of[self.hash_of.pop(block)]
+            self.free.append(block)
+        blocks = [self.free.popleft() for _ in range(count)]
+        self.live |= dict.fromkeys(blocks, 1)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
