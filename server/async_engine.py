@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from minidcp.config import ServeConfig
@@ -137,7 +138,7 @@ class AsyncEngine:
         for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
             self.streams[request_id] = index, stream
             self.metrics.count_request(request_id, tokens)
-            self.inbox.put(lambda i=request_id, t=tokens, p=params: engine.add_request(i, t, p))  # type: ignore[misc]
+            self.inbox.put(partial(engine.add_request, request_id, tokens, params))
         late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
         timer = self.loop.call_later(self.config.request_timeout or math.inf, stream.put_nowait, late)
         left = len(requests)
@@ -161,7 +162,7 @@ class AsyncEngine:
                 del self.streams[request_id]
             if left:
                 self.metrics.forget(ids)
-                self.inbox.put(lambda: engine.abort(*ids))
+                self.inbox.put(partial(engine.abort, *ids))
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from starlette.responses import JSONResponse
 
 from minidcp.config import require
+from minidcp.llm import as_batch
 from minidcp.request import MAX_SEED, SamplingParams
 
 # Known fields that would have no effect: refused unless their value asks for nothing.
@@ -108,11 +109,7 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """The prompt in any of its four shapes, as a list of texts or token id lists."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[t for t in self.prompt if isinstance(t, int)]]
-        prompts: list[str | list[int]] = [p for p in self.prompt if not isinstance(p, int)]
+        prompts = as_batch(self.prompt)
         require(prompts, "prompt: is empty; give at least one")
         return prompts
 

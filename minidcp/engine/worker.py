@@ -42,10 +42,8 @@ Command = StepPlan | int | None  # run a step; allocate so many cache blocks, an
 
 def serve_rank(rank: int, connection: Connection, state: ParallelState | None = None, own_process: bool = True) -> bool:
     """Be rank `rank` of the driver at the other end of the connection: serve commands until told to stop (True) or
-    until something fails, which is reported (False). Without a state, it joins other processes.
-
-    The first message is (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU.
-    """
+    until something fails, which is reported (False). Without a state, it joins other processes. The first message is
+    (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU."""
     config, model_config = connection.recv()
     receive = watch(connection) if own_process else connection.recv
     sending = threading.Lock()
