@@ -87,9 +87,9 @@ class EngineConfig(Options):
     def exchanges_narrow(self, num_rows: int) -> bool:
         """Whether that many rows send raw q and have W_UV applied before the exchange. Narrow moves 3.4 times fewer
         bytes and multiplies for every head of the DCP group: from a batch of about 16 on the better trade."""
-        if self.dcp_size == 1 or self.exchange_policy != "auto":
-            return self.dcp_size > 1 and self.exchange_policy == "narrow"
-        return self.needs_group_heads and num_rows >= self.narrow_threshold
+        if self.exchange_policy == "auto":
+            return self.needs_group_heads and num_rows >= self.narrow_threshold
+        return self.dcp_size > 1 and self.exchange_policy == "narrow"
 
     @property
     def replicates_q(self) -> bool:
@@ -99,10 +99,8 @@ class EngineConfig(Options):
     @property
     def needs_group_heads(self) -> bool:
         """Whether W_UK and W_UV of all the DCP group's heads are ever used, and so must be held."""
-        if self.dcp_size == 1 or self.replicates_q:
-            return self.replicates_q
         auto = self.exchange_policy == "auto" and self.max_num_seqs >= self.narrow_threshold
-        return auto or self.exchange_policy == "narrow"
+        return self.replicates_q or (self.dcp_size > 1 and (auto or self.exchange_policy == "narrow"))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from minidcp.config import require
-
 MAX_SEED = 2**63 - 1
 ABOVE_ZERO = math.ulp(0.0)  # the least number that is
 
@@ -67,7 +65,8 @@ class SamplingParams:
         self.check("stop_token_ids", all(fits(token, int, 0) for token in self.stop_token_ids), "token ids")
 
     def check(self, name: str, ok: bool, what: str) -> None:
-        require(ok, f"{name} {getattr(self, name)!r}: must be {what}")
+        if not ok:
+            raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
 
     @property
     def is_adjusted(self) -> bool:
@@ -81,7 +80,7 @@ class SamplingParams:
 
 def fits(value: Any, kind: Any, least: float, most: float = math.inf) -> bool:
     """Whether it is of that type, where an int does for a float and a bool for neither, and in [least, most]."""
-    of_kind = isinstance(value, kind | int) and not isinstance(value, bool)
+    of_kind = isinstance(value, (kind, int)) and not isinstance(value, bool)
     return of_kind and (value is None or least <= value <= most)
 
 
