@@ -70,9 +70,9 @@ class Generation:
                 for index, delta in batch:
                     self.count(index, delta)
                     event = head | {"choices": [self.word_choice(index, [delta], whole=False)]}
-                    events.append(
-                        write_event(event | {"usage": self.usage()} if options.continuous_usage_stats else event)
-                    )
+                    if options.continuous_usage_stats:
+                        event["usage"] = self.usage()
+                    events.append(write_event(event))
                 yield "".join(events)
             if options.include_usage:
                 yield write_event(head | {"choices": [], "usage": self.usage()})

@@ -126,7 +126,7 @@ class Metrics(Collector):
         """What the page at / shows."""
         scheduler, (capacity, used) = engine.scheduler, engine.kv_tokens()
         blocks = engine.blocks
-        counts = {"live": len(blocks.live), "cached": len(blocks.cached), "free": len(blocks.free)}
+        total, cached, free = blocks.num_blocks, len(blocks.cached), len(blocks.free)
         return {
             "model": model_name,
             "version": __version__,
@@ -136,7 +136,7 @@ class Metrics(Collector):
             "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
             "generated_tokens": engine.stats.generated_tokens,
             "cached_tokens": scheduler.num_cached_tokens,
-            "kv_blocks": {"total": blocks.num_blocks, **counts},
+            "kv_blocks": {"total": total, "live": total - cached - free, "cached": cached, "free": free},
             "kv_tokens": {"capacity": capacity, "used": used},
             "config": {name: value for name, value in asdict(engine.config).items() if value is not None},
         }
