@@ -59,6 +59,9 @@ class InstantEngine:
 
     def check_health(self) -> None: ...
 
+    def kv_tokens(self) -> tuple[list[int], list[int]]:
+        return [], []
+
     def close(self) -> None: ...
 
 

@@ -4,10 +4,11 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from minidcp.config import EngineConfig, Options, ServeConfig, flag
+from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.engine.executor import EngineDeadError
 from minidcp.llm import LLM
 from minidcp.request import SamplingParams
@@ -32,23 +33,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     add_flags(parser, EngineConfig)
     # SGLang's spellings that are not simply another name.
-    for names, dest, const, meaning in (
-        (["--enable-symm-mem"], "comm", "symmetric", "--comm symmetric"),
-        (["--disable-radix-cache"], "prefix_cache", False, "--no-prefix-cache"),
-        (["--disable-cuda-graph", "--enforce-eager"], "cuda_graph", False, "--no-cuda-graph"),
-    ):
-        store: dict[str, Any] = dict(action="store_const", const=const, default=argparse.SUPPRESS)
-        parser.add_argument(*names, dest=dest, help=meaning, **store)
+    add_meaning = partial(parser.add_argument, action="store_const", default=argparse.SUPPRESS)
+    add_meaning("--enable-symm-mem", dest="comm", const="symmetric", help="--comm symmetric")
+    add_meaning("--disable-radix-cache", dest="prefix_cache", const=False, help="--no-prefix-cache")
+    add_meaning("--disable-cuda-graph", "--enforce-eager", dest="cuda_graph", const=False, help="--no-cuda-graph")
     parser.add_argument("--trust-remote-code", action="store_true", help="ignored: no remote code is ever run")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    model = args.model_flag or args.model
-    if model is None:
-        raise ValueError("MODEL is missing: a checkpoint directory or a Hugging Face name")
-    if args.model and args.model_flag and args.model != args.model_flag:
-        raise ValueError(f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
-    return EngineConfig(model=model, **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()})
+    given = {model for model in (args.model, args.model_flag) if model}
+    require(given, "MODEL is missing: a checkpoint directory or a Hugging Face name")
+    require(len(given) == 1, f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
+    return EngineConfig(given.pop(), **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()})
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -57,14 +53,12 @@ def serve(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})") from None
     options = {f.name: getattr(args, f.name) for f, _ in ServeConfig.options()}
-    code: int = run(engine_config(args), ServeConfig(**options))
-    return code
+    return int(run(engine_config(args), ServeConfig(**options)))
 
 
 def generate(args: argparse.Namespace) -> int:
-    config = engine_config(args)
     params = SamplingParams(args.max_tokens, temperature=args.temperature, seed=args.seed, ignore_eos=args.ignore_eos)
-    with LLM(**{f.name: getattr(config, f.name) for f in fields(config)}) as llm:
+    with LLM(**asdict(engine_config(args))) as llm:
         start = time.perf_counter()
         outputs = llm.generate(args.prompt, params, use_tqdm=True)
         seconds = time.perf_counter() - start
@@ -99,8 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
-        code: int = args.run(args)
-        return code
+        return int(args.run(args))
     except ValueError as error:
         print(f"minidcp: error: {error}", file=sys.stderr)
         return 2

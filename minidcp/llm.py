@@ -1,6 +1,7 @@
 """The offline API: prompts in, completions out. For a server see `minidcp serve`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return batch
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`.
 
     Args:
@@ -41,7 +42,10 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = LLMEngine(EngineConfig.from_kwargs(model=str(model), **options))
+        known = ["model", *(f.name for f, _ in EngineConfig.options())]
+        unknown = sorted(set(options) - set(known))
+        require(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        self.engine = LLMEngine(EngineConfig(str(model), **options))
         self.num_requests = 0
 
     def generate(
@@ -93,9 +97,6 @@ class LLM:
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
         self.engine.close()
-
-    def __enter__(self) -> "LLM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -55,7 +55,7 @@ def test_layers(checkpoint: Oracle) -> None:
                 if isinstance(rows, CacheRows):
                     runner.attention.plan(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
-            x = torch.randn(plan.num_tokens, 256).bfloat16()
+            x = torch.randn(sum(plan.lengths), 256).bfloat16()
             outputs = []
             for runner, layer, batch in ((cpu, theirs, batches[0]), (gpu, ours, batches[1])):
                 own = x.to(runner.device, runner.dtype)
