@@ -66,13 +66,13 @@ def count_bytes(exchange: str, policy: str, q_proj: str, size: int = 8, tokens: 
         tables = BlockTables(tokens, 1)
         tables.table[:, 0] = np.arange(tokens)
         context = ContextPolicy(config, HEADS // size, Interleave(size, 16))
-        batch = ForwardBatch.build(plan, tables, context, state.rank, lambda _: policy == "narrow", cpu)
+        batch = ForwardBatch.build(plan, tables, context, state.tp.rank, lambda _: policy == "narrow", cpu)
         assert batch.decode is not None
         layer.attention.plan(batch.decode)
         kv = torch.randn(tokens, 16, config.latent_dim).bfloat16()
         x = torch.randn(tokens, 64).bfloat16()
         layer(x, torch.randn(tokens, ROPE), kv, batch)
-        received[state.rank] = state.dcp.received_bytes
+        received[state.tp.rank] = state.dcp.received_bytes
 
     threads = [threading.Thread(target=run, args=(state,)) for state in states]
     for thread in threads:

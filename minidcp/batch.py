@@ -1,8 +1,7 @@
 """What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it.
 
 The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows that ranks hold
-different tokens. Read `attention/base.py` next.
-"""
+different tokens. Read `attention/base.py` next."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -98,8 +97,7 @@ class ContextPiece:
 
     Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused); token j of the
     packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens `tokens` (of the prefill
-    rows'), whose sequences `varlen` pairs with the piece's.
-    """
+    rows'), whose sequences `varlen` pairs with the piece's."""
 
     slots: Tensor  # [S] int32
     row: Tensor  # [P] int32
@@ -114,8 +112,7 @@ class ContextPolicy:
 
     Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q lets the
     ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated to be faster, from
-    rates of an H100: few new tokens on a long context are better sent to it.
-    """
+    rates of an H100: few new tokens on a long context are better sent to it."""
 
     config: ModelConfig
     num_heads: int  # of this rank
@@ -209,8 +206,7 @@ def cut_context(
     tokens, each beginning at a multiple of N in its row.
 
     A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row too many lies
-    in a block that the request owns, and no index points at it.
-    """
+    in a block that the request owns, and no index points at it."""
     layout, n = policy.layout, policy.layout.size
     begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
     step = max(policy.workspace // n, 1) * n

@@ -27,19 +27,12 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 class LLM(AbstractContextManager["LLM"]):
-    """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`.
-
-    Args:
-        model: a checkpoint directory, or a name on the Hugging Face hub.
-        **options: the fields of `EngineConfig`.
-
-    Raises:
-        ValueError: an option or the checkpoint is wrong; the message says what.
-        EngineDeadError: a rank ended; from `generate` too.
+    """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`: `model` is a
+    checkpoint directory or a name on the Hugging Face hub, `options` are the fields of `EngineConfig`. Raises
+    ValueError if an option or the checkpoint is wrong, and from `generate` too EngineDeadError if a rank ended.
 
     Under torchrun every process constructs this, and only rank 0's constructor returns: the other processes serve as
-    ranks and end with it.
-    """
+    ranks and end with it."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         known = ["model", *(f.name for f, _ in EngineConfig.options())]

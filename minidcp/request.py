@@ -28,8 +28,7 @@ class SamplingParams:
     tokens whatever runs beside it. `max_tokens` None means up to the model's context length. `logprobs` k gives the
     sampled token's log-probability and the k most likely ones, as the model has them: before temperature, penalties
     and biases. Before `min_tokens` nothing stops a completion. Raises ValueError, naming the value, if one is out of
-    range.
-    """
+    range."""
 
     max_tokens: int | None = number(16, 1, math.inf, "at least 1")
     min_tokens: int = number(0, 0, math.inf, "at least 0 and at most max_tokens")
@@ -144,7 +143,7 @@ class Request:
     num_computed: int = 0
     prefill_end: int = 0
     num_in_flight: int = 0
-    slot: int = -1  # while it is running
+    slot: int = -1  # from 0 on while it is running
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0  # blocks that the prefix cache knows, or knows the like of
@@ -156,10 +155,6 @@ class Request:
         self.tokens = list(self.prompt_token_ids)
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.tokens)
-
-    @property
-    def is_running(self) -> bool:
-        return self.slot >= 0
 
     @property
     def num_outputs(self) -> int:

@@ -154,11 +154,9 @@ def add_error_handlers(app: FastAPI) -> None:
         what = ".".join(where) if first["type"] == "missing" else f"{where[0]} {reprlib.repr(first['input'])}"
         return protocol.error_response(400, f"{what}: {first['msg']}", where[0])
 
-    @app.exception_handler(HTTPException)
+    @app.exception_handler(HTTPException)  # headers: a 405 says what is allowed
     async def http_error(_: Request, error: HTTPException) -> Response:
-        return protocol.error_response(
-            error.status_code, str(error.detail), headers=error.headers
-        )  # 405 says what is allowed
+        return protocol.error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(ValueError)
     async def user_error(_: Request, error: ValueError) -> Response:
@@ -208,11 +206,9 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
             engine = LLMEngine(config)
             body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
             key = " -H 'Authorization: Bearer …'" if options.api_key else ""
-            print(
-                f"Serving {name} on {address} (tp {config.tp_size}, dcp {config.dcp_size}). Try:\n\n"
-                f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n",
-                flush=True,
-            )
+            curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+            sizes = f"tp {config.tp_size}, dcp {config.dcp_size}"
+            print(f"Serving {name} on {address} ({sizes}). Try:\n\n{curl}\n", flush=True)
             return engine
 
         def stop() -> None:

@@ -74,7 +74,7 @@ class AsyncEngine:
                     if deltas := engine.step():
                         self.loop.call_soon_threadsafe(self.deliver, deltas)
                 else:
-                    engine.check_health()
+                    engine.executor.check()
                 self.last_progress = time.monotonic()
         except Exception as error:
             self.loop.call_soon_threadsafe(self.fail, error)

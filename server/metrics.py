@@ -44,9 +44,8 @@ class Metrics(Collector):
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
-        self.histograms = {
-            name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in HISTOGRAMS.items()
-        }
+        shapes = HISTOGRAMS.items()
+        self.histograms = {name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in shapes}
         self.success = self.make(Counter, "vllm:request_success", "finished requests", "finished_reason")
         what = "of rank 0 in a step"
         self.step_seconds = self.make(Histogram, "minidcp:step_seconds", what, "kind", buckets=LATENCIES)

@@ -2,7 +2,6 @@
 field takes null; unknown fields are ignored, known ones that would have no effect refused. Answers are dicts made in
 `generation.py`; their schema is that of OpenAI's own client."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, ClassVar, Literal, Self, get_type_hints
@@ -219,7 +218,5 @@ BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 FIELDS = {*UNSUPPORTED, *(name for body in BODIES for name in body.model_fields)}
 
 
-def error_response(
-    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+def error_response(status: int, message: str, param: str | None = None, headers: Any = None) -> JSONResponse:
     return JSONResponse(ErrorResponse.of(status, message, param).model_dump(), status, headers)

@@ -32,7 +32,6 @@ class Tokenization:
 
     async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
         """The messages as the template renders them. Templates write special tokens themselves."""
-
         tokenizer, ready = self.require_tokenizer("messages"), body.add_generation_prompt is not False
         require(tokenizer.chat_template, "messages: the checkpoint has no chat template; use /v1/completions")
         conversation = [message.for_template() for message in body.messages or []]

@@ -114,7 +114,9 @@ def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
 
 
 def test_dcp_groups_are_consecutive_ranks() -> None:
-    gathered = run_threads(8, 4, lambda s: (s.dcp_group_index, s.dcp.all_gather(torch.tensor([s.rank])).tolist()))
+    gathered = run_threads(
+        8, 4, lambda s: (s.tp.rank // s.dcp.size, s.dcp.all_gather(torch.tensor([s.tp.rank])).tolist())
+    )
     assert gathered == [(r // 4, [list(range(r // 4 * 4, r // 4 * 4 + 4))]) for r in range(8)]
 
 
@@ -133,11 +135,11 @@ def test_exchange_is_attention_over_the_union(name: str, size: int, dtype: torch
     q = torch.randn(tokens, heads, 8).to(dtype)
 
     def work(state: ParallelState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mine = scores.masked_fill((owner != state.rank)[:, None], -torch.inf)
+        mine = scores.masked_fill((owner != state.tp.rank)[:, None], -torch.inf)
         lse = mine.logsumexp(-1)
         out = (mine.softmax(-1)[..., None] * values).sum(2).to(dtype)  # NaN where the shard is empty
         heads_each = heads // size
-        own = q[:, state.rank * heads_each :][:, :heads_each]
+        own = q[:, state.tp.rank * heads_each :][:, :heads_each]
         return *EXCHANGES[name](out, lse, state.dcp), gather_heads(own, state.dcp)
 
     results = run_threads(size, size, work)

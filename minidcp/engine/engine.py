@@ -205,10 +205,6 @@ class LLMEngine:
         capacity = self.blocks.num_blocks * layout.block_size
         return [capacity for _ in ranks], [shards[rank % layout.size] for rank in ranks]
 
-    def check_health(self) -> None:
-        """Raise EngineDeadError if a rank has ended; for moments when nothing runs."""
-        self.executor.check()
-
     def close(self) -> None:
         self.executor.close()
 

@@ -1,8 +1,7 @@
 """Continuous batching in integers: who computes which tokens in the next step.
 
 Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted when blocks run
-out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
-"""
+out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs."""
 
 import heapq
 from collections import deque
@@ -55,7 +54,7 @@ class Scheduler:
 
     def add_decodes(self, step: PlannedStep) -> None:
         for request in list(self.running):
-            if request.is_running and self.can_decode(request) and self.grow(request, step):
+            if request.slot >= 0 and self.can_decode(request) and self.grow(request, step):
                 self.add_row(step, request, 1)
         step.plan.num_decode = len(step.requests)
 
@@ -157,7 +156,7 @@ class Scheduler:
             if request.finish_reason is None:
                 request.tokens.append(token)
         for request in step.requests:
-            if request.is_running:
+            if request.slot >= 0:
                 self.publish(request)
         return requests
 
@@ -175,7 +174,7 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
-        if request.is_running:
+        if request.slot >= 0:
             self.leave(request)
         elif request.finish_reason is None:
             self.waiting.remove(request)

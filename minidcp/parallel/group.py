@@ -1,8 +1,7 @@
 """Collectives between ranks: one contract, and its implementations for processes and for threads.
 
 Where a collective takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as
-the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s.
-"""
+the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
 
 import threading
 

@@ -36,14 +36,6 @@ class ParallelState:
     def received_bytes(self) -> int:
         return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
 
-    @property
-    def rank(self) -> int:
-        return self.tp.rank
-
-    @property
-    def dcp_group_index(self) -> int:
-        return self.tp.rank // self.dcp.size
-
 
 def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
     """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
