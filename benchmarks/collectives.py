@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from minidcp.config import ParallelConfig
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import init_process_state
@@ -102,7 +101,7 @@ def run_rank(rank: int, args: argparse.Namespace, port: int, comm: str, results:
     if device.type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    group = init_process_state(ParallelConfig(args.ranks, 1), comm, device).tp
+    group = init_process_state(args.ranks, 1, comm, device).tp
     for size in args.sizes:
         for name, call in list_calls(group, size, device).items():
             call()  # kernels are compiled

@@ -94,7 +94,7 @@ class Step:
         def work() -> None:
             backend.plan(self.rows)
             for i in range(len(self.layers)):
-                backend.decode(q, q_pe, cache.layer(i), self.rows)
+                backend.decode(q, q_pe, cache[i], self.rows)
 
         tokens = self.b * (self.context + 1) / self.dcp.size
         flops = 2 * tokens * self.group_heads * (self.c.latent_dim + self.c.kv_lora_rank)
@@ -214,7 +214,7 @@ def main() -> None:
         runner = ModelRunner(config, ModelConfig.from_hf(path), emulate_state(n, n), torch.device("cuda"))
         runner.allocate_cache(max(sizes) * runner.interleave.num_blocks(args.context + 1))
         assert runner.cache is not None
-        runner.cache.blocks.normal_()
+        runner.cache.normal_()
         label = f"{path.name}, {runner.bytes_read / 1e9:.1f} GB of weights, context {args.context}"
         if n > 1:
             label += f", rank 0 of {n} EMULATED: collectives are local copies"

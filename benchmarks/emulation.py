@@ -153,7 +153,7 @@ class EmulatedExecutor(Executor):
         super().__init__(config, model_config)
 
     def start_threads(self) -> None:
-        self.start_thread(0, lambda _, __: self.state)
+        self.start_thread(0, self.state)
 
     start_processes = start_threads
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
-from minidcp.config import ParallelConfig
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.peer import MAX_PROGRAMS, Meeting, merge_peers
 from minidcp.kv_cache.interleave import Interleave
@@ -49,7 +48,7 @@ PEERS = {"SGLang 0.5.23 ag_rs": 361_984, "vLLM 0.33 and SGLang a2a": 244_160}
 def count_bytes(exchange: str, policy: str, q_proj: str, size: int = 8, tokens: int = 2) -> float:
     """Bytes that a rank receives per token in one layer's decode, counted on thread ranks."""
     config = make_config()
-    states, _ = build_thread_states(ParallelConfig(size, size))
+    states, _ = build_thread_states(size, size)
     received = [0] * size
 
     def run(state: ParallelState) -> None:
@@ -67,13 +66,13 @@ def count_bytes(exchange: str, policy: str, q_proj: str, size: int = 8, tokens: 
         tables = BlockTables(tokens, 1)
         tables.table[:, 0] = np.arange(tokens)
         context = ContextPolicy(config, HEADS // size, Interleave(size, 16))
-        batch = ForwardBatch.build(plan, tables, context, state.rank, lambda _: policy == "narrow", cpu)
+        batch = ForwardBatch.build(plan, tables, context, state.tp.rank, lambda _: policy == "narrow", cpu)
         assert batch.decode is not None
         layer.attention.plan(batch.decode)
         kv = torch.randn(tokens, 16, config.latent_dim).bfloat16()
         x = torch.randn(tokens, 64).bfloat16()
         layer(x, torch.randn(tokens, ROPE), kv, batch)
-        received[state.rank] = state.dcp.received_bytes
+        received[state.tp.rank] = state.dcp.received_bytes
 
     threads = [threading.Thread(target=run, args=(state,)) for state in states]
     for thread in threads:

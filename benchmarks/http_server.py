@@ -33,6 +33,7 @@ class InstantEngine:
     observe: object = None
     left: dict[str, int] = field(default_factory=dict)
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
+    executor: Any = field(default_factory=lambda: SimpleNamespace(check=lambda: None))
 
     @property
     def has_work(self) -> bool:
@@ -57,7 +58,8 @@ class InstantEngine:
         for request_id in request_ids:
             self.left.pop(request_id, None)
 
-    def check_health(self) -> None: ...
+    def kv_tokens(self) -> tuple[list[int], list[int]]:
+        return [], []
 
     def close(self) -> None: ...
 

@@ -17,7 +17,7 @@ from minidcp.batch import Admission, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.executor import Executor
 from minidcp.engine.model_runner import ModelRunner, StepResult
-from minidcp.engine.worker import Ready
+from minidcp.engine.worker import Command, Ready
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState
 from minidcp.request import SamplingParams
@@ -75,13 +75,11 @@ class SimulatedExecutor(Executor):
     def wait_ready(self) -> list[Ready]:
         return [Ready(self.times.kv_bytes)]
 
-    def init_cache(self, num_blocks: int) -> None:
-        return
-
-    def submit(self, plan: StepPlan) -> None:
-        seconds = self.times.estimate(plan)
-        self.free_at = max(self.free_at, self.clock) + seconds
-        self.steps.append((self.free_at, StepResult([0] * len(plan.sampling), None, seconds)))
+    def submit(self, command: Command) -> None:
+        if isinstance(command, StepPlan):
+            seconds = self.times.estimate(command)
+            self.free_at = max(self.free_at, self.clock) + seconds
+            self.steps.append((self.free_at, StepResult([0] * len(command.sampling), None, seconds)))
 
     def collect(self) -> StepResult:
         self.clock, result = self.steps.popleft()
@@ -145,7 +143,7 @@ def measure(
     num_blocks = min(num_blocks, most * layout.num_blocks(contexts[1] + 1))
     runner.allocate_cache(num_blocks)
     assert runner.cache is not None
-    runner.cache.blocks.normal_()
+    runner.cache.normal_()
     meter, prompt = Meter(runner, num_blocks, repeats), contexts[0]
 
     fitting = num_blocks // layout.num_blocks(prompt)  # no batch will ever be larger: one point beyond is enough

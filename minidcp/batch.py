@@ -1,8 +1,7 @@
 """What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it.
 
 The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows that ranks hold
-different tokens. Read `attention/base.py` next.
-"""
+different tokens. Read `attention/base.py` next."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,7 @@ from minidcp.model_config import ModelConfig
 from minidcp.request import SamplingParams
 
 Array = NDArray[np.int64]
-# A ContextPiece's arrays, its tokens, and its Varlen's lengths.
-CutPiece = tuple[dict[str, Array], slice, list[int], list[int]]
+Narrow = Callable[[int], bool]  # whether so many rows are exchanged narrow
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,6 @@ class StepPlan:
     sampling: list[int] = field(default_factory=list)  # rows whose last token gets a successor
     # (row, how many tokens before its last, their known successor) whose log-probabilities are wanted
     scored: list[tuple[int, int, int]] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
 
 
 class BlockTables:
@@ -103,8 +97,7 @@ class ContextPiece:
 
     Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused); token j of the
     packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens `tokens` (of the prefill
-    rows'), whose sequences `varlen` pairs with the piece's.
-    """
+    rows'), whose sequences `varlen` pairs with the piece's."""
 
     slots: Tensor  # [S] int32
     row: Tensor  # [P] int32
@@ -119,8 +112,7 @@ class ContextPolicy:
 
     Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q lets the
     ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated to be faster, from
-    rates of an H100: few new tokens on a long context are better sent to it.
-    """
+    rates of an H100: few new tokens on a long context are better sent to it."""
 
     config: ModelConfig
     num_heads: int  # of this rank
@@ -161,61 +153,41 @@ class ForwardBatch:
 
     @classmethod
     def build(
-        cls,
-        plan: StepPlan,
-        tables: BlockTables,
-        policy: ContextPolicy,
-        rank: int,
-        narrow: Callable[[int], bool],
-        device: torch.device,
+        cls, plan: StepPlan, tables: BlockTables, policy: ContextPolicy, rank: int, narrow: Narrow, device: torch.device
     ) -> "ForwardBatch":
-        """`narrow` says which exchange so many rows get."""
-        interleave, d = policy.layout, plan.num_decode
+        layout, d = policy.layout, plan.num_decode
         slots, starts, lengths = (np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths))
-        row_of_token = np.repeat(np.arange(len(slots)), lengths)
-        positions = starts[row_of_token] + ranges(lengths)
+        positions = np.repeat(starts, lengths) + ranges(lengths)
         ends = np.cumsum(lengths)
         sampling = np.array(plan.sampling, dtype=np.int64)
         scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
-            "slot_mapping": tables.map_slots(slots[row_of_token], positions, interleave, rank),
+            "slot_mapping": tables.map_slots(np.repeat(slots, lengths), positions, layout, rank),
             "decode_slots": slots[:d],
             "sample_index": np.concatenate([ends[sampling], ends[scored[:, 0]] - scored[:, 1]]) - 1,
             "sample_slots": slots[sampling],
         }
-        names = list(arrays)
         chunks, cached = lengths[d:], starts[d:]
         if d:
-            arrays["table"] = tables.table[slots[:d], : interleave.num_blocks(int(starts[:d].max()) + 1)]
-            arrays["lens"] = interleave.local_len(starts[:d] + 1, rank)
+            arrays["table"] = tables.table[slots[:d], : layout.num_blocks(int(starts[:d].max()) + 1)]
+            arrays["lens"] = layout.local_len(starts[:d] + 1, rank)
         if len(chunks):
             arrays["cu_chunks"] = offsets(chunks)
-        pieces: list[CutPiece] = []
-        gathers_q = bool(cached.any()) and policy.gathers_q(chunks, cached)
-        if gathers_q:
-            arrays["context_table"] = tables.table[slots[d:], : interleave.num_blocks(int(cached.max()))]
-            arrays["context_row"] = row_of_token[d:] - d
-            arrays["context_lens"] = interleave.local_len(cached, rank)[arrays["context_row"]]
-        elif cached.any():
-            pieces = list(plan_context_pieces(chunks, cached, tables.table[slots[d:]], policy))
-            arrays |= {f"{name}{i}": array for i, piece in enumerate(pieces) for name, array in piece[0].items()}
-
         t = upload(arrays, device)
-        decode = CacheRows(t["table"], t["lens"], narrow(d)) if d else None
-        lens = chunks.tolist()
-        prefill = Varlen(t["cu_chunks"], t["cu_chunks"], lens, lens, causal=True) if lens else None
+        decode = CacheRows(t.pop("table"), t.pop("lens"), narrow(d)) if d else None
+        new = chunks.tolist()
+        prefill = Varlen(t["cu_chunks"], t.pop("cu_chunks"), new, new, causal=True) if new else None
         context: CacheRows | list[ContextPiece] | None = None
-        if gathers_q:
-            context = CacheRows(t["context_table"][t["context_row"]], t["context_lens"], narrow(int(chunks.sum())))
-        elif pieces:
-            context = []
-            for i, (_, tokens, lens_q, lens_k) in enumerate(pieces):
-                varlen = Varlen(t[f"cu_q{i}"], t[f"cu_k{i}"], lens_q, lens_k, causal=False)
-                context.append(ContextPiece(t[f"slots{i}"], t[f"row{i}"], t[f"owner{i}"], tokens, varlen))
-        fields = {name: t[name] for name in names}
-        return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **fields)
+        if cached.any() and policy.gathers_q(chunks, cached):
+            row, lens = np.arange(len(chunks)), layout.local_len(cached, rank)
+            table = tables.table[slots[d:], : layout.num_blocks(int(cached.max()))]
+            c = upload({"table": table, "row": np.repeat(row, chunks), "lens": np.repeat(lens, chunks)}, device)
+            context = CacheRows(c["table"][c["row"]], c["lens"], narrow(int(chunks.sum())))
+        elif cached.any():
+            context = list(cut_context(chunks, cached, tables.table[slots[d:]], policy, device))
+        return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **t)
 
 
 def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
@@ -227,13 +199,14 @@ def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
     return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
 
-def plan_context_pieces(chunks: Array, cached: Array, table: Array, policy: ContextPolicy) -> Iterator[CutPiece]:
+def cut_context(
+    chunks: Array, cached: Array, table: Array, policy: ContextPolicy, device: torch.device
+) -> Iterator[ContextPiece]:
     """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most `policy.workspace`
     tokens, each beginning at a multiple of N in its row.
 
     A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row too many lies
-    in a block that the request owns, and no index points at it.
-    """
+    in a block that the request owns, and no index points at it."""
     layout, n = policy.layout, policy.layout.size
     begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
     step = max(policy.workspace // n, 1) * n
@@ -244,20 +217,19 @@ def plan_context_pieces(chunks: Array, cached: Array, table: Array, policy: Cont
         rows = np.arange(some[0], some[-1] + 1)  # one run; rows without context may lie between
         start, lens_k, lens_q = start[rows], (end - start)[rows], chunks[rows]
         shard_lens = layout.local_len(lens_k, 0)
-        row = np.repeat(np.arange(len(rows)), shard_lens)
-        local = layout.local_slot(start)[row] + ranges(shard_lens)
-        row_k = np.repeat(np.arange(len(rows)), lens_k)
+        local = np.repeat(layout.local_slot(start), shard_lens) + ranges(shard_lens)
         offset = ranges(lens_k)
-        sent = offsets(shard_lens)[row_k] + layout.local_slot(offset)
         arrays = {
-            "slots": layout.cache_slot(table[rows[row], local // layout.block_size], local),
-            "row": sent,
+            "slots": layout.cache_slot(table[np.repeat(rows, shard_lens), local // layout.block_size], local),
+            "row": np.repeat(offsets(shard_lens)[:-1], lens_k) + layout.local_slot(offset),
             "owner": layout.owner_of(offset),
             "cu_q": offsets(lens_q),
             "cu_k": offsets(lens_k),
         }
+        t = upload(arrays, device)
+        varlen = Varlen(t.pop("cu_q"), t.pop("cu_k"), lens_q.tolist(), lens_k.tolist(), causal=False)
         token = int(chunks[: rows[0]].sum())
-        yield arrays, slice(token, token + int(lens_q.sum())), lens_q.tolist(), lens_k.tolist()
+        yield ContextPiece(tokens=slice(token, token + int(lens_q.sum())), varlen=varlen, **t)
 
 
 def offsets(lengths: Array) -> Array:

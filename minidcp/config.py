@@ -1,20 +1,18 @@
 """What the user asked for, checked before anything starts: every error that needs no machine and no checkpoint to be
 found is raised here, as a ValueError that names its flag. What the checkpoint is: `model_config.py`; read that next."""
 
-from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 
-def option(default: Any, help: str, *aliases: str, least: float | None = None) -> Any:
-    """A field of Options: its default, its --help, what users of other engines type for it, its least value."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": (), "least": least})
+def option(default: Any, help: str, *aliases: str, least: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
+    """A field of Options: its default, its --help, what users of other engines type for it, which values it takes."""
+    return field(default=default, metadata=dict(help=help, aliases=aliases, least=least, choices=choices))
 
 
 def choice(help: str, *values: str | int, default: int | None = None) -> Any:
     """A field of Options that takes one of `values`, by default the first."""
-    metadata = {"help": help, "aliases": (), "choices": values, "least": None}
-    return field(default=default or values[0], metadata=metadata)
+    return option(default or values[0], help, choices=values)
 
 
 def flag(name: str) -> str:
@@ -22,28 +20,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: object, message: str) -> None:
     if not ok:
         raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How `tp_size` ranks share a model, and how many of them share one KV cache: ranks [g * dcp_size, (g + 1) *
-    dcp_size) form DCP group g. They hold one interleaved copy of the cache and attend with the heads of all of them."""
-
-    tp_size: int = 1
-    dcp_size: int = 1
-
-    def __post_init__(self) -> None:
-        tp, dcp = self.tp_size, self.dcp_size
-        require(tp >= 1, f"--tp-size {tp}: must be at least 1")
-        require(dcp >= 1, f"--dcp-size {dcp}: must be at least 1")
-        require(tp % dcp == 0, f"--dcp-size {dcp} must divide --tp-size {tp}; possible: {divisors(tp)}")
-
-    def check_heads(self, num_heads: int) -> None:
-        wanted = f"--tp-size {self.tp_size} must divide the model's {num_heads} attention heads"
-        require(num_heads % self.tp_size == 0, f"{wanted}; possible: {divisors(num_heads)}")
 
 
 @dataclass(frozen=True)
@@ -60,12 +39,9 @@ class Options:
             require(least is None or value is None or value >= least, f"{given}: must be at least {least}")
 
     @classmethod
-    def options(cls) -> Iterator[tuple[Field[Any], tuple[type, ...]]]:
+    def options(cls) -> list[tuple[Field[Any], tuple[type, ...]]]:
         """Every field that is a flag, and the types of its values."""
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            if f.metadata:
-                yield f, get_args(hints[f.name]) or (hints[f.name],)
+        return [(f, get_args(f.type) or (f.type,)) for f in fields(cls) if f.metadata]
 
 
 @dataclass(frozen=True)
@@ -74,9 +50,7 @@ class EngineConfig(Options):
 
     model: str
     tp_size: int = option(1, "ranks that share the model", "--tensor-parallel-size", "-tp", least=1)
-    dcp_size: int = option(
-        1, "ranks that share one KV cache; divides --tp-size", "--decode-context-parallel-size", "-dcp", least=1
-    )
+    dcp_size: int = option(1, "ranks that share a KV cache", "--decode-context-parallel-size", "-dcp", least=1)
     dcp_comm_backend: str = choice("how partial attention is exchanged", "auto", "p2p", "a2a", "ag_rs")
     attention_backend: str = choice("auto is fa3, else triton; reference on CPUs", "auto", "fa3", "triton", "reference")
     comm: str = choice("collectives; symmetric: one node, gloo: CPUs", "auto", "symmetric", "nccl", "gloo")
@@ -105,18 +79,15 @@ class EngineConfig(Options):
         require(0 < share <= 1, f"--gpu-memory-utilization {share}: must be in (0, 1]")
         wanted = f"--max-num-batched-tokens {batched} must be at least --max-num-seqs {seqs}"
         require(batched is None or seqs <= batched, f"{wanted}: every running request decodes one token per step")
-        ParallelConfig(self.tp_size, self.dcp_size)
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(self.tp_size, self.dcp_size)
+        tp, dcp = self.tp_size, self.dcp_size
+        require(tp % dcp == 0, f"--dcp-size {dcp} must divide --tp-size {tp}; possible: {divisors(tp)}")
 
     def exchanges_narrow(self, num_rows: int) -> bool:
         """Whether that many rows send raw q and have W_UV applied before the exchange. Narrow moves 3.4 times fewer
         bytes and multiplies for every head of the DCP group: from a batch of about 16 on the better trade."""
-        if self.dcp_size == 1 or self.exchange_policy != "auto":
-            return self.dcp_size > 1 and self.exchange_policy == "narrow"
-        return self.needs_group_heads and num_rows >= self.narrow_threshold
+        if self.exchange_policy == "auto":
+            return self.needs_group_heads and num_rows >= self.narrow_threshold
+        return self.dcp_size > 1 and self.exchange_policy == "narrow"
 
     @property
     def replicates_q(self) -> bool:
@@ -126,18 +97,8 @@ class EngineConfig(Options):
     @property
     def needs_group_heads(self) -> bool:
         """Whether W_UK and W_UV of all the DCP group's heads are ever used, and so must be held."""
-        if self.dcp_size == 1 or self.replicates_q:
-            return self.replicates_q
         auto = self.exchange_policy == "auto" and self.max_num_seqs >= self.narrow_threshold
-        return auto or self.exchange_policy == "narrow"
-
-    @classmethod
-    def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
-        """As the constructor, but an unknown name is a ValueError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(kwargs) - set(known))
-        require(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**kwargs)
+        return self.replicates_q or (self.dcp_size > 1 and (auto or self.exchange_policy == "narrow"))
 
 
 @dataclass(frozen=True)

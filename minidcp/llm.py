@@ -1,6 +1,7 @@
 """The offline API: prompts in, completions out. For a server see `minidcp serve`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,19 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return batch
 
 
-class LLM:
-    """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`.
-
-    Args:
-        model: a checkpoint directory, or a name on the Hugging Face hub.
-        **options: the fields of `EngineConfig`.
-
-    Raises:
-        ValueError: an option or the checkpoint is wrong; the message says what.
-        EngineDeadError: a rank ended; from `generate` too.
+class LLM(AbstractContextManager["LLM"]):
+    """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`: `model` is a
+    checkpoint directory or a name on the Hugging Face hub, `options` are the fields of `EngineConfig`. Raises
+    ValueError if an option or the checkpoint is wrong, and from `generate` too EngineDeadError if a rank ended.
 
     Under torchrun every process constructs this, and only rank 0's constructor returns: the other processes serve as
-    ranks and end with it.
-    """
+    ranks and end with it."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = LLMEngine(EngineConfig.from_kwargs(model=str(model), **options))
+        known = ["model", *(f.name for f, _ in EngineConfig.options())]
+        unknown = sorted(set(options) - set(known))
+        require(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        self.engine = LLMEngine(EngineConfig(str(model), **options))
         self.num_requests = 0
 
     def generate(
@@ -93,9 +90,6 @@ class LLM:
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
         self.engine.close()
-
-    def __enter__(self) -> "LLM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -85,19 +85,16 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        scale: float = self.qk_head_dim**-0.5 * self.rope.attention_mscale() ** 2
-        return scale
+        return float(self.qk_head_dim**-0.5 * self.rope.attention_mscale() ** 2)
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_hf(cls, path: str | Path) -> "ModelConfig":
-        """Read `config.json` (and `generation_config.json`) of a checkpoint directory.
-
-        Both dialects are understood: the hub's (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
-        (`rope_parameters`, `dtype`). Raises ValueError for another model, or a value this engine does not support.
-        """
+        """Read `config.json` (and `generation_config.json`) of a checkpoint directory, in either dialect: the hub's
+        (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`). Raises
+        ValueError for another model, or a value this engine does not support."""
         file, generation = Path(path) / "config.json", Path(path) / "generation_config.json"
         hf = read_object(file)
         if generation.exists():

@@ -1,10 +1,17 @@
 """What a user asks for and gets, and what the scheduler knows of it in between; no torch. Next: `batch.py`."""
 
 import math
-from dataclasses import dataclass, field
-from enum import Enum, StrEnum
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
 
 MAX_SEED = 2**63 - 1
+ABOVE_ZERO = math.ulp(0.0)  # the least number that is
+
+
+def number(default: float | None, least: float, most: float, what: str) -> Any:
+    """A field of SamplingParams: a number in [least, most], `what` in words."""
+    return field(default=default, metadata={"range": (least, most), "what": what})
 
 
 class FinishReason(StrEnum):
@@ -21,55 +28,44 @@ class SamplingParams:
     tokens whatever runs beside it. `max_tokens` None means up to the model's context length. `logprobs` k gives the
     sampled token's log-probability and the k most likely ones, as the model has them: before temperature, penalties
     and biases. Before `min_tokens` nothing stops a completion. Raises ValueError, naming the value, if one is out of
-    range.
-    """
+    range."""
 
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: int | None = number(16, 1, math.inf, "at least 1")
+    min_tokens: int = number(0, 0, math.inf, "at least 0 and at most max_tokens")
+    temperature: float = number(1.0, 0, 100, "in [0, 100]")
+    top_k: int = number(0, -1, MAX_SEED, "-1 or 0 (off), or at least 1")
+    top_p: float = number(1.0, ABOVE_ZERO, 1, "in (0, 1]")
+    min_p: float = number(0.0, 0, 1, "in [0, 1]")
+    presence_penalty: float = number(0.0, -2, 2, "in [-2, 2]")
+    frequency_penalty: float = number(0.0, -2, 2, "in [-2, 2]")
+    repetition_penalty: float = number(1.0, ABOVE_ZERO, 10, "in (0, 10]")
     logit_bias: dict[int, float] = field(default_factory=dict)  # added to these tokens' logits
-    seed: int | None = None
+    seed: int | None = number(None, -MAX_SEED, MAX_SEED, "a 64-bit integer")
     stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens, given what stands before them
+    logprobs: int | None = number(None, 0, math.inf, "at least 0")
+    # The same for the prompt's tokens, given what stands before them.
+    prompt_logprobs: int | None = number(None, 0, math.inf, "at least 0")
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop, ids = as_tuple(self.stop), as_tuple(self.stop_token_ids)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", ids)
-        repetition, longest = self.repetition_penalty, math.inf
-        if isinstance(self.max_tokens, int):
-            longest = self.max_tokens
-        biases_fit = all(is_int(t, 0) and is_number(b, -100, 100) for t, b in self.logit_bias.items())
-        checks = (
-            ("max_tokens", is_int(self.max_tokens, 1, or_none=True), "at least 1"),
-            ("min_tokens", is_int(self.min_tokens, 0, longest), "at least 0 and at most max_tokens"),
-            ("temperature", is_number(self.temperature, 0, 100), "in [0, 100]"),
-            ("top_k", is_int(self.top_k, -1, MAX_SEED), "-1 or 0 (off), or at least 1"),
-            ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
-            ("min_p", is_number(self.min_p, 0, 1), "in [0, 1]"),
-            ("presence_penalty", is_number(self.presence_penalty, -2, 2), "in [-2, 2]"),
-            ("frequency_penalty", is_number(self.frequency_penalty, -2, 2), "in [-2, 2]"),
-            ("repetition_penalty", is_number(repetition, 0, 10) and repetition > 0, "in (0, 10]"),
-            ("logit_bias", biases_fit, "biases in [-100, 100] by token id"),
-            ("seed", is_int(self.seed, -MAX_SEED, MAX_SEED, or_none=True), "a 64-bit integer"),
-            ("logprobs", is_int(self.logprobs, 0, or_none=True), "at least 0"),
-            ("prompt_logprobs", is_int(self.prompt_logprobs, 0, or_none=True), "at least 0"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
-            ("stop_token_ids", all(is_int(t, 0) for t in ids), "token ids"),
-        )
-        for name, ok, what in checks:
-            if not ok:
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, tuple(given) if isinstance(given, tuple | list) else (given,))
+        for f in fields(self):
+            if f.metadata:
+                self.check(f.name, fits(getattr(self, f.name), f.type, *f.metadata["range"]), f.metadata["what"])
+        self.check("min_tokens", self.min_tokens <= (self.max_tokens or math.inf), "at least 0 and at most max_tokens")
+        biases = self.logit_bias.items()
+        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in biases)
+        self.check("logit_bias", fit, "biases in [-100, 100] by token id")
+        self.check("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty strings")
+        self.check("stop_token_ids", all(fits(token, int, 0) for token in self.stop_token_ids), "token ids")
+
+    def check(self, name: str, ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
 
     @property
     def is_adjusted(self) -> bool:
@@ -81,16 +77,10 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
-def as_tuple(value: object) -> tuple[object, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def is_number(value: object, least: float, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-
-def is_int(value: object, least: int, most: float = math.inf, or_none: bool = False) -> bool:
-    return (or_none and value is None) or (isinstance(value, int) and is_number(value, least, most))
+def fits(value: Any, kind: Any, least: float, most: float = math.inf) -> bool:
+    """Whether it is of that type, where an int does for a float and a bool for neither, and in [least, most]."""
+    of_kind = isinstance(value, (kind, int)) and not isinstance(value, bool)
+    return of_kind and (value is None or least <= value <= most)
 
 
 @dataclass(frozen=True)
@@ -138,12 +128,6 @@ class OutputDelta:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
 
 
-class Status(Enum):
-    WAITING = 0
-    RUNNING = 1
-    FINISHED = 2
-
-
 @dataclass(eq=False)
 class Request:
     """A request as the scheduler sees it. Of `tokens`, positions [0, num_computed) have their latents in the cache or
@@ -159,13 +143,12 @@ class Request:
     num_computed: int = 0
     prefill_end: int = 0
     num_in_flight: int = 0
-    slot: int = -1
+    slot: int = -1  # from 0 on while it is running
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0  # blocks that the prefix cache knows, or knows the like of
     cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    status: Status = Status.WAITING
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # if asked for
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from os import environ
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from openai.types.chat import ChatCompletion
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -30,30 +31,18 @@ from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import EngineDeadError, is_driver
 from minidcp.request import SamplingParams
 
+from . import protocol
 from .async_engine import AsyncEngine, UnavailableError
 from .generation import Chat, Generation
 from .middleware import Gate
-from .protocol import (
-    UNSUPPORTED,
-    Body,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    DetokenizeRequest,
-    ErrorResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
 from .tokenization import Tokenization
 
 logger = logging.getLogger("minidcp")
-# What a message may begin with and an error's `param` name.
-BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-FIELDS = {*UNSUPPORTED, *(name for body in BODIES for name in body.model_fields)}
-ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
+Responses = dict[int | str, dict[str, Any]]  # of an OpenAPI operation
+ERRORS: Responses = {code: {"model": protocol.ErrorResponse} for code in ("4XX", "5XX")}
 
 
-def documented(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
+def documented(answer: type[Any]) -> Responses:
     """The OpenAPI entry of an endpoint that answers whole or as a stream of events."""
     data = {"type": "string", "description": "a chunk or an error, as JSON; in the last event [DONE]"}
     event = {"type": "object", "description": "one of the events", "properties": {"data": data}, "required": ["data"]}
@@ -74,17 +63,17 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     add_error_handlers(app)
     spelling, name = Tokenization(engine), engine.model_name
 
-    def check_model(body: Body) -> None:
+    def check_model(body: protocol.Body) -> None:
         if body.model is not None and body.model != name:
             raise HTTPException(404, f"model {body.model!r} does not exist; this server has {name!r}")
 
-    @app.post("/v1/completions", responses=documented(Completion))
-    async def complete(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", responses=documented(protocol.Completion))
+    async def complete(body: protocol.CompletionRequest, request: Request) -> Response:
         check_model(body)
         return await (await Generation.begin(engine, spelling, body)).answer(request)
 
     @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
-    async def complete_chat(body: ChatRequest, request: Request) -> Response:
+    async def complete_chat(body: protocol.ChatRequest, request: Request) -> Response:
         check_model(body)
         return await (await Chat.begin_chat(engine, spelling, body)).answer(request)
 
@@ -94,17 +83,17 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 
     @app.get("/v1/models/{model_name:path}")
     async def model(model_name: str) -> dict[str, Any]:
-        check_model(Body(model=model_name))
+        check_model(protocol.Body(model=model_name))
         card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minidcp"}
         return card | {"root": engine.engine.config.model, "max_model_len": engine.engine.max_model_len}
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeResponse:
         check_model(body)
         return await spelling.tokenize(body)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: protocol.DetokenizeRequest) -> dict[str, str]:
         check_model(body)
         return {"prompt": await spelling.detokenize(body.tokens)}
 
@@ -158,44 +147,33 @@ def add_error_handlers(app: FastAPI) -> None:
         if first["type"] == "value_error":  # raised in protocol.py
             return await user_error(request, first["ctx"]["error"])
         if first["type"] == "json_invalid":
-            return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
+            return protocol.error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
         where = [str(part) for part in first["loc"] if part != "body"]
         if not where:
-            return error_response(400, str(first["msg"]))
+            return protocol.error_response(400, str(first["msg"]))
         what = ".".join(where) if first["type"] == "missing" else f"{where[0]} {reprlib.repr(first['input'])}"
-        return error_response(400, f"{what}: {first['msg']}", where[0])
+        return protocol.error_response(400, f"{what}: {first['msg']}", where[0])
 
-    @app.exception_handler(HTTPException)
+    @app.exception_handler(HTTPException)  # headers: a 405 says what is allowed
     async def http_error(_: Request, error: HTTPException) -> Response:
-        response = error_response(error.status_code, str(error.detail))
-        response.headers.update(error.headers or {})  # 405 says what is allowed
-        return response
+        return protocol.error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(ValueError)
     async def user_error(_: Request, error: ValueError) -> Response:
         field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
-        return error_response(400, str(error), field if field in FIELDS else None)
+        return protocol.error_response(400, str(error), field if field in protocol.FIELDS else None)
 
-    def answer(kind: type[Exception], status: int, **headers: str) -> None:
-        @app.exception_handler(kind)
-        async def handler(_: Request, error: Exception) -> Response:
-            response = error_response(status, str(error))
-            response.headers.update(headers)
-            return response
+    async def failure(status: int, _: Request, error: Exception) -> Response:
+        headers = {"Retry-After": "1"} if isinstance(error, UnavailableError) else None
+        return protocol.error_response(status, str(error), headers=headers)
 
-    answer(UnavailableError, 503, **{"Retry-After": "1"})
-    answer(EngineDeadError, 503)
-    answer(TimeoutError, 504)
-    answer(ClientDisconnect, 499)  # nobody reads it
+    # Nobody reads the last.
+    for kind, status in ((UnavailableError, 503), (EngineDeadError, 503), (TimeoutError, 504), (ClientDisconnect, 499)):
+        app.add_exception_handler(kind, partial(failure, status))
 
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> Response:
-        return error_response(500, "internal error; the server's log says more")
-
-
-def error_response(status: int, message: str, param: str | None = None) -> Response:
-    message = message.encode(errors="backslashreplace").decode()  # templates quote halves of characters
-    return JSONResponse(ErrorResponse.of(status, message, param).model_dump(), status_code=status)
+        return protocol.error_response(500, "internal error; the server's log says more")
 
 
 class Server(uvicorn.Server):
@@ -214,11 +192,8 @@ class Server(uvicorn.Server):
 
 
 def serve(config: EngineConfig, options: ServeConfig) -> int:
-    """Serve until told to stop; returns the exit code, 1 if a rank ended.
-
-    Raises:
-        ValueError: the configuration or the checkpoint is wrong, or the address cannot be listened on.
-    """
+    """Serve until told to stop; returns the exit code, 1 if a rank ended. Raises ValueError if the configuration or the
+    checkpoint is wrong, or the address cannot be listened on."""
     if not is_driver():
         LLMEngine(config)  # does not return
     options = replace(options, api_key=options.api_key or environ.get("MINIDCP_API_KEY"))
@@ -231,11 +206,9 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
             engine = LLMEngine(config)
             body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
             key = " -H 'Authorization: Bearer …'" if options.api_key else ""
-            print(
-                f"Serving {name} on {address} (tp {config.tp_size}, dcp {config.dcp_size}). Try:\n\n"
-                f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n",
-                flush=True,
-            )
+            curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+            sizes = f"tp {config.tp_size}, dcp {config.dcp_size}"
+            print(f"Serving {name} on {address} ({sizes}). Try:\n\n{curl}\n", flush=True)
             return engine
 
         def stop() -> None:
@@ -259,10 +232,6 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 lets the system choose."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen()
+        return socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from None
-    return bound

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from minidcp.config import ServeConfig
@@ -73,7 +74,7 @@ class AsyncEngine:
                     if deltas := engine.step():
                         self.loop.call_soon_threadsafe(self.deliver, deltas)
                 else:
-                    engine.check_health()
+                    engine.executor.check()
                 self.last_progress = time.monotonic()
         except Exception as error:
             self.loop.call_soon_threadsafe(self.fail, error)
@@ -83,12 +84,10 @@ class AsyncEngine:
 
     def take_commands(self, engine: LLMEngine) -> None:
         """Run what is in the inbox; wait for it a moment if there is nothing else to do."""
-        try:
+        with contextlib.suppress(queue.Empty):
             self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
             while True:
                 self.inbox.get_nowait()()
-        except queue.Empty:
-            pass
 
     def deliver(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:
@@ -129,13 +128,9 @@ class AsyncEngine:
         self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
     ) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
         """The deltas of some completions as they come, each with its request's index; an empty list after
-        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks.
-
-        Raises:
-            UnavailableError: too many requests are waiting, or the server shuts down.
-            EngineDeadError: a rank has ended.
-            TimeoutError: it took longer than --request-timeout.
-        """
+        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks. Raises
+        UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError if a rank has ended,
+        and TimeoutError if it took longer than --request-timeout."""
         self.check_room(len(requests))
         engine = self.engine
         stream: Stream = asyncio.Queue()
@@ -143,7 +138,7 @@ class AsyncEngine:
         for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
             self.streams[request_id] = index, stream
             self.metrics.count_request(request_id, tokens)
-            self.inbox.put(lambda i=request_id, t=tokens, p=params: engine.add_request(i, t, p))  # type: ignore[misc]
+            self.inbox.put(partial(engine.add_request, request_id, tokens, params))
         late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
         timer = self.loop.call_later(self.config.request_timeout or math.inf, stream.put_nowait, late)
         left = len(requests)
@@ -167,7 +162,7 @@ class AsyncEngine:
                 del self.streams[request_id]
             if left:
                 self.metrics.forget(ids)
-                self.inbox.put(lambda: engine.abort(*ids))
+                self.inbox.put(partial(engine.abort, *ids))
 
     def close(self) -> None:
         """Safe to call twice."""

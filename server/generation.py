@@ -17,7 +17,7 @@ from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
 
 from .async_engine import AsyncEngine, UnavailableError
-from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
+from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest, StreamOptions
 from .tokenization import Tokenization
 
 T = TypeVar("T")
@@ -62,9 +62,7 @@ class Generation:
 
     async def stream(self) -> AsyncIterator[str]:
         """An event per token; clients measure latency by events, so those with empty text count too."""
-        options = self.body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        always = options is not None and bool(options.continuous_usage_stats)
+        options = self.body.stream_options or StreamOptions()
         head = self.head | {"object": self.EVENT}
         try:
             async for batch in self.run(self.engine.config.sse_keep_alive_interval):
@@ -72,9 +70,11 @@ class Generation:
                 for index, delta in batch:
                     self.count(index, delta)
                     event = head | {"choices": [self.word_choice(index, [delta], whole=False)]}
-                    events.append(write_event(event | {"usage": self.usage()} if always else event))
+                    if options.continuous_usage_stats:
+                        event["usage"] = self.usage()
+                    events.append(write_event(event))
                 yield "".join(events)
-            if with_usage:
+            if options.include_usage:
                 yield write_event(head | {"choices": [], "usage": self.usage()})
         except (EngineDeadError, UnavailableError, TimeoutError) as error:
             status = 504 if isinstance(error, TimeoutError) else 503
@@ -90,13 +90,9 @@ class Generation:
             self.cached_tokens += delta.cached_tokens
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(map(len, self.prompts))
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+        prompt, completion = sum(map(len, self.prompts)), self.completion_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return counts | {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
     def word_choice(self, index: int, deltas: list[OutputDelta], whole: bool) -> dict[str, Any]:
         """The choice that these deltas, all or the next ones of choice `index`, make."""
@@ -143,13 +139,11 @@ class Generation:
         samples, prompts = body.samples(), body.prompts()
         engine.check_room(len(prompts) * len(samples))  # before any work, and before a stream's 200
         ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
-        echoed = []
+        begun = cls(engine, spelling, body, ids, samples)
         if body.echo:
-            for prompt, tokens in zip(prompts, ids, strict=True):
-                engine.engine.validate(tokens, samples[0])
-                skip = body.skip_special_tokens is not False
-                echoed.append(prompt if isinstance(prompt, str) else await spelling.detokenize(tokens, skip))
-        return cls(engine, spelling, body, ids, samples, echoed)
+            skip = body.skip_special_tokens is not False
+            begun.echoed = [p if isinstance(p, str) else await spelling.detokenize(p, skip) for p in prompts]
+        return begun
 
 
 class Chat(Generation):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -44,9 +44,8 @@ class Metrics(Collector):
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
-        self.histograms = {
-            name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in HISTOGRAMS.items()
-        }
+        shapes = HISTOGRAMS.items()
+        self.histograms = {name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in shapes}
         self.success = self.make(Counter, "vllm:request_success", "finished requests", "finished_reason")
         what = "of rank 0 in a step"
         self.step_seconds = self.make(Histogram, "minidcp:step_seconds", what, "kind", buckets=LATENCIES)
@@ -61,6 +60,9 @@ class Metrics(Collector):
         """Tell of this engine, too, whenever somebody asks."""
         self.engine = engine
         self.registry.register(self)
+        capacity = self.make(Gauge, "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds", "rank")
+        for rank, tokens in enumerate(engine.kv_tokens()[0]):
+            capacity.labels(**self.labels, rank=rank).set(tokens)
 
     def collect(self) -> Iterator[Metric]:
         """What can be read off the engine; part of prometheus_client's contract of a collector."""
@@ -69,7 +71,7 @@ class Metrics(Collector):
             "vllm:num_requests_running": len(scheduler.running),
             "vllm:num_requests_waiting": len(scheduler.waiting),
             "vllm:kv_cache_usage_perc": 1 - blocks.num_available / blocks.num_blocks,
-            "minidcp:kv_blocks_free": blocks.num_free,
+            "minidcp:kv_blocks_free": len(blocks.free),
         }
         counters = {
             "vllm:prompt_tokens": stats.prompt_tokens + scheduler.num_cached_tokens,
@@ -84,11 +86,6 @@ class Metrics(Collector):
                 metric = family(name, name.split(":")[1].replace("_", " "), labels=list(self.labels))
                 metric.add_metric(list(self.labels.values()), value)
                 yield metric
-        name, what = "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds"
-        metric = GaugeMetricFamily(name, what, labels=[*self.labels, "rank"])
-        for rank, tokens in enumerate(self.engine.kv_tokens()[0]):
-            metric.add_metric([*self.labels.values(), str(rank)], tokens)
-        yield metric
 
     def observe(self, step: PlannedStep, result: StepResult | None) -> None:
         """A step is planned, or there is its result."""
@@ -127,7 +124,8 @@ class Metrics(Collector):
     def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
         """What the page at / shows."""
         scheduler, (capacity, used) = engine.scheduler, engine.kv_tokens()
-        total, cached, free = engine.blocks.num_blocks, engine.blocks.num_cached, engine.blocks.num_free
+        blocks = engine.blocks
+        total, cached, free = blocks.num_blocks, len(blocks.cached), len(blocks.free)
         return {
             "model": model_name,
             "version": __version__,

@@ -9,12 +9,11 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minidcp.config import ServeConfig
 
-from .protocol import ErrorResponse
+from .protocol import error_response
 
 access = logging.getLogger("minidcp.access")
 OPEN = ("/", "/health", "/metrics")  # need no key: probes, scrapers, and the page, which asks for it
@@ -53,8 +52,7 @@ class Gate:
             if (refusal := self.refuse(scope["path"], given)) is not None:
                 # The body is not read: the connection cannot be used for another request.
                 headers = {"connection": "close"} | ({"www-authenticate": "Bearer"} if refusal[0] == 401 else {})
-                body = ErrorResponse.of(*refusal).model_dump()
-                await JSONResponse(body, refusal[0], headers)(scope, receive, noting_send)
+                await error_response(*refusal, headers=headers)(scope, receive, noting_send)
             else:
                 await self.app(scope, limited_receive, noting_send)
         finally:

@@ -9,7 +9,10 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 from openai import types
 from openai.types import completion_choice
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from starlette.responses import JSONResponse
 
+from minidcp.config import require
+from minidcp.llm import as_batch
 from minidcp.request import MAX_SEED, SamplingParams
 
 # Known fields that would have no effect: refused unless their value asks for nothing.
@@ -61,18 +64,13 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    @model_validator(mode="after")
-    def check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is allowed only with stream true")
-        return self
-
     def count_logprobs(self) -> dict[str, int | None]:
         """SamplingParams' fields that ask for log-probabilities."""
         raise NotImplementedError
 
     def samples(self) -> list[SamplingParams]:
-        """For each of a prompt's n choices. Raises ValueError, naming the field that is out of range."""
+        """For each of a prompt's n choices. Raises ValueError, naming the field that is wrong."""
+        require(self.stream_options is None or self.stream, "stream_options is allowed only with stream true")
         limits = (self.max_completion_tokens, self.max_tokens, self.DEFAULT_MAX_TOKENS)
         limit = next((limit for limit in limits if limit is not None), None)
         given = {name: getattr(self, name) for name in SAMPLING} | self.count_logprobs()
@@ -101,8 +99,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def check_best_of(self) -> Self:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of {self.best_of}: must be n, {self.n or 1}; choices are not ranked here")
+        n = self.n or 1
+        require(self.best_of in (None, n), f"best_of {self.best_of}: must be n, {n}; choices are not ranked here")
         return self
 
     def count_logprobs(self) -> dict[str, int | None]:
@@ -110,13 +108,8 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """The prompt in any of its four shapes, as a list of texts or token id lists."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[t for t in self.prompt if isinstance(t, int)]]
-        prompts: list[str | list[int]] = [p for p in self.prompt if not isinstance(p, int)]
-        if not prompts:
-            raise ValueError("prompt: is empty; give at least one")
+        prompts = as_batch(self.prompt)
+        require(prompts, "prompt: is empty; give at least one")
         return prompts
 
 
@@ -150,13 +143,8 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
 
-    @model_validator(mode="after")
-    def check_top_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs {self.top_logprobs}: only with logprobs true")
-        return self
-
     def count_logprobs(self) -> dict[str, int | None]:
+        require(self.logprobs or not self.top_logprobs, f"top_logprobs {self.top_logprobs}: only with logprobs true")
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
@@ -171,8 +159,7 @@ class TokenizeRequest(Body):
 
     @model_validator(mode="after")
     def check_prompt(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: give either prompt or messages")
+        require((self.prompt is None) != (self.messages is None), "prompt: give either prompt or messages")
         return self
 
 
@@ -222,4 +209,14 @@ class ErrorResponse(BaseModel):
     def of(cls, status: int, message: str, param: str | None = None) -> Self:
         kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
+        message = message.encode(errors="backslashreplace").decode()  # templates quote halves of characters
         return cls(error=ErrorDetail(message=message, type=kind, param=param, code=status))
+
+
+# What a message may begin with and an error's `param` name.
+BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+FIELDS = {*UNSUPPORTED, *(name for body in BODIES for name in body.model_fields)}
+
+
+def error_response(status: int, message: str, param: str | None = None, headers: Any = None) -> JSONResponse:
+    return JSONResponse(ErrorResponse.of(status, message, param).model_dump(), status, headers)

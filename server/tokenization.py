@@ -3,8 +3,10 @@
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from minidcp.config import require
+
 from .async_engine import AsyncEngine
-from .protocol import ChatMessage, ChatRequest, TokenizeRequest, TokenizeResponse
+from .protocol import ChatRequest, TokenizeRequest, TokenizeResponse
 
 # As byte-level vocabularies spell them.
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
@@ -30,23 +32,18 @@ class Tokenization:
 
     async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
         """The messages as the template renders them. Templates write special tokens themselves."""
+        tokenizer, ready = self.require_tokenizer("messages"), body.add_generation_prompt is not False
+        require(tokenizer.chat_template, "messages: the checkpoint has no chat template; use /v1/completions")
+        conversation = [message.for_template() for message in body.messages or []]
 
         def work() -> list[int]:
-            text = self.render(body.messages or [], body.add_generation_prompt is not False)
-            return self.engine.engine.tokenize(text, body.add_special_tokens is True, "messages")
+            try:
+                text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ready)
+            except Exception as error:  # a template is a program: it may raise anything
+                raise ValueError(f"messages: the chat template refuses them: {error}") from error
+            return self.engine.engine.tokenize(str(text), body.add_special_tokens is True, "messages")
 
         return await self.engine.in_background(work)
-
-    def render(self, messages: list[ChatMessage], ready: bool) -> str:
-        """The messages as the template writes them, `ready` for the assistant's answer or not."""
-        tokenizer = self.require_tokenizer("messages")
-        if tokenizer.chat_template is None:
-            raise ValueError("messages: the checkpoint has no chat template; use /v1/completions")
-        conversation = [message.for_template() for message in messages]
-        try:
-            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ready))
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
     def spell(self, token: int) -> str:
         """A token's text, as log-probabilities name it."""
@@ -75,6 +72,5 @@ class Tokenization:
     async def detokenize(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         tokenizer, vocab = self.require_tokenizer("tokens"), self.engine.engine.model_config.vocab_size
         bad = next((token for token in tokens if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise ValueError(f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
+        require(bad is None, f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
         return str(await self.engine.in_background(tokenizer.decode, tokens, skip_special_tokens))

@@ -173,13 +173,16 @@ class Local:
     engine: LLMEngine
     api: Api
 
+    def num_unfinished(self) -> int:
+        return len(self.engine.scheduler.waiting) + len(self.engine.scheduler.running)
+
     def is_idle(self) -> bool:
         blocks = self.engine.blocks
         return (
-            self.engine.scheduler.num_unfinished == 0
+            self.num_unfinished() == 0
             and not self.engine.requests
-            and blocks.num_live == 0
-            and blocks.num_free + blocks.num_cached == blocks.num_blocks
+            and len(blocks.live) == 0
+            and len(blocks.free) + len(blocks.cached) == blocks.num_blocks
         )
 
     @contextmanager
@@ -192,7 +195,7 @@ class Local:
         assert 0 < self.engine.stats.generated_tokens - before < LONG["max_tokens"] / 10
 
     def is_busy(self, requests: int) -> bool:
-        return self.engine.scheduler.num_unfinished == requests and self.engine.blocks.num_live > 0
+        return self.num_unfinished() == requests and len(self.engine.blocks.live) > 0
 
 
 @pytest.fixture(scope="module")

@@ -349,8 +349,8 @@ def unharmed(llm: LLM, expected: list[list[int]]) -> Iterator[None]:
     yield
     blocks = llm.engine.blocks
     assert llm.engine.requests == {}
-    assert llm.engine.scheduler.num_unfinished == blocks.num_live == 0
-    assert blocks.num_free + blocks.num_cached == blocks.num_blocks
+    assert not llm.engine.scheduler.waiting and not llm.engine.scheduler.running and not blocks.live
+    assert len(blocks.free) + len(blocks.cached) == blocks.num_blocks
     assert tokens_of(llm.generate(GOOD, GREEDY)) == expected
 
 

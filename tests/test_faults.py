@@ -171,7 +171,7 @@ def test_an_exception_in_one_ranks_step_ends_generate(
     execute = ModelRunner.execute
 
     def fail(self: ModelRunner, plan: StepPlan) -> object:
-        if self.state.rank == 1 and plan.num_decode:
+        if self.state.tp.rank == 1 and plan.num_decode:
             raise error
         return execute(self, plan)
 

@@ -149,10 +149,9 @@ def test_block_manager_against_a_model(data: st.DataObject) -> None:
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=8))
             hashes: list[bytes] = []
             manager.hash_blocks(tokens, hashes, len(tokens))
-            shared = manager.match(hashes)
+            shared = manager.share(hashes)
             for i, block in enumerate(shared):
                 assert content[block] == tokens[: (i + 1) * size], "a wrong prefix was found"
-            manager.share(shared)
             needed = -(-len(tokens) // size) - len(shared)
             before = manager.num_available
             fresh = manager.allocate(needed)
@@ -166,8 +165,8 @@ def test_block_manager_against_a_model(data: st.DataObject) -> None:
                 held.append((tokens, blocks))
                 manager.publish(blocks[: len(hashes)], hashes)
         live = {block for _, blocks in held for block in blocks}
-        assert manager.num_live == len(live)
-        assert manager.num_free + manager.num_cached + manager.num_live == total
+        assert len(manager.live) == len(live)
+        assert len(manager.free) + len(manager.cached) + len(manager.live) == total
         assert not live & (set(manager.free) | set(manager.cached))
 
 
@@ -180,9 +179,9 @@ def test_eviction_takes_the_least_recently_used_end_first() -> None:
         blocks = manager.allocate(2)
         manager.publish(blocks, hashes)
         manager.release(blocks)
-    assert manager.num_cached == 4
+    assert len(manager.cached) == 4
     manager.allocate(1)
     for tokens, found in ((old, 1), (new, 2)):
         hashes = []
         manager.hash_blocks(tokens, hashes, 2)
-        assert len(manager.match(hashes)) == found
+        assert len(manager.share(hashes)) == found

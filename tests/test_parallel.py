@@ -12,15 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from exchange import count_bytes
 
-from minidcp.config import ParallelConfig
 from minidcp.parallel.exchange import EXCHANGES, gather_heads
 from minidcp.parallel.group import Group, TorchGroup
 from minidcp.parallel.state import ParallelState, build_thread_states
 
 
-def run_threads(config: ParallelConfig, work: Callable[[ParallelState], Any]) -> list[Any]:
+def run_threads(tp_size: int, dcp_size: int, work: Callable[[ParallelState], Any]) -> list[Any]:
     """work(state) on every rank of a thread group; the results by rank."""
-    states, _ = build_thread_states(config)
+    states, _ = build_thread_states(tp_size, dcp_size)
     results: list[Any] = [None] * len(states)
 
     def run(rank: int) -> None:
@@ -74,7 +73,7 @@ def check_collectives(results: dict[str, torch.Tensor], rank: int, size: int, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_thread_group(size: int, dtype: torch.dtype) -> None:
-    results = run_threads(ParallelConfig(size, 1), lambda state: use_every_collective(state.tp, dtype))
+    results = run_threads(size, 1, lambda state: use_every_collective(state.tp, dtype))
     for rank in range(size):
         check_collectives(results[rank], rank, size, dtype)
 
@@ -98,7 +97,7 @@ def test_torch_group() -> None:
 
 
 def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
-    states, rendezvous = build_thread_states(ParallelConfig(2, 1))
+    states, barriers = build_thread_states(2, 1)
     failures = []
 
     def wait() -> None:
@@ -109,14 +108,14 @@ def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    rendezvous[0].barrier.abort()
+    barriers[0].abort()
     thread.join(10)
     assert failures == ["another rank of this engine failed"]
 
 
 def test_dcp_groups_are_consecutive_ranks() -> None:
     gathered = run_threads(
-        ParallelConfig(8, 4), lambda s: (s.dcp_group_index, s.dcp.all_gather(torch.tensor([s.rank])).tolist())
+        8, 4, lambda s: (s.tp.rank // s.dcp.size, s.dcp.all_gather(torch.tensor([s.tp.rank])).tolist())
     )
     assert gathered == [(r // 4, [list(range(r // 4 * 4, r // 4 * 4 + 4))]) for r in range(8)]
 
@@ -136,14 +135,14 @@ def test_exchange_is_attention_over_the_union(name: str, size: int, dtype: torch
     q = torch.randn(tokens, heads, 8).to(dtype)
 
     def work(state: ParallelState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mine = scores.masked_fill((owner != state.rank)[:, None], -torch.inf)
+        mine = scores.masked_fill((owner != state.tp.rank)[:, None], -torch.inf)
         lse = mine.logsumexp(-1)
         out = (mine.softmax(-1)[..., None] * values).sum(2).to(dtype)  # NaN where the shard is empty
         heads_each = heads // size
-        own = q[:, state.rank * heads_each :][:, :heads_each]
+        own = q[:, state.tp.rank * heads_each :][:, :heads_each]
         return *EXCHANGES[name](out, lse, state.dcp), gather_heads(own, state.dcp)
 
-    results = run_threads(ParallelConfig(size, size), work)
+    results = run_threads(size, size, work)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     merged = torch.cat([out for out, _, _ in results], 1)
     torch.testing.assert_close(merged.double(), whole, atol=tolerance, rtol=tolerance)

@@ -1,4 +1,4 @@
-"""`minidcp plan` against what is really built: bytes of a model, capacity of an engine, bytes that are exchanged."""
+"""benchmarks/plan.py against what is really built: bytes of a model, capacity of an engine, bytes exchanged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from checkpoints import STYLES
 from exchange import count_bytes
+from plan import GPUS, Plan, find_gpu, main
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.cli import main
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.model_runner import CPU_KV_BYTES
@@ -23,7 +23,6 @@ from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import build_thread_states
-from minidcp.planner import GPUS, Plan, find_gpu
 
 V2 = str(Path(__file__).parents[1] / "benchmarks" / "configs" / "deepseek-v2")
 
@@ -44,7 +43,7 @@ def shallow(tmp_path: Path) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], command: str) -> Any:
-    assert main(f"plan {command} --json".split()) == 0
+    assert main(f"{command} --json".split()) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -69,7 +68,7 @@ def count_held(what: object, seen: set[int]) -> int:
 def test_weights_are_those_of_the_model_that_is_built(tiny: str, tp: int, dcp: int, options: dict[str, Any]) -> None:
     config = EngineConfig(tiny, tp_size=tp, dcp_size=dcp, dtype="float32", **options)
     model_config = ModelConfig.from_hf(tiny)
-    states, _ = build_thread_states(config.parallel)
+    states, _ = build_thread_states(config.tp_size, config.dcp_size)
     heads = config.needs_group_heads, config.replicates_q
     blueprint = Blueprint(model_config, states[0], ReferenceBackend(1.0), EXCHANGES["a2a"], *heads)
     source = RandomSource(torch.float32, torch.device("cpu"))
@@ -148,7 +147,7 @@ def test_bytes_are_those_that_a_layer_receives(shallow: str, exchange: str, poli
 def test_output(
     shallow: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = f"plan {shallow} --gpu h100,link=200e9 --tp-size 8 --dcp-size 4,8 --concurrency 8,600"
+    command = f"{shallow} --gpu h100,link=200e9 --tp-size 8 --dcp-size 4,8 --concurrency 8,600"
     assert main([*command.split(), "--plot", str(tmp_path / "plan.png")]) == 0
     output = capsys.readouterr().out
     assert "longest context" in output and "most requests" in output
@@ -184,8 +183,8 @@ def test_a_gpu_in_numbers() -> None:
     ],
 )
 def test_wrong_options(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", V2, *flags.split()]) == 2
-    assert f"minidcp: error: {message}" in capsys.readouterr().err
+    assert main([V2, *flags.split()]) == 2
+    assert f"plan: error: {message}" in capsys.readouterr().err
 
 
 def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

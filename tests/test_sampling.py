@@ -155,14 +155,14 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 @given(texts)
 def test_text_grows_to_the_whole(text: str) -> None:
-    parts = stream(Detokenizer(TOKENIZER, (), True), encode(text))
+    parts = stream(Detokenizer(TOKENIZER, SamplingParams()), encode(text))
     assert "".join(parts) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in part for part in parts) or "\N{REPLACEMENT CHARACTER}" in text
 
 
 @given(st.lists(st.integers(2, 511), max_size=30))
 def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
-    parts = stream(Detokenizer(TOKENIZER, (), True), ids)
+    parts = stream(Detokenizer(TOKENIZER, SamplingParams()), ids)
     assert "".join(parts) == TOKENIZER.decode(ids)
 
 
@@ -171,7 +171,7 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int]) -> Non
     st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_stop_strings_are_cut_and_never_leak(text: str, stops: list[str]) -> None:
-    detokenizer = Detokenizer(TOKENIZER, tuple(stops), True)
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams(stop=stops))
     out = ""
     for token in encode(text):
         out += detokenizer.append(token)
@@ -191,5 +191,5 @@ def test_stop_strings_are_cut_and_never_leak(text: str, stops: list[str]) -> Non
 
 def test_special_tokens_are_skipped_or_shown() -> None:
     ids = [*encode("one"), TOKENIZER.eos_token_id]
-    assert "".join(stream(Detokenizer(TOKENIZER, (), True), ids)) == "one"
-    assert "".join(stream(Detokenizer(TOKENIZER, (), False), ids)) == "one" + EOS
+    assert "".join(stream(Detokenizer(TOKENIZER, SamplingParams()), ids)) == "one"
+    assert "".join(stream(Detokenizer(TOKENIZER, SamplingParams(skip_special_tokens=False)), ids)) == "one" + EOS

@@ -18,11 +18,11 @@ from minidcp.request import FinishReason, Request
 
 
 def check_blocks(blocks: BlockManager, requests: list[Request]) -> None:
-    assert blocks.num_free + blocks.num_cached + blocks.num_live == blocks.num_blocks
+    assert len(blocks.free) + len(blocks.cached) + len(blocks.live) == blocks.num_blocks
     held = [b for r in requests for b in r.blocks]
-    assert blocks.num_live == len(set(held))
+    assert len(blocks.live) == len(set(held))
     for block in set(held):
-        assert blocks.ref_counts[block] == held.count(block)
+        assert blocks.live[block] == held.count(block)
 
 
 class FakeWorkers:
@@ -107,7 +107,7 @@ def test_every_output_equals_its_solo_run(
     ]
     in_flight: deque[tuple[PlannedStep, list[int]]] = deque()
     now = 0
-    while now <= 60 or scheduler.num_unfinished or in_flight:
+    while now <= 60 or scheduler.waiting or scheduler.running or in_flight:
         for request, (arrival, _, _, abort) in zip(requests, load, strict=True):
             if arrival == now:
                 scheduler.add(request)
@@ -115,7 +115,7 @@ def test_every_output_equals_its_solo_run(
                 scheduler.finish(request, FinishReason.ABORT)
         planned = scheduler.schedule()
         if planned is not None:
-            assert planned.plan.num_tokens <= scheduler.max_num_batched_tokens
+            assert sum(planned.plan.lengths) <= scheduler.budget
             in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
         if in_flight and (planned is None or len(in_flight) > 1):
             step, tokens = in_flight.popleft()
@@ -129,7 +129,7 @@ def test_every_output_equals_its_solo_run(
         outputs = request.tokens[len(request.prompt_token_ids) :]
         assert outputs == solo(request.prompt_token_ids, len(outputs))
         assert request.finish_reason is FinishReason.ABORT or len(outputs) == request.max_tokens
-    assert blocks.num_live == 0
+    assert len(blocks.live) == 0
 
 
 @pytest.mark.parametrize("dcp", [1, 4])
@@ -184,13 +184,13 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
         check_blocks(engine.blocks, [entry[2] for entry in live.values()])
     engine.close()
     assert len(finished) + len(aborted) == 300 and len(aborted) > 10
-    assert engine.blocks.num_live == 0
+    assert len(engine.blocks.live) == 0
     assert engine.scheduler.num_preemptions > 0
 
 
 def test_scored_prompts_share_a_steps_logits() -> None:
     """However many want their prompt's log-probabilities: logits are large."""
-    scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, max_num_batched_tokens=8192)
+    scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, budget=8192)
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
     requests = [Request(str(i), [5] * 200, params, 1, seed=0) for i in range(20)]
     for request in requests:

@@ -21,16 +21,9 @@ class AttentionBackend(Protocol):
     def decode(
         self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absorbed attention of B rows over this rank's shard.
-
-        Args:
-            q_latent: [B, H, kv_lora_rank] queries with W_UK absorbed; q_pe: [B, H, rope] their rotated parts.
-            kv: [num_blocks, block_size, kv_lora_rank + rope] one layer's cache.
-            out: [B, H, kv_lora_rank], where the output would best be; who cannot write there returns another tensor.
-
-        Returns:
-            out [B, H, kv_lora_rank], before W_UV, and lse.
-        """
+        """Absorbed attention of B rows over this rank's shard: q_latent [B, H, kv_lora_rank] with W_UK absorbed, q_pe
+        [B, H, rope] rotated, one layer's cache kv [num_blocks, block_size, kv_lora_rank + rope] -> [B, H, kv_lora_rank]
+        before W_UV, and lse. The output would best be `out`; who cannot write there returns another tensor."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         """MHA over packed sequences: q [Tq, H, Dqk], k [Tk, H, Dqk], v [Tk, H, Dv] -> [Tq, H, Dv], lse."""

@@ -1,8 +1,7 @@
 """FlashAttention-3: decode with q 64 + qv 512 over the paged latent cache, prefill in MHA form.
 
 The kernels come from whichever package is installed: the official `flash_attn_interface`, or the copy inside vLLM,
-whose one shared object is loaded without importing vLLM. Never both: their symbols collide.
-"""
+whose one shared object is loaded without importing vLLM. Never both: their symbols collide."""
 
 import importlib
 import importlib.util

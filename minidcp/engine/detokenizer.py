@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minidcp.request import SamplingParams
+
 if TYPE_CHECKING:  # takes seconds to import, and ranks never need it
     from transformers import PreTrainedTokenizerBase
 
@@ -12,11 +14,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids).
-
-    Raises:
-        ValueError: there are tokenizer files, but they cannot be read.
-    """
+    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids). Raises ValueError if there are
+    tokenizer files, but they cannot be read."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
@@ -32,10 +31,8 @@ class Detokenizer:
     """The text of one completion as it grows. It is held back while it ends inside a character, or in what may become a
     stop string; before `min_tokens` these do not stop."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, stop: tuple[str, ...], skip_special: bool, min_tokens: int = 0
-    ) -> None:
-        self.tokenizer, self.stop, self.skip_special, self.min_tokens = tokenizer, stop, skip_special, min_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> None:
+        self.tokenizer, self.params = tokenizer, params
         self.ids: list[int] = []
         # Text up to token `read` is out; decoding starts at `prefix` as a token's text can depend on the one before it.
         self.prefix = self.read = 0
@@ -44,46 +41,34 @@ class Detokenizer:
 
     def append(self, token: int) -> str:
         """Add a token; returns the text that is now certain. A stop string is cut and sets `stopped`."""
-        if self.tokenizer is None or self.stopped:
-            return ""
         self.ids.append(token)
-        return self.take(whole=True)
+        return self.take(is_last=False)
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
+        return self.take(is_last=True)
+
+    def take(self, is_last: bool) -> str:
+        """The text that is certain now: up to a stop string or, if more may follow, to the beginning of one."""
         if self.tokenizer is None or self.stopped:
             return ""
-        text = self.take(whole=False)
-        if not self.stopped:
-            text, self.pending = text + self.pending, ""
-        return text
-
-    def take(self, whole: bool) -> str:
-        """The text that the tokens from `read` on add; if it must be whole, none while it ends inside a character."""
         before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
-        if whole and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
-            return ""
+        if not is_last and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
+            return ""  # inside a character
         self.prefix, self.read = self.read, len(self.ids)
-        return self.release(after[len(before) :])
+        text = self.pending + after[len(before) :]
+        stops = self.params.stop if len(self.ids) > self.params.min_tokens else ()
+        found = [at for at in map(text.find, stops) if at >= 0]
+        self.stopped = bool(found)
+        held = 0 if is_last else max((overlap(text, stop) for stop in stops), default=0)
+        end = min(found, default=len(text) - held)
+        self.pending = text[end:]
+        return text[:end]
 
     def decode(self, start: int, end: int) -> str:
         assert self.tokenizer is not None
-        options = dict(skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
+        options = dict(skip_special_tokens=self.params.skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(self.tokenizer.decode(self.ids[start:end], **options))
-
-    def release(self, new: str) -> str:
-        """Pass `new` text on, up to a stop string or the beginning of one."""
-        text = self.pending + new
-        if len(self.ids) <= self.min_tokens:
-            self.pending = ""
-            return text
-        found = [at for at in map(text.find, self.stop) if at >= 0]
-        if found:
-            self.stopped, self.pending = True, ""
-            return text[: min(found)]
-        held = max((overlap(text, stop) for stop in self.stop), default=0)
-        self.pending = text[len(text) - held :]
-        return text[: len(text) - held]
 
 
 def overlap(text: str, stop: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minidcp.config import EngineConfig, flag, require
+from minidcp.config import EngineConfig, divisors, flag, require
 from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
 from minidcp.engine.executor import Executor, under_torchrun
 from minidcp.engine.model_runner import StepResult
@@ -20,7 +20,7 @@ from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
-from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, Status, TokenLogprobs
+from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger("minidcp")
 
@@ -37,12 +37,9 @@ class EngineStats:
 
 
 class LLMEngine:
-    """One model on the ranks that `start` starts, serving many requests. Not thread-safe: one thread calls it.
-
-    Raises:
-        ValueError: the configuration or the checkpoint is wrong; the message says what.
-        EngineDeadError: a rank ended; from any method.
-    """
+    """One model on the ranks that `start` starts, serving many requests at once. Not thread-safe: one thread calls it.
+    Raises ValueError if the configuration or the checkpoint is wrong, and from any method EngineDeadError if a rank
+    ended."""
 
     def __init__(self, config: EngineConfig, start: Callable[[EngineConfig, ModelConfig], Executor] = Executor) -> None:
         lower_max_model_len = config.max_model_len is None
@@ -52,25 +49,23 @@ class LLMEngine:
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
         self.executor = start(config, model_config)
         try:
-            self.config = self.init_cache(config, lower_max_model_len)
+            num_blocks, self.max_model_len = self.init_cache(config, lower_max_model_len)
         except BaseException:
             self.executor.close()
             raise
-        assert self.config.num_blocks and self.config.max_model_len
-        self.max_model_len = self.config.max_model_len
-        self.blocks = BlockManager(self.config.num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
-        self.scheduler = Scheduler(
-            self.blocks, config.max_num_seqs, config.max_num_batched_tokens or 0, config.mixed_steps
-        )
+        self.config = replace(config, num_blocks=num_blocks, max_model_len=self.max_model_len)
+        self.blocks = BlockManager(num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
+        budget = config.max_num_batched_tokens or 0
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, budget, config.mixed_steps)
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[PlannedStep] = deque()
         self.stats = EngineStats()
         # Hears of every step when it is planned, with None, and again with its result.
         self.observe: Callable[[PlannedStep, StepResult | None], None] = lambda _, __: None
 
-    def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> EngineConfig:
-        """Size the cache from what the ranks have room for; the configuration with the final numbers. A context length
-        that nobody asked for is lowered to what fits."""
+    def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> tuple[int, int]:
+        """Size the cache from what the ranks have room for; its blocks and the context length, which is lowered to what
+        fits if nobody asked for it."""
         ready = self.executor.wait_ready()
         self.weight_bytes = max(r.bytes_read for r in ready)
         layout = Interleave(config.dcp_size, config.block_size)
@@ -87,12 +82,13 @@ class LLMEngine:
         held = f"{max(capacity, 0)} tokens ({num_blocks} blocks of {config.block_size} × dcp {config.dcp_size})"
         what = f"--max-model-len {max_model_len}: the KV cache holds {held}"
         require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
-        self.executor.init_cache(num_blocks)
+        self.executor.submit(num_blocks)
+        self.executor.wait_ready()
         per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
         requests = f"{num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
         in_all = f"{capacity} in all (dcp {config.dcp_size}), {requests}"
         logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {per_rank}, {in_all}")
-        return replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+        return num_blocks, max_model_len
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
         """Queue a prompt. Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer."""
@@ -105,8 +101,7 @@ class LLMEngine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids))
         stop_ids = tuple(t for t in ends if t < self.model_config.vocab_size)
         request = Request(request_id, tokens, params, max_tokens, seed, stop_ids)
-        detokenizer = Detokenizer(self.tokenizer, tuple(params.stop), params.skip_special_tokens, params.min_tokens)
-        self.requests[request_id] = request, detokenizer
+        self.requests[request_id] = request, Detokenizer(self.tokenizer, params)
         self.scheduler.add(request)
         return request
 
@@ -153,7 +148,7 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_unfinished > 0 or bool(self.in_flight)
+        return bool(self.requests or self.in_flight)
 
     def step(self) -> list[OutputDelta]:
         """Plan and submit the next step, then take in the result of the one before it: planning overlaps with running.
@@ -176,7 +171,7 @@ class LLMEngine:
         deltas = [
             self.advance(request, token, entry)
             for request, token, entry in zip(requests, result.tokens, logprobs, strict=False)
-            if request.status is not Status.FINISHED  # it ended while this step was in flight
+            if request.finish_reason is None  # it ended while this step was in flight
         ]
         self.observe(step, result)
         stats = self.stats
@@ -190,24 +185,18 @@ class LLMEngine:
     def advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> OutputDelta:
         """Add a sampled token to its request's text and finish the request if that ends it."""
         params, detokenizer = request.params, self.requests[request.request_id][1]
-        reason, text = None, ""
-        if request.num_outputs > params.min_tokens and token in request.stop_ids:
-            reason = FinishReason.STOP
-        else:
-            text = detokenizer.append(token)
-            if request.num_outputs >= request.max_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None:
+        stops = request.num_outputs > params.min_tokens and token in request.stop_ids
+        is_last = stops or request.num_outputs >= request.max_tokens
+        text = "" if stops else detokenizer.append(token)
+        if is_last:
             text += detokenizer.flush()
-        if detokenizer.stopped:
-            reason = FinishReason.STOP
-        if reason is not None:
+        reason = None
+        if is_last or detokenizer.stopped:
+            reason = FinishReason.STOP if stops or detokenizer.stopped else FinishReason.LENGTH
             del self.requests[request.request_id]
             self.scheduler.finish(request, reason)
-        delta = OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens)
-        if request.num_outputs == 1 and params.prompt_logprobs is not None:
-            return replace(delta, prompt_logprobs=request.prompt_logprobs)
-        return delta
+        of_prompt = request.prompt_logprobs if request.num_outputs == 1 else None
+        return OutputDelta(request.request_id, text, (token,), reason, logprobs, request.cached_tokens, of_prompt)
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
         """How many tokens each rank's cache has room for, and how many of running requests it holds."""
@@ -217,11 +206,6 @@ class LLMEngine:
         capacity = self.blocks.num_blocks * layout.block_size
         return [capacity for _ in ranks], [shards[rank % layout.size] for rank in ranks]
 
-    def check_health(self) -> None:
-        """Raise EngineDeadError if a rank has ended while nothing was running."""
-        if not self.in_flight:
-            self.executor.check()
-
     def close(self) -> None:
         self.executor.close()
 
@@ -230,7 +214,9 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     """Fill in every "auto" and check the configuration against the model and the machine."""
     path = find_model(config.model)
     model_config = ModelConfig.from_hf(path)
-    config.parallel.check_heads(model_config.num_attention_heads)
+    heads = model_config.num_attention_heads
+    wanted = f"--tp-size {config.tp_size} must divide the model's {heads} attention heads"
+    require(heads % config.tp_size == 0, f"{wanted}; possible: {divisors(heads)}")
     device, dtype, longest = config.device, config.dtype, model_config.max_position_embeddings
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

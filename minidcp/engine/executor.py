@@ -11,20 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from multiprocessing.connection import Client, Connection, Listener, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from minidcp.batch import StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import StepResult
-from minidcp.engine.worker import Command, Failed, Join, Ready, join_processes, serve_and_exit, serve_rank
+from minidcp.engine.worker import Command, Failed, Ready, serve_and_exit, serve_rank
 from minidcp.model_config import ModelConfig
-from minidcp.parallel.group import Rendezvous
-from minidcp.parallel.state import build_thread_states
+from minidcp.parallel.state import ParallelState, build_thread_states
 
 R = TypeVar("R", Ready, StepResult)
 STOP_SECONDS = 5.0  # for ranks to leave by themselves before they are killed
@@ -42,37 +39,31 @@ class Executor:
         self.config, self.model_config = config, model_config
         self.connections: list[Connection] = []
         self.reports: queue.SimpleQueue[Ready | StepResult | Failed] = queue.SimpleQueue()
-        self.held: deque[Ready | StepResult] = deque()  # taken from `reports`, but not yet asked for
+        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()  # once more, to be seen before their turn
         self.failure: str | None = None
         self.threads: list[threading.Thread] = []  # that are ranks
-        self.rendezvous: list[Rendezvous] = []  # at whose barriers they wait for each other
+        self.barriers: list[threading.Barrier] = []  # at which they wait for each other
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         starts = {"threads": self.start_threads, "processes": self.start_processes, "torchrun": self.accept_torchrun}
         starts[config.ranks]()
 
     def start_threads(self) -> None:
         """For the CPU. A rank that fails breaks the barriers its peers wait at."""
-        states, self.rendezvous = build_thread_states(self.config.parallel)
+        states, self.barriers = build_thread_states(self.config.tp_size, self.config.dcp_size)
         for rank, state in enumerate(states):
-            self.start_thread(rank, lambda _, __, state=state: state)  # type: ignore[misc]
+            self.start_thread(rank, state)
 
     def start_processes(self) -> None:
         """On this machine; they end when this process does, however it ends."""
         # As torchrun's agent does: host the store, and let the ranks find it in their environment. The operating
         # system picks the port.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        log_level = str(logging.getLogger("minidcp").getEffectiveLevel())
         for rank in range(self.config.tp_size):
             ours, theirs = Pipe()
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.config.tp_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self.store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "MINIDCP_LOG_LEVEL": str(logging.getLogger("minidcp").getEffectiveLevel()),
-            }
+            env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.config.tp_size))
+            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+            env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=log_level)
             start = "from minidcp.engine.worker import main; main()"
             command = [sys.executable, "-c", start, str(theirs.fileno())]
             self.processes[rank] = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
@@ -86,18 +77,18 @@ class Executor:
         store, size, key = rendezvous_store(), self.config.tp_size, os.urandom(32)
         with Listener((os.environ["MASTER_ADDR"], 0), backlog=size, authkey=key) as listener:
             store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
-            self.start_thread(0, join_processes)
+            self.start_thread(0)
             for _ in range(size - 1):
                 connection = listener.accept()
                 self.connect(connection.recv(), connection)
 
-    def start_thread(self, rank: int, join: Join) -> None:
-        """Have rank `rank` in a thread of this process."""
+    def start_thread(self, rank: int, state: ParallelState | None = None) -> None:
+        """Have rank `rank` in a thread of this process; without a state it joins other processes."""
         ours, theirs = Pipe()
 
         def run() -> None:
             with theirs:
-                if not serve_rank(rank, theirs, join, own_process=False):
+                if not serve_rank(rank, theirs, state, own_process=False):
                     self.break_barriers()
 
         self.threads.append(threading.Thread(target=run, name=f"rank {rank}", daemon=True))
@@ -109,15 +100,16 @@ class Executor:
         connection.send((self.config, self.model_config))
 
         def read() -> None:
-            report: object = None
             try:
                 with connection:
-                    while not isinstance(report, Failed):
-                        self.reports.put(report := connection.recv())
+                    while not isinstance(report := connection.recv(), Failed):
+                        self.reports.put(report)
             except (EOFError, OSError):
-                self.reports.put(Failed(f"rank {rank}: its process ended{self.exit_code(rank)}", died=True))
+                report = Failed(f"rank {rank}: its process ended{self.exit_code(rank)}", died=True)
             except Exception as error:
-                self.reports.put(Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True))
+                report = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
+            self.failures.put(report)
+            self.reports.put(report)
 
         threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
 
@@ -130,7 +122,6 @@ class Executor:
             return " (exit code unknown)"
 
     def send(self, command: Command) -> None:
-        """Hand a command to every rank."""
         message = ForkingPickler.dumps(command)
         for connection in self.connections:
             with contextlib.suppress(OSError):  # the connection's reader reports the end
@@ -138,9 +129,9 @@ class Executor:
 
     def receive(self, kind: type[R]) -> R:
         """The oldest report not received yet, unless a rank has ended."""
-        report = self.held.popleft() if self.held else self.reports.get()
+        report = self.reports.get()
         if isinstance(report, Failed):
-            self.fail(report)
+            self.fail()
         assert isinstance(report, kind)
         return report
 
@@ -148,13 +139,10 @@ class Executor:
         """One Ready per rank. ValueError: they found the checkpoint or an option wrong; EngineDeadError: one ended."""
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
-    def init_cache(self, num_blocks: int) -> None:
-        self.send(num_blocks)
-        self.wait_ready()
-
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, command: Command) -> None:
+        """Hand a command to every rank, unless one has ended."""
         self.check()
-        self.send(plan)
+        self.send(command)
 
     def collect(self) -> StepResult:
         """The result of the oldest step not collected yet. Raises EngineDeadError if a rank ended."""
@@ -162,26 +150,22 @@ class Executor:
         return self.receive(StepResult)
 
     def check(self) -> None:
-        """Raise EngineDeadError if a rank has ended; for moments when no result is awaited."""
+        """Raise EngineDeadError if a rank has ended."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        while not self.reports.empty():
-            report = self.reports.get()
-            if isinstance(report, Failed):
-                self.fail(report)
-            self.held.append(report)
+        if not self.failures.empty():
+            self.fail()
 
-    def fail(self, first: Failed) -> NoReturn:
-        """One rank's end makes its peers fail too: find the cause among the reports, end all, raise."""
-        cause, deadline = first, time.monotonic() + 1.0
+    def fail(self) -> NoReturn:
+        """One rank's end makes its peers fail too: find the cause among their reports, end all, raise."""
+        first = cause = self.failures.get()
+        deadline = time.monotonic() + 1.0
         while not (cause.died or cause.user_error):
             try:
-                report = self.reports.get(timeout=max(0.0, deadline - time.monotonic()))
+                cause = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 cause = first
                 break
-            if isinstance(report, Failed):
-                cause = report
         self.failure = cause.reason
         self.stop(kill=True)
         if cause.user_error:
@@ -214,8 +198,8 @@ class Executor:
                 line.shutdown(socket.SHUT_RDWR)
 
     def break_barriers(self) -> None:
-        for rendezvous in self.rendezvous:
-            rendezvous.barrier.abort()
+        for barrier in self.barriers:
+            barrier.abort()
 
 
 def rendezvous_store() -> dist.Store:

@@ -15,7 +15,7 @@ from minidcp.config import EngineConfig
 from minidcp.engine.cuda_graph import DecodeGraphs
 from minidcp.engine.sampler import Sampled, Sampler
 from minidcp.kv_cache.interleave import Interleave
-from minidcp.kv_cache.latent_cache import LatentCache
+from minidcp.kv_cache.latent_cache import make_latent_cache
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.layers import MoE
@@ -93,13 +93,13 @@ class ModelRunner:
         # By slot; the last place is for the padded rows of CUDA graphs.
         self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
         self.sampler = Sampler()
-        self.cache: LatentCache | None = None
+        self.cache: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
         self.replayed_bytes = 0  # that graphs received, which groups do not see
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Rank 0 speaks for all."""
-        if self.state.rank == 0:
+        if self.state.tp.rank == 0:
             logger.log(level, message)
 
     def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
@@ -107,7 +107,7 @@ class ModelRunner:
         if self.config.load_format == "dummy":
             random = RandomSource(self.dtype, self.device)
             return self.build(random), random.bytes_read
-        source = CheckpointSource(Path(self.config.model), self.dtype, self.device, progress=self.state.rank == 0)
+        source = CheckpointSource(Path(self.config.model), self.dtype, self.device, progress=self.state.tp.rank == 0)
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
@@ -146,16 +146,15 @@ class ModelRunner:
             plan.lengths.append(length)
             plan.tokens += [0] * length
             left -= length
-        self.cache = self.make_cache(1, 1)
-        self.cache.blocks = self.cache.blocks.expand(self.model_config.num_hidden_layers, -1, -1, -1)
+        self.cache = self.make_cache(1, 1).expand(self.model_config.num_hidden_layers, -1, -1, -1)
         batch = self.build_batch(plan)
         logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
         self.model.lm_head.gather(logits)
         torch.cuda.synchronize(self.device)
 
-    def make_cache(self, layers: int, num_blocks: int) -> LatentCache:
+    def make_cache(self, layers: int, num_blocks: int) -> Tensor:
         shape = layers, num_blocks, self.config.block_size, self.model_config.latent_dim
-        return LatentCache(shape, self.dtype, self.device)
+        return make_latent_cache(shape, self.dtype, self.device)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the cache and capture the decode graphs over it."""
@@ -208,7 +207,7 @@ class ModelRunner:
             if self.sampler.reads_logits(plan):
                 self.state.begin_step()  # these collectives are in no graph
                 logits = self.model.lm_head.gather(logits)
-            if self.state.rank == 0:
+            if self.state.tp.rank == 0:
                 sampled = self.sampler.sample(logits, plan, tokens)
                 tokens = sampled.tokens[: len(tokens)]
             if len(tokens) and not self.sampler.takes_best(plan):

@@ -1,16 +1,15 @@
 """Continuous batching in integers: who computes which tokens in the next step.
 
 Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted when blocks run
-out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs.
-"""
+out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs."""
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
-from minidcp.request import FinishReason, Request, Status
+from minidcp.request import FinishReason, Request
 
 # Prompt tokens in one step whose log-probabilities are wanted: logits are large.
 MAX_SCORED = 256
@@ -20,8 +19,8 @@ MAX_SCORED = 256
 class PlannedStep:
     """A plan and whose rows it holds; the workers get the plan only."""
 
-    plan: StepPlan
-    requests: list[Request]
+    plan: StepPlan = field(default_factory=StepPlan)
+    requests: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -29,10 +28,8 @@ class Scheduler:
     step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe because workers execute plans in
     order: whatever a late plan overwrites, earlier ones have read."""
 
-    def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, mixed_steps: bool = True
-    ) -> None:
-        self.blocks, self.max_num_batched_tokens = blocks, max_num_batched_tokens
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, budget: int, mixed_steps: bool = True) -> None:
+        self.blocks, self.budget = blocks, budget  # tokens of a step
         self.mixed_steps, self.decoded_last = mixed_steps, False
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
@@ -41,41 +38,32 @@ class Scheduler:
         self.num_queried_tokens = 0  # of requests that came to run
         self.num_cached_tokens = 0  # that the prefix cache saved from being computed
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self.waiting) + len(self.running)
-
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
     def schedule(self) -> PlannedStep | None:
         """The next step, or None if nothing can be planned before a running step's tokens are known."""
-        step = PlannedStep(StepPlan(), [])
-        if self.mixed_steps:
-            self.add_decodes(step)
-            self.add_prefills(step)
-        else:  # they take turns where there is both to do
-            turns = [self.add_decodes, self.add_prefills]
-            for add in reversed(turns) if self.decoded_last else turns:
-                if not step.requests:
-                    add(step)
-            self.decoded_last = step.plan.num_decode > 0
+        step, turns = PlannedStep(), [self.add_decodes, self.add_prefills]
+        if not self.mixed_steps and self.decoded_last:  # they take turns where there is both to do
+            turns.reverse()
+        for add in turns:
+            if self.mixed_steps or not step.requests:
+                add(step)
+        self.decoded_last = step.plan.num_decode > 0
         return step if step.requests else None
 
     def add_decodes(self, step: PlannedStep) -> None:
         for request in list(self.running):
-            if request.status is Status.RUNNING and self.can_decode(request) and self.grow(request, step):
+            if request.slot >= 0 and self.can_decode(request) and self.grow(request, step):
                 self.add_row(step, request, 1)
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: PlannedStep) -> None:
-        budget = self.max_num_batched_tokens - step.plan.num_decode
+        budget = self.budget - step.plan.num_decode
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
-        while (
-            budget > 0 and self.waiting and self.may_score(self.waiting[0], step) and self.admit(self.waiting[0], step)
-        ):
+        while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
             budget -= self.add_chunk(step, self.running[-1], budget)
 
     def may_score(self, request: Request, step: PlannedStep) -> bool:
@@ -83,12 +71,9 @@ class Scheduler:
 
     def can_decode(self, request: Request) -> bool:
         """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
-        known = len(request.tokens) + request.num_in_flight
-        return (
-            not request.is_prefilling
-            and request.num_computed == known - 1
-            and request.num_outputs + request.num_in_flight < request.max_tokens
-        )
+        is_last_missing = request.num_computed == len(request.tokens) + request.num_in_flight - 1
+        may_go_on = request.num_outputs + request.num_in_flight < request.max_tokens
+        return is_last_missing and may_go_on and not request.is_prefilling
 
     def grow(self, request: Request, step: PlannedStep) -> bool:
         """Make room for one more token, preempting younger requests if need be; False: it was preempted."""
@@ -117,8 +102,7 @@ class Scheduler:
         usable = (len(request.tokens) - 1) // size if params.prompt_logprobs is None else 0
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
-        shared = self.blocks.match(request.block_hashes[:usable])
-        self.blocks.share(shared)
+        shared = self.blocks.share(request.block_hashes[:usable])
         fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared))
         if fresh is None:
             self.blocks.release(shared)
@@ -136,7 +120,6 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         history = tuple(request.tokens) if params.is_penalised else ()
         step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
-        request.status = Status.RUNNING
         self.running.append(request)
         return True
 
@@ -170,10 +153,10 @@ class Scheduler:
         requests = [step.requests[row] for row in step.plan.sampling]
         for request, token in zip(requests, tokens, strict=True):
             request.num_in_flight -= 1
-            if request.status is not Status.FINISHED:
+            if request.finish_reason is None:
                 request.tokens.append(token)
         for request in step.requests:
-            if request.status is Status.RUNNING:
+            if request.slot >= 0:
                 self.publish(request)
         return requests
 
@@ -191,16 +174,16 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
-        if request.status is Status.WAITING:
-            self.waiting.remove(request)
-        elif request.status is Status.RUNNING:
+        if request.slot >= 0:
             self.leave(request)
-        request.status, request.finish_reason = Status.FINISHED, reason
+        elif request.finish_reason is None:
+            self.waiting.remove(request)
+        request.finish_reason = reason
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it is computed anew, first in line, when there is room."""
         self.leave(request)
-        request.status, request.num_computed = Status.WAITING, 0
+        request.num_computed = 0
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 

@@ -16,7 +16,6 @@ from typing import NoReturn
 import torch
 
 from minidcp.batch import StepPlan
-from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner, PendingResult, StepResult
 from minidcp.parallel.state import ParallelState, init_process_state
 
@@ -39,15 +38,12 @@ class Failed:
 
 
 Command = StepPlan | int | None  # run a step; allocate so many cache blocks, answered by Ready; stop
-Join = Callable[[EngineConfig, torch.device], ParallelState]
 
 
-def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool = True) -> bool:
+def serve_rank(rank: int, connection: Connection, state: ParallelState | None = None, own_process: bool = True) -> bool:
     """Be rank `rank` of the driver at the other end of the connection: serve commands until told to stop (True) or
-    until something fails, which is reported (False).
-
-    The first message is (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU.
-    """
+    until something fails, which is reported (False). Without a state, it joins other processes. The first message is
+    (EngineConfig, ModelConfig). Results come from a thread of their own on a GPU."""
     config, model_config = connection.recv()
     receive = watch(connection) if own_process else connection.recv
     sending = threading.Lock()
@@ -67,7 +63,8 @@ def serve_rank(rank: int, connection: Connection, join: Join, own_process: bool 
         if device.type == "cpu" and config.tp_size > 1:
             # Threads of many ranks on few cores wait for each other: one core's worth per rank.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tp_size))
-        runner = ModelRunner(config, model_config, join(config, device), device)
+        state = state or init_process_state(config.tp_size, config.dcp_size, config.comm, device)
+        runner = ModelRunner(config, model_config, state, device)
         report(Ready(runner.measure_kv_bytes(), runner.bytes_read))
         loading = False  # from here on a ValueError is a defect of ours: requests are checked before
         report_result = report_from_thread(rank, report) if device.type == "cuda" else None
@@ -128,10 +125,6 @@ def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None])
     return pending.put
 
 
-def join_processes(config: EngineConfig, device: torch.device) -> ParallelState:
-    return init_process_state(config.parallel, config.comm, device)
-
-
 def main() -> None:
     """A process that the driver started; its argument is the inherited file descriptor of the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
@@ -142,6 +135,6 @@ def main() -> None:
 
 
 def serve_and_exit(rank: int, connection: Connection) -> NoReturn:
-    ok = serve_rank(rank, connection, join_processes)
+    ok = serve_rank(rank, connection)
     sys.stdout.flush()
     os._exit(0 if ok else 1)  # without the tear-down of process groups, which waits for peers

@@ -1,8 +1,7 @@
 """Mixture of experts: routing, and the experts' products over the tokens that chose them. Triton kernels and twins.
 
 A choice is a (token, expert) pair; entry t · K + i is token t's i-th. Shared experts are experts that every token
-chooses, with weight 1. All results are sums in a fixed order: deterministic.
-"""
+chooses, with weight 1. All results are sums in a fixed order: deterministic."""
 
 import json
 from functools import cache
@@ -92,15 +91,9 @@ def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated
 
 
 def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i].
-
-    Args:
-        x: [T, hidden]; gate_up: [E, 2 I, hidden]; down: [E, hidden, I]; all contiguous, in one dtype.
-        weights: [T, K] float32; ids: [T, K] int32, a token's experts, none twice.
-
-    Returns:
-        [T, hidden].
-    """
+    """[T, hidden]: Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i]. From x [T, hidden],
+    gate_up [E, 2 I, hidden] and down [E, hidden, I], contiguous, in one dtype; weights [T, K] float32 and ids [T, K]
+    int32 of a token's experts, none twice."""
     if not use_triton(x):
         return run_experts_ref(x, gate_up, down, weights, ids)
     out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape

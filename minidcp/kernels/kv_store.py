@@ -14,18 +14,14 @@ def store_latents(
     kv: Tensor, q_pe: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
     """Normalise the latents, rotate the keys, and write token i to row slot_mapping[i] of this rank's cache; -1 writes
-    nothing there. Rotate the queries in place.
+    nothing there. Rotate the queries in place. Returns every token's latent and key as stored, [T, C + R].
 
     Args:
         kv: [T, C + R] output of kv_a_proj_with_mqa; norm_weight: [C] of kv_a_layernorm, and its eps.
         q_pe: [T, H, R], part of wider heads; changed in place.
         cos_sin: [T, R] float32: the cosines of R / 2 angles and then their sines.
         cache: [num_blocks, block_size, C + R], contiguous; changed in place.
-        slot_mapping: [T] integers; no row appears twice.
-
-    Returns:
-        [T, C + R] every token's normed latent and rotated key, as stored.
-    """
+        slot_mapping: [T] integers; no row appears twice."""
     if not use_triton(cache):
         return store_latents_ref(kv, q_pe, norm_weight, eps, cos_sin, cache, slot_mapping)
     (tokens, width), heads = kv.shape, q_pe.shape[1]

@@ -1,8 +1,7 @@
 """Absorbed MLA decode over a paged latent cache, split over the context: our own kernels.
 
 This one is Triton for any GPU; for Hopper there is `mla_decode_hopper.py`. The torch twin is `attention/reference.py`,
-and `merge.py` puts the splits together.
-"""
+and `merge.py` puts the splits together."""
 
 from dataclasses import dataclass
 
@@ -31,17 +30,10 @@ def mla_decode(
     q_latent: Tensor, q_pe: Tensor, kv: Tensor, block_table: Tensor, local_lens: Tensor, softmax_scale: float,
     limits: DeviceLimits = DeviceLimits(),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens. Slots beyond a row's
-    length are never read. The context is split so that about one program runs on each multiprocessor.
-
-    Args:
-        q_latent: [B, H, C]; q_pe: [B, H, R]; both with a contiguous last dim.
-        kv: [num_blocks, block_size, C + R], contiguous.
-        block_table: [B, W] int32; local_lens: [B] int32; softmax_scale: positive.
-
-    Returns:
-        out [B, H, C] in q's dtype (0 where a row is empty) and lse [B, H] float32.
-    """
+    """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens: q_latent [B, H, C] and
+    q_pe [B, H, R] with a contiguous last dim, kv [num_blocks, block_size, C + R], block_table [B, W] and local_lens [B]
+    int32 -> out [B, H, C] in q's dtype (0 where a row is empty) and lse [B, H] float32. Slots beyond a row's length are
+    never read. The context is split so that about one program runs on each multiprocessor."""
     batch, heads, latent = q_latent.shape
     rope = q_pe.shape[2]
     kernel, block_h, options = choose_kernel(heads, latent, rope, limits)

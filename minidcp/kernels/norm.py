@@ -9,16 +9,9 @@ from minidcp.kernels import launch_early, use_triton, wait_for_previous
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y = x + residual (or x), normalised: y / rms(y) · weight. Computed in float32 and rounded before the product with
-    the weight, as DeepSeek's code does.
-
-    Args:
-        x, residual: [T, D], contiguous D.
-        weight: [D]; eps: added to the mean square.
-
-    Returns:
-        The normalised rows and y (x itself without a residual), both [T, D] in x's dtype.
-    """
+    """y = x + residual (or x), normalised: y / rms(y) · weight, and y itself. x and residual [T, D] with contiguous D,
+    weight [D] -> both [T, D] in x's dtype; eps is added to the mean square. Computed in float32 and rounded before the
+    product with the weight, as DeepSeek's code does."""
     if not use_triton(x):
         return rms_norm_ref(x, weight, eps, residual)
     tokens, dim = x.shape

@@ -22,8 +22,7 @@ class Meeting:
         programs: the most that a kernel has, on every rank the same, at most MAX_PROGRAMS.
         pads: [N] int64, addresses of every rank's [N, MAX_PROGRAMS] int32, zero at first. Entry [n, p] is how many
             meetings program p of rank n has come to; rank n itself writes it everywhere.
-        epochs: [MAX_PROGRAMS] int32, how many meetings this rank's program p has been through.
-    """
+        epochs: [MAX_PROGRAMS] int32, how many meetings this rank's program p has been through."""
 
     rank: int
     pads: Tensor
@@ -35,8 +34,7 @@ class Meeting:
         peers = len(self.pads)
         kernel[(max(1, min(self.programs, tiles)),)](
             self.pads, self.epochs, self.rank, tiles, *args, **constants,
-            PEERS=peers, LANES=triton.next_power_of_2(peers),
-            num_warps=max(4, min(16, tile // 512)),
+            PEERS=peers, LANES=triton.next_power_of_2(peers), num_warps=max(4, min(16, tile // 512)),
         )  # fmt: skip
 
 
@@ -120,27 +118,21 @@ def merge_peers(
     """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
 
     Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room
-    for their LSEs, which are put there here: attention back-ends write them where they like.
-
-    Args:
-        staged_lse: [T, N * H] float32, that place in this rank's buffer, where `lse`, this rank's, is copied to.
-        out: [T, H, dim], contiguous, to be written, of the partial outputs' dtype; merged: [T, H] float32, likewise.
-    """
+    for their LSEs. This rank's `lse` is put there here, into staged_lse [T, N * H] float32: attention back-ends write
+    it where they like. Writes out [T, H, dim], contiguous, of the partial outputs' dtype, and merged [T, H] float32."""
     tokens, heads = lse.shape
     own, dim = out.shape[1:]
     width = triton.next_power_of_2(dim)
     rows = max(1, min(4096 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
     meeting.launch(
-        merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged,
-        tokens, heads, own, dim, *lse.stride(), lse_offset // 4,
-        tile=rows * width, ROWS=rows, DIM=width,
+        merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged, tokens, heads, own, dim,
+        *lse.stride(), lse_offset // 4, tile=rows * width, ROWS=rows, DIM=width,
     )  # fmt: skip
 
 
 @triton.jit
 def merge_kernel(
-    pads, epochs, rank, tiles, pointers, staged_lse, lse, out, merged, tokens, heads, own, dim,
-    lse_t, lse_h, lse_offset,
+    pads, epochs, rank, tiles, pointers, staged_lse, lse, out, merged, tokens, heads, own, dim, lse_t, lse_h, offset,
     ROWS: tl.constexpr, DIM: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS (token, own head) pairs; program p of every rank does the same tiles."""
@@ -165,7 +157,7 @@ def merge_kernel(
             parts += (tl.load(part, mask=there[:, None] & (d < dim), other=0.0),)  # type: ignore[assignment]
         tl.debug_barrier()  # so that all loads are under way before one is waited for
         for i in tl.static_range(PEERS):
-            part_lse = peer_pointer(pointers, i, merged) + lse_offset + place
+            part_lse = peer_pointer(pointers, i, merged) + offset + place
             lses += (tl.load(part_lse, mask=there, other=-float("inf")),)  # type: ignore[assignment]
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from itertools import takewhile
 
 
 class BlockManager:
@@ -14,23 +15,11 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, tokens_per_block: int, prefix_cache: bool = True) -> None:
         self.num_blocks, self.tokens_per_block, self.prefix_cache = num_blocks, tokens_per_block, prefix_cache
-        self.ref_counts = [0] * num_blocks
         self.free: deque[int] = deque(range(num_blocks))
+        self.live: dict[int, int] = {}  # with how many requests use it
         self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self.hash_of: dict[int, bytes] = {}
         self.block_of: dict[bytes, int] = {}
-
-    @property
-    def num_free(self) -> int:
-        return len(self.free)
-
-    @property
-    def num_cached(self) -> int:
-        return len(self.cached)
-
-    @property
-    def num_live(self) -> int:
-        return sum(count > 0 for count in self.ref_counts)
 
     @property
     def num_available(self) -> int:
@@ -41,30 +30,21 @@ class BlockManager:
         """`count` blocks with one reference each, or None (and no change) if there are too few."""
         if count > self.num_available:
             return None
-        blocks = []
-        for _ in range(count):
-            if self.free:
-                block = self.free.popleft()
-            else:
-                block, _ = self.cached.popitem(last=False)
-                del self.block_of[self.hash_of.pop(block)]
-            self.ref_counts[block] = 1
-            blocks.append(block)
+        while len(self.free) < count:
+            block, _ = self.cached.popitem(last=False)
+            del self.block_of[self.hash_of.pop(block)]
+            self.free.append(block)
+        blocks = [self.free.popleft() for _ in range(count)]
+        self.live |= dict.fromkeys(blocks, 1)
         return blocks
-
-    def share(self, blocks: Sequence[int]) -> None:
-        """Take one more reference to each block; a cached one becomes live."""
-        for block in blocks:
-            self.ref_counts[block] += 1
-            self.cached.pop(block, None)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block; an unused one is cached if its content is known."""
         # The end of a sequence is worth less than its beginning: it becomes the older entry.
         for block in reversed(blocks):
-            self.ref_counts[block] -= 1
-            assert self.ref_counts[block] >= 0, f"block {block} was released twice"
-            if self.ref_counts[block] == 0:
+            self.live[block] -= 1
+            if self.live[block] == 0:
+                del self.live[block]
                 if block in self.hash_of:
                     self.cached[block] = None
                 else:
@@ -78,13 +58,12 @@ class BlockManager:
             content = array("q", tokens[index * size : (index + 1) * size]).tobytes()
             hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The longest run of known blocks for these hashes from the beginning; takes no reference."""
-        blocks: list[int] = []
-        for digest in hashes:
-            if digest not in self.block_of:
-                break
-            blocks.append(self.block_of[digest])
+    def share(self, hashes: Sequence[bytes]) -> list[int]:
+        """The longest run of known blocks for these hashes from the beginning, with one more reference to each."""
+        blocks = [self.block_of[digest] for digest in takewhile(self.block_of.__contains__, hashes)]
+        for block in blocks:
+            self.live[block] = self.live.get(block, 0) + 1
+            self.cached.pop(block, None)
         return blocks
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:

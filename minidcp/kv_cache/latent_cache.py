@@ -8,17 +8,10 @@ import torch
 from torch import Tensor
 
 
-class LatentCache:
+def make_latent_cache(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`shape` is [layers, num_blocks, block_size, latent_dim]. Zeroed once, because attention kernels may read (and
     mask) the unused slots of a request's last block: whatever memory held before could be NaN."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        if device.type == "cpu":  # numpy's zeros take memory only where something is written
-            memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            self.blocks = torch.from_numpy(memory).view(dtype).view(shape)
-        else:
-            self.blocks = torch.zeros(shape, dtype=dtype, device=device)
-
-    def layer(self, index: int) -> Tensor:
-        """One layer's [num_blocks, block_size, latent_dim]."""
-        return self.blocks[index]
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # takes memory only where something is written
+    return torch.from_numpy(memory).view(dtype).view(shape)

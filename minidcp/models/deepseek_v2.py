@@ -1,8 +1,7 @@
 """DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it.
 
 Prefill attends in MHA form, decode in absorbed form; `MLAAttention` shows them side by side. What a kernel does is in
-`kernels/`, who holds which token in `kv_cache/interleave.py`.
-"""
+`kernels/`, who holds which token in `kv_cache/interleave.py`."""
 
 from dataclasses import dataclass
 
@@ -14,10 +13,9 @@ from minidcp.batch import CacheRows, ForwardBatch
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
-from minidcp.kv_cache.latent_cache import LatentCache
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding, join
-from minidcp.models.rope import RotaryEmbedding
+from minidcp.models.rope import rotary_table
 from minidcp.models.weights import Shard, Weights
 from minidcp.parallel.exchange import Exchange, exchange_p2p, gather_heads
 from minidcp.parallel.state import ParallelState
@@ -48,36 +46,36 @@ class MLAAttention:
         self.attention, self.exchange = blueprint.attention, blueprint.exchange
         self.num_heads = c.num_attention_heads // tp.size
         own_heads = Shard(0, tp.rank, tp.size)
-        group_heads = Shard(0, state.dcp_group_index, tp.size // dcp.size)
-        first = dcp.rank * self.num_heads  # of this rank's heads among the group's
+        group_heads = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
+        own = slice(dcp.rank * self.num_heads, (dcp.rank + 1) * self.num_heads)  # of the group's heads
 
-        kv_a = Linear(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
-        kv_a.reorder_rope(1, c.qk_rope_head_dim)
+        kv_a = Linear.read(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
+        kv_a = kv_a.reorder_rope(1, c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS)
         lora, q_in, q_scope = c.q_lora_rank is not None, c.q_lora_rank or c.hidden_size, weights.scope("q_proj")
         if lora:
-            q_a = Linear(c.hidden_size, q_in, weights.scope("q_a_proj"), bias=bias)
+            q_a = Linear.read(c.hidden_size, q_in, weights.scope("q_a_proj"), bias=bias)
             self.q_a_layernorm = RMSNorm(q_in, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
             q_scope = weights.scope("q_b_proj")
         q_shard = group_heads if self.replicated_q else own_heads
-        q = Linear(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
-        q.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
+        q = Linear.read(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
+        q = q.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
         # What is computed from the layer's input in one product, the latents last; then q, where it is not among it.
         self.a_proj = join(q_a, kv_a) if lora else kv_a if self.replicated_q else join(q, kv_a)
         self.q_b_proj = q if lora or self.replicated_q else None
         self.own_q_b_proj = self.q_b_proj
         if self.replicated_q:
-            self.own_q_b_proj = q.part(slice(first * c.qk_head_dim, (first + self.num_heads) * c.qk_head_dim))
+            self.own_q_b_proj = Linear(q.weight.view(-1, c.qk_head_dim, q_in)[own].flatten(0, 1))
 
         width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
         kv_b_proj = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
         w_uk, w_uv = kv_b_proj.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self.group_w_uk, self.group_w_uv = w_uk, w_uv  # [G or H, nope, C], [G or H, v, C]
-        own = slice(first, first + self.num_heads) if blueprint.group_heads else slice(None)
+        own = own if blueprint.group_heads else slice(None)
         self.w_uk, self.w_uv = w_uk[own], w_uv[own]  # [H, nope, C], [H, v, C]; views, no second copy
 
         o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
-        self.o_proj = Linear(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
+        self.o_proj = Linear.read(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden], replicated -> this rank's summand of the output [T, hidden]."""
@@ -113,16 +111,13 @@ class MLAAttention:
 
         Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can stand on either
         side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per head. Narrow: the group's
-        heads, 192 and 128 cross. Where ranks read each other's memory, what crosses is written there at once.
-        """
+        heads, 192 and 128 cross. Where ranks read each other's memory, what crosses is written there at once."""
         c, dcp, tokens = self.config, self.state.dcp, len(q)
         if rows.narrow and not self.replicated_q:
             q = gather_heads(q, dcp)  # [T, G, nope + rope]
         q_nope, q_pe = self.split_heads(q)
-        if rows.narrow or self.replicated_q:
+        if rows.narrow or self.replicated_q or dcp.size == 1:
             q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)
-        elif dcp.size == 1:
-            q_latent = multiply_by_head(q_nope, self.w_uk.mT)
         else:
             wide = dcp.empty((tokens, self.num_heads, c.latent_dim), q)
             multiply_by_head(q_nope, self.w_uk.mT, wide[..., : c.kv_lora_rank])
@@ -214,17 +209,17 @@ class DeepseekV2ForCausalLM:
             by_token = Shard(0, state.tp.rank, state.tp.size)
             head = weights.read("lm_head.weight", config.vocab_size, config.hidden_size, shard=by_token)
         self.lm_head = LMHead(head, config.vocab_size, state.tp)
-        self.rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim, max_model_len, head.device)
+        self.cos_sin = rotary_table(config.rope, config.qk_rope_head_dim, max_model_len).to(head.device)
 
-    def __call__(self, token_ids: Tensor, cache: LatentCache, batch: ForwardBatch) -> Tensor:
+    def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> this rank's logits [S, V / N] of the batch's sampled tokens; see `LMHead`."""
         for rows in (batch.decode, batch.context):
             if isinstance(rows, CacheRows):
                 self.attention.plan(rows)
-        cos_sin = self.rotary.at(batch.positions)
+        cos_sin = self.cos_sin[batch.positions]  # shared by all layers
         x, residual = self.embed_tokens(token_ids), None
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos_sin, cache.layer(i), batch)
+            x, residual = layer(x, residual, cos_sin, cache[i], batch)
         assert residual is not None
         if not len(batch.sample_index):  # chunks that end before their prompts do
             return x.new_empty(0, len(self.lm_head.weight))

@@ -1,11 +1,10 @@
 """The parts of DeepSeek-V2 that are not attention: norms, embedding, MLPs and experts.
 
 Plain callables over plain tensors. Attributes carry Hugging Face's names; sharded ones hold this rank's part.
-`deepseek_v2.py` puts them together.
-"""
+`deepseek_v2.py` puts them together."""
 
-import copy
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,28 +36,26 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps, residual)
 
 
+@dataclass(frozen=True)
 class Linear:
-    """x @ weight.T (+ bias). With a shard of dim 0 the outputs are this rank's; with one of dim 1 the inputs are, and
-    the result is this rank's summand (the bias is then added on rank 0 only)."""
+    """x @ weight.T (+ bias)."""
 
-    def __init__(self, in_dim: int, out_dim: int, weights: Weights, shard: Shard = WHOLE, bias: bool = False) -> None:
-        self.weight = weights.read("weight", out_dim, in_dim, shard=shard)
-        self.bias = weights.read("bias", out_dim, shard=WHOLE if shard.dim == 1 else shard) if bias else None
-        if shard.dim == 1 and shard.index > 0:
-            self.bias = None
+    weight: Tensor
+    bias: Tensor | None = None
 
-    def reorder_rope(self, num_heads: int, rope_dim: int) -> None:
-        """Make each head's last `rope_dim` outputs halves instead of pairs."""
-        self.weight = deinterleave_rope_rows(self.weight, num_heads, rope_dim)
-        if self.bias is not None:
-            self.bias = deinterleave_rope_rows(self.bias, num_heads, rope_dim)
+    @classmethod
+    def read(cls, in_dim: int, out_dim: int, weights: Weights, shard: Shard = WHOLE, bias: bool = False) -> "Linear":
+        """With a shard of dim 0 the outputs are this rank's; with one of dim 1 the inputs are, and the result is this
+        rank's summand (the bias is then added on rank 0 only)."""
+        parts = [weights.read("weight", out_dim, in_dim, shard=shard)]
+        if bias:
+            parts.append(weights.read("bias", out_dim, shard=WHOLE if shard.dim == 1 else shard))
+        return cls(*parts[: 1 if shard.dim == 1 and shard.index > 0 else 2])
 
-    def part(self, rows: slice) -> "Linear":
-        """The same without a bias, for some of the outputs; the weights are shared."""
-        assert self.bias is None
-        part = copy.copy(self)
-        part.weight = self.weight[rows]
-        return part
+    def reorder_rope(self, num_heads: int, rope_dim: int) -> "Linear":
+        """The same with each head's last `rope_dim` outputs as halves instead of pairs."""
+        parts = [x for x in (self.weight, self.bias) if x is not None]
+        return Linear(*(deinterleave_rope_rows(x, num_heads, rope_dim) for x in parts))
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Into `out` [T, out_dim], if one is given."""
@@ -66,13 +63,11 @@ class Linear:
         return result if self.bias is None else result.add_(self.bias)
 
 
-def join(first: Linear, second: Linear) -> Linear:
-    """One product for two of the same input: the outputs side by side."""
-    joint = copy.copy(first)
-    joint.weight = torch.cat([first.weight, second.weight])
-    biases = [x.bias if x.bias is not None else x.weight.new_zeros(len(x.weight)) for x in (first, second)]
-    joint.bias = torch.cat(biases) if first.bias is not None or second.bias is not None else None
-    return joint
+def join(*parts: Linear) -> Linear:
+    """One product for several of the same input: the outputs side by side."""
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts]
+    biased = any(p.bias is not None for p in parts)
+    return Linear(torch.cat([p.weight for p in parts]), torch.cat(biases) if biased else None)
 
 
 class VocabParallelEmbedding:

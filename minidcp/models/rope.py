@@ -1,8 +1,7 @@
 """Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves.
 
 The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which
-rotating halves gives bit for bit the same scores.
-"""
+rotating halves gives bit for bit the same scores."""
 
 import math
 
@@ -31,14 +30,7 @@ def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
     return plain / config.factor * stretched + plain * (1 - stretched)
 
 
-class RotaryEmbedding:
+def rotary_table(config: RopeConfig, dim: int, max_position: int) -> Tensor:
     """cos and sin of every position: [max_position, dim] float32, halves side by side."""
-
-    def __init__(self, config: RopeConfig, dim: int, max_position: int, device: torch.device) -> None:
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse_frequencies(config, dim))
-        table = torch.cat([angles.cos(), angles.sin()], -1) * config.rotation_mscale()
-        self.cos_sin = table.to(device)
-
-    def at(self, positions: Tensor) -> Tensor:
-        """[T, dim] for positions [T]; once per step, shared by all layers."""
-        return self.cos_sin[positions]
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse_frequencies(config, dim))
+    return torch.cat([angles.cos(), angles.sin()], -1) * config.rotation_mscale()

@@ -1,8 +1,7 @@
 """Where weights come from: safetensors read slice by slice, so that a rank reads only its share.
 
 The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks
-some or holds others is refused with a list before a byte is read.
-"""
+some or holds others is refused with a list before a byte is read."""
 
 import json
 import zlib

@@ -1,8 +1,7 @@
 """Collectives between ranks: one contract, and its implementations for processes and for threads.
 
 Where a collective takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as
-the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s.
-"""
+the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
 
 import threading
 
@@ -28,7 +27,7 @@ class Group:
 
     def count(self, x: Tensor, peers: float = 1) -> None:
         """Note that as many bytes as x has came from each of so many other ranks."""
-        self.received_bytes += int(x.nbytes * peers)
+        self.received_bytes += round(x.nbytes * peers)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of x [T, D]."""
@@ -85,48 +84,38 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Rendezvous:
-    """What the threads of one ThreadGroup share: a barrier, and a place for each rank's tensor."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size)
-        # Two sets of places, used in turn. A rank can be at most one collective ahead of the slowest: it passes barrier
-        # n + 1 only after all have read what barrier n published, so when it writes for n + 2 nobody reads the places
-        # of n any more. Hence one barrier per collective is enough.
-        self.places: list[list[Tensor | None]] = [[None] * size, [None] * size]
-
-
 class ThreadGroup(Group):
-    """Ranks are threads of one process: for the CPU, where eight ranks then start in a moment."""
+    """Ranks are threads of one process: for the CPU, where eight ranks then start in a moment. They share the barrier,
+    and two sets of places for each rank's tensor, used in turn. A rank can be at most one collective ahead of the
+    slowest: it passes barrier n + 1 only after all have read what barrier n published, so when it writes for n + 2
+    nobody reads the places of n any more. Hence one barrier per collective is enough."""
 
-    def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
-        self.rendezvous, self.rank, self.size = rendezvous, rank, rendezvous.barrier.parties
-        self.calls = 0
+    def __init__(self, rank: int, barrier: threading.Barrier, places: list[list[Tensor | None]]) -> None:
+        self.rank, self.size = rank, barrier.parties
+        self.barrier, self.places, self.calls = barrier, places, 0
 
-    def publish(self, x: Tensor) -> list[Tensor]:
-        """Every rank's x. A copy is published: its owner may go on and overwrite x before all have read."""
-        places = self.rendezvous.places[self.calls % 2]
+    def publish(self, x: Tensor, peers: float) -> list[Tensor]:
+        """Every rank's x, as much of it received as `count` is told. A copy is published: its owner may go on and
+        overwrite x before all have read."""
+        self.count(x, peers)
+        places = self.places[self.calls % 2]
         self.calls += 1
         places[self.rank] = x.clone()
         try:
-            self.rendezvous.barrier.wait()
+            self.barrier.wait()
         except threading.BrokenBarrierError:
             raise threading.BrokenBarrierError("another rank of this engine failed") from None
         return [place for place in places if place is not None]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self.count(x, self.size - 1)
         # Summed by every rank in the same order, hence the same bits everywhere.
-        return torch.stack(self.publish(x)).sum(0)
+        return torch.stack(self.publish(x, self.size - 1)).sum(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        self.count(x, self.size - 1)
-        return torch.stack(self.publish(x), 1)
+        return torch.stack(self.publish(x, self.size - 1), 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        self.count(x[:, 0], self.size - 1)
-        return torch.stack([part[:, self.rank] for part in self.publish(x)]).sum(0)
+        return torch.stack([part[:, self.rank] for part in self.publish(x, 1 - 1 / self.size)]).sum(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        self.count(x[:, 0], self.size - 1)
-        return torch.stack([part[:, self.rank] for part in self.publish(x)], 1)
+        return torch.stack([part[:, self.rank] for part in self.publish(x, 1 - 1 / self.size)], 1)

@@ -1,14 +1,16 @@
 """Which groups a rank belongs to. Built once per rank and handed to constructors; there is no global."""
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from minidcp.config import ParallelConfig
-from minidcp.parallel.group import Group, Rendezvous, ThreadGroup, TorchGroup
+from minidcp.parallel.group import Group, ThreadGroup, TorchGroup
 from minidcp.parallel.symmetric import SymmetricGroup
 
 # A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
@@ -17,8 +19,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class ParallelState:
-    """One rank's view: `tp` are all ranks, `dcp` those that share a KV cache with this one: a run of consecutive tp
-    ranks, so the heads of a DCP group are consecutive too."""
+    """One rank's view: `tp` are all ranks, `dcp` those that share an interleaved KV cache with this one and attend with
+    the heads of all of them: ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g, so its heads are consecutive.
+    """
 
     tp: Group
     dcp: Group
@@ -33,41 +36,34 @@ class ParallelState:
     def received_bytes(self) -> int:
         return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
 
-    @property
-    def rank(self) -> int:
-        return self.tp.rank
 
-    @property
-    def dcp_group_index(self) -> int:
-        return self.tp.rank // self.dcp.size
-
-
-def build_thread_states(config: ParallelConfig) -> tuple[list[ParallelState], list[Rendezvous]]:
+def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
     """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
-    size = config.dcp_size
-    tp = Rendezvous(config.tp_size)
-    dcp = [Rendezvous(size) for _ in range(config.tp_size // size)]
-
-    def join(rendezvous: Rendezvous, rank: int) -> Group:
-        return ThreadGroup(rendezvous, rank) if rendezvous.barrier.parties > 1 else Group()
-
-    states = [ParallelState(join(tp, r), join(dcp[r // size], r % size)) for r in range(config.tp_size)]
-    return states, [tp, *dcp]
+    barriers = [threading.Barrier(tp_size), *(threading.Barrier(dcp_size) for _ in range(tp_size // dcp_size))]
+    tp, *dcp = (join_threads(barrier) for barrier in barriers)
+    return [ParallelState(*groups) for groups in zip(tp, chain(*dcp), strict=True)], barriers
 
 
-def init_process_state(config: ParallelConfig, comm: str, device: torch.device) -> ParallelState:
+def join_threads(barrier: threading.Barrier) -> list[Group]:
+    """The group of as many ranks as meet at the barrier, as each of them has it."""
+    size = barrier.parties
+    places: list[list[Tensor | None]] = [[None] * size, [None] * size]
+    return [ThreadGroup(rank, barrier, places) for rank in range(size)] if size > 1 else [Group()]
+
+
+def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.device) -> ParallelState:
     """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own launcher has set,
     and build this rank's groups. `comm` is "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers."""
     if comm == "symmetric":
-        sharing = count_ranks_per_gpu(config.tp_size)
+        sharing = count_ranks_per_gpu(tp_size)
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         if sharing > 1:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
             programs = max(1, programs // (8 * sharing))  # the late ones need room
     if not dist.is_initialized():
         kind, mine = "nccl" if comm == "nccl" else "gloo", int(os.environ["RANK"])
-        dist.init_process_group(kind, "env://", COLLECTIVE_TIMEOUT, world_size=config.tp_size, rank=mine)
-    rank, size, world = dist.get_rank(), config.dcp_size, dist.group.WORLD
+        dist.init_process_group(kind, "env://", COLLECTIVE_TIMEOUT, world_size=tp_size, rank=mine)
+    rank, world = dist.get_rank(), dist.group.WORLD
     assert world is not None
 
     def wrap(group: dist.ProcessGroup) -> Group:
@@ -76,12 +72,12 @@ def init_process_state(config: ParallelConfig, comm: str, device: torch.device) 
         return SymmetricGroup(group, device, programs) if comm == "symmetric" else TorchGroup(group)
 
     tp = wrap(world)
-    if size == config.tp_size:
+    if dcp_size == tp_size:
         return ParallelState(tp, tp)
     dcp: Group = Group()
-    for first in range(0, config.tp_size, size):  # every process must take part in every new_group
-        group = dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT)
-        if first <= rank < first + size:
+    for first in range(0, tp_size, dcp_size):  # every process must take part in every new_group
+        group = dist.new_group(list(range(first, first + dcp_size)), timeout=COLLECTIVE_TIMEOUT)
+        if first <= rank < first + dcp_size:
             dcp = wrap(group)
     return ParallelState(tp, dcp)
 

@@ -1,8 +1,7 @@
 """Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink.
 
 The buffers are allocated once, with the same layout on every rank, so CUDA graphs can hold their addresses. The
-contract is in `group.py`, the kernels are in `kernels/peer.py`.
-"""
+contract is in `group.py`, the kernels are in `kernels/peer.py`."""
 
 import math
 from collections.abc import Iterator
@@ -29,8 +28,7 @@ class SymmetricGroup(Group):
     rank that writes for collective n + 2 has met all peers in n + 1, and they came there only after their kernels of n
     had read what n's half held. A CUDA graph repeats the halves it was captured with: a step begins with `begin_step`.
 
-    At most `programs` of a kernel wait at once: where ranks share a GPU they leave room for whatever they wait for.
-    """
+    At most `programs` of a kernel wait at once: where ranks share a GPU they leave room for whatever they wait for."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
         self.rank, self.size, self.calls = group.rank(), group.size(), 0

@@ -55,12 +55,12 @@ def test_layers(checkpoint: Oracle) -> None:
                 if isinstance(rows, CacheRows):
                     runner.attention.plan(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
-            x = torch.randn(plan.num_tokens, 256).bfloat16()
+            x = torch.randn(sum(plan.lengths), 256).bfloat16()
             outputs = []
             for runner, layer, batch in ((cpu, theirs, batches[0]), (gpu, ours, batches[1])):
                 own = x.to(runner.device, runner.dtype)
-                cos_sin = runner.model.rotary.at(batch.positions)
-                attended = layer.self_attn(own, cos_sin, runner.cache.layer(i), batch)
+                cos_sin = runner.model.cos_sin[batch.positions]
+                attended = layer.self_attn(own, cos_sin, runner.cache[i], batch)
                 outputs.append((attended.float().cpu(), layer.mlp(own).float().cpu()))
             for name, expected, actual in zip(("attention", "mlp"), *outputs, strict=True):
                 error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)

@@ -49,8 +49,8 @@ def test_a_thousand_requests_with_aborts(checkpoint: Oracle) -> None:
                 finished.add(delta.request_id)
                 live.discard(delta.request_id)
         blocks = engine.blocks
-        assert blocks.num_free + blocks.num_cached + blocks.num_live == blocks.num_blocks
-    assert engine.blocks.num_live == 0 and len(finished) > 700
+        assert len(blocks.free) + len(blocks.cached) + len(blocks.live) == blocks.num_blocks
+    assert len(engine.blocks.live) == 0 and len(finished) > 700
     engine.close()
 
     sampled = sorted(finished)[:: len(finished) // 60]

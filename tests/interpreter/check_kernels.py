@@ -42,7 +42,7 @@ def test_merge(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype)
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
     for function in (merge.merge_partials_ref, merge.merge_partials):
-        out, lse = function(outs, lses, dtype)
+        out, lse = function(outs, lses, dtype, None)
         torch.testing.assert_close(out.double(), expected, **tolerance(dtype))
         torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
         assert out.dtype == dtype and lse[0, 0] == -torch.inf and (out[0, 0] == 0).all()
@@ -56,7 +56,7 @@ def test_merge_reads_the_packed_layout() -> None:
     packed[..., 32:].view(torch.float32)[..., 0] = lses
     views = packed[..., :32], packed[..., 32:].view(torch.float32)[..., 0]
     packed_result = merge.merge_partials(*views, torch.bfloat16)
-    for a, b in zip(packed_result, merge.merge_partials_ref(outs, lses, torch.bfloat16), strict=True):
+    for a, b in zip(packed_result, merge.merge_partials_ref(outs, lses, torch.bfloat16, None), strict=True):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
 
 

@@ -1,11 +1,23 @@
-"""`minidcp plan`: what a deployment would hold and how fast it would decode, from config.json alone. Memory is counted
-as the engine counts it; a step takes its floor and what measured ones took beyond theirs. Prompts are left out."""
+"""What a deployment would hold and how fast it would decode, from config.json alone.
 
+    python benchmarks/plan.py deepseek-ai/DeepSeek-V2 --gpu h100 --tp-size 8 --dcp-size 1,2,4,8 --context 4750 \\
+        --concurrency 1..512 --plot plan.png
+
+Memory is counted as the engine counts it; a step takes its floor and what measured ones took beyond theirs. Prompts are
+left out. All of the engine's flags are here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
 from collections import Counter
 from typing import Any
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.config import EngineConfig, divisors, require
+from minidcp.cli import add_engine_flags, engine_config
+from minidcp.config import EngineConfig, divisors, flag, require
 from minidcp.engine.model_runner import GRAPH_BYTES
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
@@ -168,3 +180,57 @@ def draw(title: str, steps: list[dict[str, Any]], file: str) -> None:
     axis.set(title=title, xlabel="concurrent requests", ylabel="output tokens per second, estimated", xscale="log")
     axis.legend()
     figure.savefig(file)
+
+
+def parse_counts(name: str, text: str) -> list[int]:
+    """Integers by commas, or 1..512 for the powers of two in it and its ends."""
+    first, dots, last = text.partition("..")
+    try:
+        counts = [int(n) for n in ((first, last) if dots else text.split(","))]
+    except ValueError:
+        counts = [0]
+    right = min(counts) >= 1 and counts == sorted(counts)
+    require(right, f"{flag(name)} {text!r}: must be rising integers, such as 1,8,64 or 1..512")
+    return sorted({*counts, *(1 << i for i in range(31) if dots and counts[0] < 1 << i < counts[1])})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
+    add_engine_flags(parser)  # --dcp-size is declared anew
+    add = parser.add_argument
+    add("--dcp-size", "--decode-context-parallel-size", "-dcp", default="1", help="one or several: 1,2,4,8")
+    add("--gpu", required=True, help=f"{', '.join(GPUS)}, or memory=…,bandwidth=…,flops=…,link=… (in bytes)")
+    add("--context", type=int, default=4096, help="tokens of a request, in the mean while it decodes")
+    add("--concurrency", default="1..512", help="requests at once: a range, or several by commas")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", metavar="FILE", help="chart of tokens/s, .png or .svg")
+    return parser
+
+
+def plan(args: argparse.Namespace) -> None:
+    concurrency, sizes = (parse_counts(name, getattr(args, name)) for name in ("concurrency", "dcp_size"))
+    args.max_num_seqs = max(args.max_num_seqs, *concurrency)
+    configs = [engine_config(argparse.Namespace(**vars(args) | {"dcp_size": size})) for size in sizes]
+    plans = [Plan(config, find_gpu(args.gpu), args.context) for config in configs]
+    title = f"{configs[0].model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
+    memory, steps = [p.memory for p in plans], [p.time_step(n) for p in plans for n in concurrency]
+    result = {"title": title, "memory": memory, "steps": steps}
+    print(json.dumps(result) if args.json else describe(title, memory, steps))
+    if args.plot:
+        draw(title, steps, args.plot)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 2 for a user's error."""
+    try:
+        plan(build_parser().parse_args(argv))
+    except ValueError as error:
+        print(f"plan: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
