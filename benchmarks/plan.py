@@ -177,7 +177,12 @@ def draw(title: str, steps: list[dict[str, Any]], file: str) -> None:
     for dcp in dict.fromkeys(s["dcp_size"] for s in steps):
         points = [(s["concurrency"], s["tokens_per_s"]) for s in steps if s["dcp_size"] == dcp]
         axis.plot(*zip(*points, strict=True), marker="o", label=f"dcp {dcp}")
-    axis.set(title=title, xlabel="concurrent requests", ylabel="output tokens per second, estimated", xscale="log")
+    axis.set(title=title, xlabel="concurrent requests", ylabel="output tokens per second, estimated")
+    levels = sorted({s["concurrency"] for s in steps})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(levels, [str(level) for level in levels])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(file)
 
