@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from checkpoints import NUM_STEPS, Oracle, make_checkpoint
 
 from minidcp import LLM, RequestOutput, SamplingParams
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.kv_cache.latent_cache import LatentCache
+from minidcp.engine import model_runner
 
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 EXCHANGES = list(product(("ag_rs", "a2a"), ("wide", "narrow")))
@@ -109,12 +110,13 @@ def test_prefix_cache(v2: Oracle, prefix_cache: bool) -> None:
 @pytest.mark.parametrize(("comm", "policy"), EXCHANGES)
 def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in every cache slot that no token has been written to, and NaN outputs of empty shards."""
-    allocate, decode = LatentCache.__init__, ReferenceBackend.decode
-    empty = 0
+    allocate, decode = model_runner.make_latent_cache, ReferenceBackend.decode
+    caches = empty = 0
 
-    def poisoned_cache(self: LatentCache, *args: object) -> None:
-        allocate(self, *args)  # type: ignore[arg-type]
-        self.blocks.fill_(torch.nan)
+    def poisoned_cache(*args: Any) -> torch.Tensor:
+        nonlocal caches
+        caches += 1
+        return allocate(*args).fill_(torch.nan)
 
     def poisoned_decode(self: ReferenceBackend, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal empty
@@ -122,10 +124,10 @@ def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPa
         empty += int((lse == -torch.inf).sum())
         return out.masked_fill((lse == -torch.inf)[..., None], torch.nan), lse
 
-    monkeypatch.setattr(LatentCache, "__init__", poisoned_cache)
+    monkeypatch.setattr(model_runner, "make_latent_cache", poisoned_cache)
     monkeypatch.setattr(ReferenceBackend, "decode", poisoned_decode)
     run(v2, 8, 8, comm, policy, max_num_batched_tokens=256)
-    assert empty > 0
+    assert caches == 8 and empty > 0
 
 
 def test_bf16_runs_close_to_fp32(v2: Oracle) -> None:
