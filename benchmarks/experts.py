@@ -204,7 +204,7 @@ def compare_product(name: str, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,2,8,32,128,256,512,2048,16384", help="tokens")
+    parser.add_argument("--batch", default="1,2,4,8,16,32,64,128,256,384,512,1024,4096,16384", help="tokens")
     parser.add_argument("--write", type=Path, help="where to write the tiles that win")
     parser.add_argument("--products", default="1,2,4,8,16", help="tokens; none: leave the other products out")
     args = parser.parse_args()

@@ -47,8 +47,7 @@ class Metrics(Collector):
         shapes = HISTOGRAMS.items()
         self.histograms = {name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in shapes}
         self.success = self.make(Counter, "vllm:request_success", "finished requests", "finished_reason")
-        what = "of rank 0 in a step"
-        self.step_seconds = self.make(Histogram, "minidcp:step_seconds", what, "kind", buckets=LATENCIES)
+        self.step_seconds = self.make(Histogram, "minidcp:step_seconds", "on rank 0", "kind", buckets=LATENCIES)
         self.times: dict[str, Times] = {}
         self.started = time.monotonic()
 

@@ -61,10 +61,8 @@ class Tokenization:
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
-        if body.messages:
-            ids = await self.encode_chat(body)
-        else:
-            ids = await self.encode(body.prompt or "", body.add_special_tokens)
+        text, special = body.prompt or "", body.add_special_tokens
+        ids = await (self.encode_chat(body) if body.messages else self.encode(text, special))
         names = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids] if body.return_token_strs else None
         longest = self.engine.engine.max_model_len
         return TokenizeResponse(count=len(ids), max_model_len=longest, tokens=ids, token_strs=names)

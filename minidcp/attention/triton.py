@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from minidcp.batch import CacheRows, Varlen
+from minidcp.kernels import shared_memory
 from minidcp.kernels.mla_decode import DeviceLimits, mla_decode
 
 
@@ -17,12 +17,8 @@ class TritonBackend:
 
     def __init__(self, softmax_scale: float, device: torch.device) -> None:
         self.softmax_scale = softmax_scale
-        properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-        self.limits = DeviceLimits(
-            properties["multiprocessor_count"],
-            properties["max_shared_mem"],
-            hopper=torch.cuda.get_device_capability(device)[0] == 9,
-        )
+        count, hopper = torch.cuda.get_device_properties(device).multi_processor_count, (9, 0)
+        self.limits = DeviceLimits(count, shared_memory(), torch.cuda.get_device_capability(device) == hopper)
 
     def plan(self, rows: CacheRows) -> None:
         pass

@@ -14,6 +14,7 @@ from minidcp.batch import BlockTables, ContextPolicy, ForwardBatch, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.cuda_graph import DecodeGraphs
 from minidcp.engine.sampler import Sampled, Sampler
+from minidcp.engine.scheduler import MAX_SCORED
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import make_latent_cache
 from minidcp.model_config import ModelConfig
@@ -137,19 +138,23 @@ class ModelRunner:
         """A step of max_num_batched_tokens new tokens on as much context, which stores nothing."""
         for moe in [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)][:1]:
             moe.compile(self.budget)
-        left, plan = self.budget, StepPlan()
-        while left and len(plan.slots) < self.config.max_num_seqs:
-            length = min(left, -(-self.max_model_len // 2))
+        left, plan, longest = self.budget, StepPlan(), self.max_model_len
+        while left and (rows := self.config.max_num_seqs - len(plan.slots)):
+            length = min(left, longest, max(-(-longest // 2), -(-left // rows)))
             plan.sampling.append(len(plan.slots))
             plan.slots.append(len(plan.slots))
-            plan.starts.append(self.max_model_len - length)
+            plan.starts.append(longest - length)
             plan.lengths.append(length)
             plan.tokens += [0] * length
             left -= length
         self.cache = self.make_cache(1, 1).expand(self.model_config.num_hidden_layers, -1, -1, -1)
-        batch = self.build_batch(plan)
-        logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
-        self.model.lm_head.gather(logits)
+        policy = self.policy
+        for strategy in ("gather_kv", "gather_q") if policy.strategy == "auto" else (policy.strategy,):
+            self.policy = replace(policy, strategy=strategy)
+            batch = self.build_batch(plan)
+            logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
+        self.policy = policy
+        self.model.lm_head.gather(logits.new_empty(self.config.max_num_seqs + MAX_SCORED, logits.shape[1]))
         torch.cuda.synchronize(self.device)
 
     def make_cache(self, layers: int, num_blocks: int) -> Tensor:

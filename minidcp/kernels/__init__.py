@@ -21,6 +21,15 @@ def launch_early() -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if hopper and not triton.knobs.runtime.interpret else {"EARLY": False}
 
 
+@cache
+def shared_memory() -> int:
+    """Bytes that one program can have."""
+    if triton.knobs.runtime.interpret:
+        return 1 << 30
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return int(properties["max_shared_mem"])
+
+
 @triton.jit
 def wait_for_previous(EARLY: tl.constexpr):
     """Until all kernels before this one are done; only weights may be read before it. The next kernel may be launched

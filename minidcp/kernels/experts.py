@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels import launch_early, shared_memory, use_triton, wait_for_previous
 from minidcp.kernels.linear import add_product
 from minidcp.model_config import ModelConfig
 
@@ -81,11 +81,13 @@ def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated
     """x [T, I], or [T · K, I] one row per entry; weight [E, O, I], or [E, 2 O, I] GATED -> [T · K, O] by entry."""
     count, dim_in, dim_out = blocks.ids.numel(), x.shape[1], weight.shape[1] // (2 if gated else 1)
     out = x.new_empty(count, dim_out)
-    across = triton.cdiv(dim_out, tile.bn)
+    across, bk = triton.cdiv(dim_out, tile.bn), tile.bk * 2 // x.element_size()  # tiles are for bf16
+    stage_bytes = bk * (blocks.bm + tile.bn * (2 if gated else 1)) * x.element_size()
+    stages = max(1, min(tile.stages, shared_memory() // stage_bytes))
     experts_kernel[(blocks.most * across,)](
         x, weight, blocks.ids, blocks.entries, blocks.experts, out, blocks.most, count, count // len(x), dim_in,
-        dim_out, across, GATED=gated, DIRECT=blocks.entries is None, EVEN=dim_in % tile.bk == 0,
-        BM=blocks.bm, BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **launch_early(),
+        dim_out, across, GATED=gated, DIRECT=blocks.entries is None, EVEN=dim_in % bk == 0,
+        BM=blocks.bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=stages, **launch_early(),
     )  # fmt: skip
     return out
 
@@ -270,7 +272,7 @@ def route_kernel(
     own_weights, own_ids = tl.full([SLOTS], 1.0, tl.float32), slot
     total = 0.0
     for i in range(shared, top_k):
-        best, most = tl.argmax(scores, 0), tl.max(scores, 0)
+        best, most = tl.minimum(tl.argmax(scores, 0), experts - 1), tl.max(scores, 0)  # NaN must not reach beyond
         own_ids = tl.where(slot == i, shared + best, own_ids)
         own_weights = tl.where(slot == i, most, own_weights)
         scores = tl.where(e == best, -1.0, scores)

@@ -25,7 +25,7 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
         block, columns = 1, min(triton.next_power_of_2(dim_in), 2048 if heads * dim_out <= 2560 else 1024)
         rows = max(4, 4096 // columns)
     else:
-        block, columns = 16 if tokens <= 16 else 32, min(triton.next_power_of_2(dim_in), 512)
+        block, columns = 16 if tokens <= 16 else 32, max(16, min(triton.next_power_of_2(dim_in), 512))
         rows = 64 if columns <= 128 else 16
     if tokens:
         multiply_kernel[(triton.cdiv(dim_out, rows), heads, triton.cdiv(tokens, block))](

@@ -168,9 +168,11 @@ class MoE:
         return route(logits, self.config, self.shared)
 
     def compile(self, most: int) -> None:
-        """Run with each of the tiles that up to `most` tokens will use, so that no request waits for a compiler."""
+        """Run all that up to `most` tokens will run, so that no request waits for a compiler; the largest first, in
+        whose memory the others fit. Tiles change at their bounds, `align` at powers of two."""
         experts, hidden, inter = self.down_proj.shape
-        for tokens in list_tiles(experts, self.shared + self.config.num_experts_per_tok, hidden, inter):
+        bounds = list_tiles(experts, self.shared + self.config.num_experts_per_tok, hidden, inter)
+        for tokens in sorted({*bounds, *(1 << i for i in range(most.bit_length())), most}, reverse=True):
             self(self.gate.new_zeros(min(tokens, most), hidden))
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -111,10 +111,7 @@ class CheckpointSource:
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises ValueError with a list of what is missing, left over or of another shape than the model asks for."""
         held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
-        problems = {
-            "missing": sorted(expected.keys() - held),
-            "not part of this model": sorted(held - expected.keys()),
-        }
+        problems = {"missing": sorted(expected.keys() - held), "not part of this model": sorted(held - expected.keys())}
         wrong = []
         for name in sorted(expected.keys() & held):
             try:

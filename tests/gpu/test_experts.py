@@ -9,7 +9,7 @@ import torch
 from checkpoints import Oracle
 from torch import Tensor
 
-from minidcp.kernels.experts import route, route_ref, run_experts
+from minidcp.kernels.experts import list_tiles, route, route_ref, run_experts, run_experts_ref
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.model_config import ModelConfig
 
@@ -56,14 +56,49 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     assert torch.equal(captured, out)
 
 
+@pytest.mark.parametrize(("experts", "top_k", "hidden", "inter"), [(66, 8, 2048, 1408), (162, 8, 5120, 192)])
+def test_every_tile_of_the_table(experts: int, top_k: int, hidden: int, inter: int) -> None:
+    """V2-Lite's shape, and V2's on a rank of eight."""
+    torch.manual_seed(0)
+    gate_up, down = normal(experts, 2 * inter, hidden) * hidden**-0.5, normal(experts, hidden, inter) * inter**-0.5
+    bounds = list_tiles(experts, top_k, hidden, inter)
+    assert len(bounds) > 10, "these shapes are in tiles.json"
+    for tokens in bounds:
+        x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+        ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.to(torch.int32)
+        out, expected = (f(x, gate_up, down, weights, ids) for f in (run_experts, run_experts_ref))
+        assert relative_error(out, expected.double()) < 1e-2, f"{tokens} tokens"
+
+
+def test_experts_in_float32() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(10, 2048, device="cuda"), torch.rand(10, 6, device="cuda")
+    gate_up = torch.randn(66, 2 * 1408, 2048, device="cuda") * 2048**-0.5
+    down = torch.randn(66, 2048, 1408, device="cuda") * 1408**-0.5
+    ids = torch.rand(10, 66, device="cuda").topk(6).indices.to(torch.int32)
+    out = run_experts(x, gate_up, down, weights, ids)
+    gate, up = torch.einsum("th,teoh->teo", x.double(), gate_up[ids.long()].double()).chunk(2, -1)
+    parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
+    assert relative_error(out, (parts * weights[..., None].double()).sum(1)) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 500])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_route(checkpoint: Oracle, tokens: int, normalise: bool) -> None:
+@pytest.mark.parametrize(("count", "groups", "shared"), [(8, 4, 2), (160, 8, 0), (64, 1, 3)])
+def test_route(checkpoint: Oracle, count: int, groups: int, shared: int, tokens: int, normalise: bool) -> None:
     torch.manual_seed(tokens)
-    config = replace(ModelConfig.from_hf(checkpoint.path), norm_topk_prob=normalise)
-    logits = torch.randn(tokens, config.n_routed_experts, device="cuda") * 4
-    for ours, theirs in zip(route(logits, config, 2), route_ref(logits, config, 2), strict=True):
+    config = ModelConfig.from_hf(checkpoint.path)
+    sizes = dict(n_routed_experts=count, n_group=groups, topk_group=max(1, groups // 2), num_experts_per_tok=3)
+    config = replace(config, norm_topk_prob=normalise, **sizes)
+    logits = torch.randn(tokens, count, device="cuda") * 4
+    for ours, theirs in zip(route(logits, config, shared), route_ref(logits, config, shared), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_token_without_numbers_stays_among_the_experts(checkpoint: Oracle) -> None:
+    config = replace(ModelConfig.from_hf(checkpoint.path), n_routed_experts=160, n_group=8, topk_group=3)
+    ids = route(torch.full((3, 160), torch.nan, device="cuda"), config, 2)[1]
+    assert (ids >= 0).all() and (ids < 162).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 65])
