@@ -19,7 +19,8 @@ def test_schema(demo: Path, tmp_path: Path) -> None:
     try:
         server.wait_until_healthy()
         command = [Path(sysconfig.get_path("scripts"), "st"), "run", f"{server.url}/openapi.json", "--checks", CHECKS]
-        command += ["--max-examples", "30", "--generation-deterministic"]
+        # A chat may go on for all of the context: how long that takes is not what is tested.
+        command += ["--max-examples", "30", "--generation-deterministic", "--request-timeout", "60"]
         run = subprocess.run([*command, "--no-color"], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert run.returncode == 0, run.stdout
         found = re.search(r"(\d+) generated", run.stdout)
