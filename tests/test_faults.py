@@ -94,6 +94,7 @@ class InFlight:
         self.whole: Future[httpx.Response] = self.threads.submit(httpx.post, self.endpoint, json=body, timeout=60)
         self.streamed = self.threads.submit(self.stream)
         wait_until(lambda: len(self.lines) >= 5, 30, "the stream has not begun")
+        wait_until(lambda: httpx.get(f"{url}/load").json()["running"] == 2, 30, "the other request has not come")
 
     def stream(self) -> None:
         with httpx.stream("POST", self.endpoint, json=self.body | {"stream": True}, timeout=60) as response:
