@@ -3,7 +3,7 @@
 The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows that ranks hold
 different tokens. Read `attention/base.py` next."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +88,7 @@ class CacheRows:
     block_table: Tensor  # [B, W] int32
     local_lens: Tensor  # [B] int32
     narrow: bool  # exchange raw q and projected outputs (see models/deepseek_v2.py)
+    tokens: slice | None = None  # which of the prefill rows' tokens these rows are
     prepared: object = None  # what the attention back-end's `plan` made for these rows
 
 
@@ -119,6 +120,7 @@ class ContextPolicy:
     layout: Interleave
     strategy: str = "auto"  # or gather_kv, gather_q
     workspace: int = 8192  # tokens of context that are gathered at once
+    gathered_q: int = 1024  # new tokens whose q is: with all heads of the group, half a megabyte each until merged
 
     def gathers_q(self, new: Array, cached: Array) -> bool:
         """For rows with so many new tokens and so much context; the same on every rank."""
@@ -145,11 +147,11 @@ class ForwardBatch:
     positions: Tensor  # [T]
     slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
     decode_slots: Tensor  # [num_decode] whose last sampled tokens are the decode rows'
-    sample_index: Tensor  # [S + K] tokens whose logits are needed: S get a successor, K have one
+    sample_index: Tensor | slice  # [S + K] tokens whose logits are needed: S get a successor, K have one
     sample_slots: Tensor  # [S]
     decode: CacheRows | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
-    context: CacheRows | list[ContextPiece] | None = None  # what they find in the cache
+    context: Sequence[CacheRows | ContextPiece] = ()  # what they find in the cache
 
     @classmethod
     def build(
@@ -179,14 +181,16 @@ class ForwardBatch:
         decode = CacheRows(t.pop("table"), t.pop("lens"), narrow(d)) if d else None
         new = chunks.tolist()
         prefill = Varlen(t["cu_chunks"], t.pop("cu_chunks"), new, new, causal=True) if new else None
-        context: CacheRows | list[ContextPiece] | None = None
+        context: list[CacheRows | ContextPiece] = []
         if cached.any() and policy.gathers_q(chunks, cached):
             row, lens = np.arange(len(chunks)), layout.local_len(cached, rank)
             table = tables.table[slots[d:], : layout.num_blocks(int(cached.max()))]
             c = upload({"table": table, "row": np.repeat(row, chunks), "lens": np.repeat(lens, chunks)}, device)
-            context = CacheRows(c["table"][c["row"]], c["lens"], narrow(int(chunks.sum())))
+            for first in range(0, sum(new), policy.gathered_q):
+                some = slice(first, first + policy.gathered_q)
+                context.append(CacheRows(c["table"][c["row"][some]], c["lens"][some], narrow(sum(new)), some))
         elif cached.any():
-            context = list(cut_context(chunks, cached, tables.table[slots[d:]], policy, device))
+            context += cut_context(chunks, cached, tables.table[slots[d:]], policy, device)
         return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **t)
 
 

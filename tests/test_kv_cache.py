@@ -71,7 +71,7 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: 
     for rank in range(n):
         tables = BlockTables(len(plan.slots), table.shape[1])
         tables.update(plan)
-        policy = ContextPolicy(CONFIG, 4, layout, strategy, workspace)
+        policy = ContextPolicy(CONFIG, 4, layout, strategy, workspace, workspace)
         batch = ForwardBatch.build(plan, tables, policy, rank, lambda _: False, torch.device("cpu"))
         cache = torch.full((table.size * layout.block_size,), -1)
         for slot, start in zip(plan.slots, plan.starts, strict=True):  # what earlier steps wrote
@@ -106,12 +106,12 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: 
 
     # What every new token finds in the cache, by either way.
     found: list[list[int]] = [[] for _ in plan.tokens]
-    if isinstance(batches[0].context, CacheRows):
-        for batch, cache in zip(batches, caches, strict=True):
-            for i, tokens in enumerate(found):
-                tokens += read_rows(batch.context, i, cache, layout)
-    else:
-        for k, piece in enumerate(batches[0].context or []):
+    for k, piece in enumerate(batches[0].context):
+        if isinstance(piece, CacheRows):
+            for batch, cache in zip(batches, caches, strict=True):
+                for i, tokens in enumerate(found[piece.tokens]):
+                    tokens += read_rows(batch.context[k], i, cache, layout)
+        else:
             shards = [cache[b.context[k].slots] for b, cache in zip(batches, caches, strict=True)]
             packed = torch.stack(shards, 1)[piece.row, piece.owner]
             assert len(packed) == sum(piece.varlen.lens_k) <= max(workspace, n)

@@ -61,7 +61,7 @@ class DecodeGraphs:
                 positions=positions,
                 slot_mapping=slot_mapping,
                 decode_slots=decode_slots,
-                sample_index=torch.arange(size, dtype=torch.int32, device=device),
+                sample_index=slice(None),
                 sample_slots=decode_slots,
                 decode=CacheRows(self.block_table[:size], local_lens, config.exchanges_narrow(size)),
             )

@@ -182,7 +182,9 @@ class ModelRunner:
         """A step up to this rank's logits [S + K, V / N] and the best tokens [S], which become the slots' last ones."""
         assert self.cache is not None
         self.state.begin_step()
-        token_ids = torch.cat([self.last_tokens[batch.decode_slots], batch.prefill_tokens.long()])
+        token_ids = self.last_tokens[batch.decode_slots]
+        if len(batch.prefill_tokens):
+            token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
         if not len(batch.sample_slots):
             return logits, self.last_tokens[:0]

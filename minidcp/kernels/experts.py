@@ -70,9 +70,10 @@ def align(ids: Tensor, num_experts: int, bm: int) -> Blocks:
     most = min(count, num_experts + count // bm)
     entries = torch.empty(most * bm, dtype=torch.int32, device=ids.device)
     experts = torch.empty(most + 1, dtype=torch.int32, device=ids.device)
+    chunk = min(CHUNK, triton.next_power_of_2(count))
     align_kernel[(num_experts,)](
         ids, entries, experts, most, count, num_experts, BM=bm, EXPERTS=triton.next_power_of_2(num_experts + 1),
-        CHUNK=min(CHUNK, triton.next_power_of_2(count)), **launch_early(),
+        CHUNK=chunk, num_warps=4 if chunk < CHUNK else 16, **launch_early(),
     )  # fmt: skip
     return Blocks(ids, bm, most, entries, experts)
 

@@ -68,11 +68,12 @@ class MLAAttention:
             self.own_q_b_proj = Linear(q.weight.view(-1, c.qk_head_dim, q_in)[own].flatten(0, 1))
 
         width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
-        kv_b_proj = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
-        w_uk, w_uv = kv_b_proj.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        self.group_w_uk, self.group_w_uv = w_uk, w_uv  # [G or H, nope, C], [G or H, v, C]
-        own = own if blueprint.group_heads else slice(None)
-        self.w_uk, self.w_uv = w_uk[own], w_uv[own]  # [H, nope, C], [H, v, C]; views, no second copy
+        kv_b = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
+        w_uk, w_uv = kv_b.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        kv_b = torch.cat([w_uv, w_uk], 1)  # in the order that `decompress` wants; what follows are views of it
+        self.group_w_uv, self.group_w_uk = kv_b.split([c.v_head_dim, c.qk_nope_head_dim], 1)  # [G or H, v or nope, C]
+        self.kv_b = kv_b[own] if blueprint.group_heads else kv_b  # [H, v + nope, C]
+        self.w_uv, self.w_uk = self.kv_b.split([c.v_head_dim, c.qk_nope_head_dim], 1)  # [H, v, C], [H, nope, C]
 
         o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
         self.o_proj = Linear.read(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
@@ -98,8 +99,8 @@ class MLAAttention:
             store(q, rows)
             parts.append(self.attend_shards(q, kv, batch.decode)[0])
         if batch.prefill is not None:
-            rows, all_heads = slice(d, None), self.replicated_q and isinstance(batch.context, CacheRows)
-            q = self.project_q(first[rows], all_heads)
+            rows, sends_q = slice(d, None), any(isinstance(piece, CacheRows) for piece in batch.context)
+            q = self.project_q(first[rows], self.replicated_q and sends_q)
             latents = store(q, rows)
             parts.append(self.prefill(q, latents, kv, batch))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -144,14 +145,14 @@ class MLAAttention:
         every, first = q, self.state.dcp.rank * self.num_heads if q.shape[1] > self.num_heads else 0
         q = q[:, first : first + self.num_heads]
         out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
-        if isinstance(batch.context, CacheRows):
-            seen, seen_lse = self.attend_shards(every, kv, batch.context)
-            return merge_partials(torch.stack([out, seen]), torch.stack([lse, seen_lse]))[0]
-        for piece in batch.context or ():
-            shard = kv.flatten(0, 1)[piece.slots]  # [S, C + rope]
-            context = self.state.dcp.all_gather(shard)[piece.row, piece.owner]  # [P, C + rope]
+        for piece in batch.context:
             some = piece.tokens
-            seen, seen_lse = self.attention.prefill(q[some], *self.decompress(context), piece.varlen)
+            if isinstance(piece, CacheRows):
+                seen, seen_lse = self.attend_shards(every[some], kv, piece)
+            else:
+                shard = kv.flatten(0, 1)[piece.slots]  # [S, C + rope]
+                context = self.state.dcp.all_gather(shard)[piece.row, piece.owner]  # [P, C + rope]
+                seen, seen_lse = self.attention.prefill(q[some], *self.decompress(context), piece.varlen)
             out[some], lse[some] = merge_partials(torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse]))
         return out
 
@@ -167,11 +168,13 @@ class MLAAttention:
         return q_nope, q_pe
 
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads."""
-        kv_c, k_pe = latents.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        k_nope = torch.einsum("tc,hnc->thn", kv_c, self.w_uk)
-        v = torch.einsum("tc,hvc->thv", kv_c, self.w_uv)
-        return torch.cat([k_nope, k_pe[:, None].expand(-1, self.num_heads, -1)], -1), v
+        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads, which lie in one tensor."""
+        c, rope = self.config, self.config.qk_rope_head_dim
+        kv = latents.new_empty(len(latents), self.num_heads, c.v_head_dim + c.qk_head_dim)
+        kv_c = latents[:, None, :-rope].expand(-1, self.num_heads, -1)
+        multiply_by_head(kv_c, self.kv_b, kv[..., :-rope])
+        kv[..., -rope:] = latents[:, None, -rope:]
+        return kv[..., c.v_head_dim :], kv[..., : c.v_head_dim]
 
 
 class DecoderLayer:
@@ -213,7 +216,7 @@ class DeepseekV2ForCausalLM:
 
     def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> this rank's logits [S, V / N] of the batch's sampled tokens; see `LMHead`."""
-        for rows in (batch.decode, batch.context):
+        for rows in (batch.decode, *batch.context):
             if isinstance(rows, CacheRows):
                 self.attention.plan(rows)
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
@@ -221,6 +224,4 @@ class DeepseekV2ForCausalLM:
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos_sin, cache[i], batch)
         assert residual is not None
-        if not len(batch.sample_index):  # chunks that end before their prompts do
-            return x.new_empty(0, len(self.lm_head.weight))
         return self.lm_head(self.norm.add(x[batch.sample_index], residual[batch.sample_index])[0])

@@ -51,7 +51,7 @@ def test_layers(checkpoint: Oracle) -> None:
         for runner in (cpu, gpu):
             runner.tables.update(plan)
             batches.append(runner.build_batch(plan))
-            for rows in (batches[-1].decode, batches[-1].context):
+            for rows in (batches[-1].decode, *batches[-1].context):
                 if isinstance(rows, CacheRows):
                     runner.attention.plan(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
