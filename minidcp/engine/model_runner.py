@@ -135,10 +135,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_largest_prefill(self) -> None:
-        """A step of max_num_batched_tokens new tokens on as much context, which stores nothing."""
+        """A step of max_num_batched_tokens new tokens on as much context, one of them a decode row's, which stores
+        nothing; kernels are compiled by it."""
         for moe in [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)][:1]:
             moe.compile(self.budget)
-        left, plan, longest = self.budget, StepPlan(), self.max_model_len
+        longest, d = self.max_model_len, min(1, self.config.max_num_seqs - 1)
+        left, plan = self.budget - d, StepPlan(d, [0] * d, [longest - 1] * d, [1] * d, sampling=[0] * d)
         while left and (rows := self.config.max_num_seqs - len(plan.slots)):
             length = min(left, longest, max(-(-longest // 2), -(-left // rows)))
             plan.sampling.append(len(plan.slots))

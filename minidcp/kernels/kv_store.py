@@ -58,7 +58,7 @@ def rotate_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])  # a slice begins anywhere
 def store_kernel(
     kv, q_pe, norm_weight, cos_sin, cache, slot_mapping, out, kv_t, q_t, q_h, heads, latent, half, eps,
     LATENT: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, EARLY: tl.constexpr,

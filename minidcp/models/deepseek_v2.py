@@ -171,8 +171,8 @@ class MLAAttention:
         """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads, which lie in one tensor."""
         c, rope = self.config, self.config.qk_rope_head_dim
         kv = latents.new_empty(len(latents), self.num_heads, c.v_head_dim + c.qk_head_dim)
-        kv_c = latents[:, None, :-rope].expand(-1, self.num_heads, -1)
-        multiply_by_head(kv_c, self.kv_b, kv[..., :-rope])
+        kv_c = latents[:, :-rope].expand(self.num_heads, -1, -1)
+        torch.bmm(kv_c, self.kv_b.mT, out=kv[..., :-rope].transpose(0, 1))
         kv[..., -rope:] = latents[:, None, -rope:]
         return kv[..., c.v_head_dim :], kv[..., : c.v_head_dim]
 
