@@ -19,7 +19,6 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import make_latent_cache
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
-from minidcp.models.layers import MoE
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
@@ -127,34 +126,34 @@ class ModelRunner:
         if self.device.type == "cpu":
             return CPU_KV_BYTES // self.state.tp.size
         torch.cuda.empty_cache()  # of what loading needed
-        self.run_largest_prefill()
+        self.run_prefills()
         free, total = torch.cuda.mem_get_info(self.device)
         reserve = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
         # What the step needed stays with the allocator, so it is not free any more.
         return (free - reserve) // count_ranks_per_gpu(self.state.tp.size)
 
     @torch.inference_mode()
-    def run_largest_prefill(self) -> None:
-        """A step of max_num_batched_tokens new tokens on as much context, one of them a decode row's, which stores
-        nothing; kernels are compiled by it."""
-        for moe in [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)][:1]:
-            moe.compile(self.budget)
-        longest, d = self.max_model_len, min(1, self.config.max_num_seqs - 1)
-        left, plan = self.budget - d, StepPlan(d, [0] * d, [longest - 1] * d, [1] * d, sampling=[0] * d)
-        while left and (rows := self.config.max_num_seqs - len(plan.slots)):
-            length = min(left, longest, max(-(-longest // 2), -(-left // rows)))
-            plan.sampling.append(len(plan.slots))
-            plan.slots.append(len(plan.slots))
-            plan.starts.append(longest - length)
-            plan.lengths.append(length)
-            plan.tokens += [0] * length
-            left -= length
+    def run_prefills(self) -> None:
+        """Steps of up to max_num_batched_tokens tokens on as much context, one of them a decode row's, which store
+        nothing. The largest comes first: what it needs is the allocator's from then on. The others compile whatever
+        kernels depend on a step's size, as all do by powers of two, so that no request has to wait for that."""
         self.cache = self.make_cache(1, 1).expand(self.model_config.num_hidden_layers, -1, -1, -1)
-        policy = self.policy
-        for strategy in ("gather_kv", "gather_q") if policy.strategy == "auto" else (policy.strategy,):
-            self.policy = replace(policy, strategy=strategy)
-            batch = self.build_batch(plan)
-            logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
+        policy, longest = self.policy, self.max_model_len
+        for size in sorted({*(1 << i for i in range(self.budget.bit_length())), self.budget}, reverse=True):
+            d = min(1, size - 1, self.config.max_num_seqs - 1)
+            left, plan = size - d, StepPlan(d, [0] * d, [longest - 1] * d, [1] * d, sampling=[0] * d)
+            while left and (rows := self.config.max_num_seqs - len(plan.slots)):
+                length = min(left, longest, max(-(-longest // 2), -(-left // rows)))
+                plan.sampling.append(len(plan.slots))
+                plan.slots.append(len(plan.slots))
+                plan.starts.append(longest - length)
+                plan.lengths.append(length)
+                plan.tokens += [0] * length
+                left -= length
+            for strategy in ("gather_kv", "gather_q") if policy.strategy == "auto" else (policy.strategy,):
+                self.policy = replace(policy, strategy=strategy)
+                batch = self.build_batch(plan)
+                logits, _ = self.forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)))
         self.policy = policy
         self.model.lm_head.gather(logits.new_empty(self.config.max_num_seqs + MAX_SCORED, logits.shape[1]))
         torch.cuda.synchronize(self.device)

@@ -45,7 +45,7 @@ def merge_partials_ref(outs: Tensor, lses: Tensor, dtype: torch.dtype, only: int
     return torch.einsum("nth,nthd->thd", weights[some], parts).to(dtype), lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lses_n", "lses_t", "lses_h", "size", "tokens", "heads"])
 def merge_kernel(
     outs, lses, out, lse, outs_n, outs_t, outs_h, lses_n, lses_t, lses_h, size, tokens, heads, dim,
     ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, ONLY: tl.constexpr,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.experts import list_tiles, route, run_experts
+from minidcp.kernels.experts import route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
@@ -166,14 +166,6 @@ class MoE:
         logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
         return route(logits, self.config, self.shared)
-
-    def compile(self, most: int) -> None:
-        """Run all that up to `most` tokens will run, so that no request waits for a compiler; the largest first, in
-        whose memory the others fit. Tiles change at their bounds, `align` at powers of two."""
-        experts, hidden, inter = self.down_proj.shape
-        bounds = list_tiles(experts, self.shared + self.config.num_experts_per_tok, hidden, inter)
-        for tokens in sorted({*bounds, *(1 << i for i in range(most.bit_length())), most}, reverse=True):
-            self(self.gate.new_zeros(min(tokens, most), hidden))
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
