@@ -64,10 +64,6 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def count_logprobs(self) -> dict[str, int | None]:
-        """SamplingParams' fields that ask for log-probabilities."""
-        raise NotImplementedError
-
     def samples(self) -> list[SamplingParams]:
         """For each of a prompt's n choices. Raises ValueError, naming the field that is wrong."""
         require(self.stream_options is None or self.stream, "stream_options is allowed only with stream true")
@@ -104,6 +100,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
     def count_logprobs(self) -> dict[str, int | None]:
+        """SamplingParams' fields that ask for log-probabilities."""
         return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
     def prompts(self) -> list[str | list[int]]:
@@ -146,6 +143,9 @@ class ChatRequest(GenerationRequest):
     def count_logprobs(self) -> dict[str, int | None]:
         require(self.logprobs or not self.top_logprobs, f"top_logprobs {self.top_logprobs}: only with logprobs true")
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def prompts(self) -> list[Self]:
+        return [self]  # which a template makes a prompt of
 
 
 class TokenizeRequest(Body):
