@@ -114,12 +114,9 @@ class Executor:
         threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
 
     def exit_code(self, rank: int) -> str:
-        if rank not in self.processes:
-            return ""
-        try:
+        with contextlib.suppress(KeyError, subprocess.TimeoutExpired):  # it is not ours, or it has not ended yet
             return f" (exit code {self.processes[rank].wait(1.0)})"
-        except subprocess.TimeoutExpired:
-            return " (exit code unknown)"
+        return ""
 
     def send(self, command: Command) -> None:
         message = ForkingPickler.dumps(command)

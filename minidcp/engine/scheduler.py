@@ -1,7 +1,6 @@
-"""Continuous batching in integers: who computes which tokens in the next step.
-
-Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted when blocks run
-out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs."""
+"""Continuous batching in integers: who computes which tokens in the next step. Decode rows first, then chunks of
+prompts within the token budget; the youngest request is preempted when blocks run out. No tensors, no ranks, no text.
+`engine.py` turns what comes back into outputs."""
 
 import heapq
 from collections import deque

@@ -115,11 +115,10 @@ def sum_kernel(
 def merge_peers(
     meeting: Meeting, pointers: Tensor, lse_offset: int, staged_lse: Tensor, lse: Tensor, out: Tensor, merged: Tensor
 ) -> None:
-    """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
-
-    Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room
-    for their LSEs. This rank's `lse` is put there here, into staged_lse [T, N * H] float32: attention back-ends write
-    it where they like. Writes out [T, H, dim], contiguous, of the partial outputs' dtype, and merged [T, H] float32."""
+    """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`. Every rank's buffer holds
+    its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room for their LSEs. This rank's
+    `lse` is put there here, into staged_lse [T, N * H] float32: attention back-ends write it where they like. Writes
+    out [T, H, dim], contiguous, of the partial outputs' dtype, and merged [T, H] float32."""
     tokens, heads = lse.shape
     own, dim = out.shape[1:]
     width = triton.next_power_of_2(dim)

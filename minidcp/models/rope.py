@@ -1,7 +1,6 @@
-"""Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves.
-
-The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which
-rotating halves gives bit for bit the same scores."""
+"""Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves. The checkpoint
+stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which rotating halves gives
+bit for bit the same scores."""
 
 import math
 

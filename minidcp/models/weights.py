@@ -1,7 +1,6 @@
-"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share.
-
-The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks
-some or holds others is refused with a list before a byte is read."""
+"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share. The model asks for
+tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks some or holds others is
+refused with a list before a byte is read."""
 
 import json
 import zlib
@@ -42,9 +41,7 @@ WHOLE = Shard()
 
 
 class WeightSource(Protocol):
-    """Something that hands out tensors by name, and remembers how much it read."""
-
-    bytes_read: int
+    """Something that hands out tensors by name."""
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         """A shard of the tensor `name`, whose whole shape in the checkpoint is `shape`."""
@@ -68,7 +65,6 @@ class RecordingSource:
     """Hands out tensors without storage and records what was asked for: a model's list of weights."""
 
     def __init__(self) -> None:
-        self.bytes_read = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[str, int] = {}  # values that this rank holds
 
@@ -122,9 +118,9 @@ class CheckpointSource:
             if shape != expected[name]:
                 wrong.append(f"{name} {list(shape)}, config.json says {list(expected[name])}")
         problems["of another shape"] = wrong
-        found = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in problems.items() if names)
-        if found:
-            raise ValueError(f"{self.path}: the weights do not fit config.json: {found}")
+        some = {what: names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8) for what, names in problems.items()}
+        found = "; ".join(f"{len(problems[what])} {what}: {', '.join(names)}" for what, names in some.items() if names)
+        require(not found, f"{self.path}: the weights do not fit config.json: {found}")
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         start, stop, size = shard.bounds(shape[shard.dim])
@@ -147,8 +143,7 @@ class RandomSource:
     weights the router would send every token to the same experts, and steps would look faster than they are."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.bytes_read = 0
+        self.dtype, self.device, self.bytes_read = dtype, device, 0
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         out = torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
@@ -176,11 +171,6 @@ def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", 
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
         raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
-
-
-def preview(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:

@@ -1,7 +1,6 @@
-"""Collectives between ranks: one contract, and its implementations for processes and for threads.
-
-Where a collective takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as
-the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
+"""Collectives between ranks: one contract, and its implementations for processes and for threads. Where a collective
+takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as the heads of a model are. Which
+ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
 
 import threading
 
@@ -19,7 +18,6 @@ class Group:
 
     def begin_step(self) -> None:
         """To be called by every rank before a step's (and a CUDA graph's) first collective."""
-        return
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of like's kind for the very next collective's input, which may then lie where it must, uncopied."""

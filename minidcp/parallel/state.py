@@ -28,13 +28,12 @@ class ParallelState:
 
     def begin_step(self) -> None:
         """To be called before a step's first collective."""
-        self.tp.begin_step()
-        if self.dcp is not self.tp:
-            self.dcp.begin_step()
+        for group in dict.fromkeys((self.tp, self.dcp)):  # in this order on every rank; they may be one
+            group.begin_step()
 
     @property
     def received_bytes(self) -> int:
-        return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
+        return sum(group.received_bytes for group in {self.tp, self.dcp})
 
 
 def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
