@@ -57,8 +57,7 @@ class SamplingParams:
             if f.metadata:
                 self.check(f.name, fits(getattr(self, f.name), f.type, *f.metadata["range"]), f.metadata["what"])
         self.check("min_tokens", self.min_tokens <= (self.max_tokens or math.inf), "at least 0 and at most max_tokens")
-        biases = self.logit_bias.items()
-        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in biases)
+        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in self.logit_bias.items())
         self.check("logit_bias", fit, "biases in [-100, 100] by token id")
         self.check("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty strings")
         self.check("stop_token_ids", all(fits(token, int, 0) for token in self.stop_token_ids), "token ids")

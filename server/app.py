@@ -175,8 +175,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it takes no new connections, and gives requests `shutdown_timeout` seconds to end. It stops by
-    itself when the engine has ended."""
+    """Told to stop, or when the engine ends, it takes no new connections; requests have `shutdown_timeout` seconds."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         app, wait = create_app(engine), int(min(engine.config.shutdown_timeout, 1e6)) + 5

@@ -32,8 +32,7 @@ class UnavailableError(RuntimeError):
 
 
 class AsyncEngine:
-    """Call `start` from the event loop before anything else. `make` loads the engine, in the thread; when that fails or
-    a rank ends, `failure` says why."""
+    """Call `start` from the event loop first. `make` loads the engine, in the thread; `failure` says why it ended."""
 
     def __init__(self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str) -> None:
         self.make, self.config, self.model_name = make, config, model_name

@@ -20,7 +20,6 @@ from .protocol import ChatRequest, CompletionRequest, ErrorResponse, StreamOptio
 from .tokenization import Tokenization
 
 T = TypeVar("T")
-Entries = list[TokenLogprobs | None]
 
 
 class Generation:
@@ -102,18 +101,17 @@ class Generation:
             if self.echoed:
                 text = self.echoed[index // len(self.samples)] + text
                 entries = [*(deltas[0].prompt_logprobs or []), *entries]
-        wanted = self.samples[0].logprobs is not None
         return {
             "index": index,
             **self.word_text(text, whole, first),
-            "logprobs": self.word_logprobs(index, entries) if wanted else None,
+            "logprobs": None if self.samples[0].logprobs is None else self.word_logprobs(index, entries),
             "finish_reason": deltas[-1].finish_reason,
         }
 
     def word_text(self, text: str, whole: bool, first: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+    def word_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         """An entry per token in every column. A prompt's first token has no log-probability."""
         rows, spell = [], self.spelling.spell
         for position, entry in enumerate(entries):
@@ -139,7 +137,7 @@ class Chat(Generation):
         message = {"role": "assistant", "content": text} if whole or first else {"content": text}
         return {"message" if whole else "delta": message}
 
-    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+    def word_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         def word(token: int, logprob: float) -> dict[str, Any]:
             spelling = self.spelling
             return {"token": spelling.spell(token), "logprob": logprob, "bytes": spelling.spell_bytes(token)}

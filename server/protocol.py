@@ -78,8 +78,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
 
 
 def derive_seed(seed: int, sample: int) -> int:
-    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their number, so that
-    neighbouring seeds share no samples."""
+    """Sample 0 has the seed itself, whatever n is; the others have hashes, so that neighbouring seeds share none."""
     if sample == 0:
         return seed
     return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED

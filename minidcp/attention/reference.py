@@ -27,9 +27,8 @@ class ReferenceBackend:
         q, cache = torch.cat([q_latent, q_pe], -1).float(), kv.flatten(0, 1)
         outs, lses = [], []
         some = max(1, CHUNK // max(1, len(slots) * kv.shape[2]))  # rows at once, so that memory is bounded
-        for table, lens, q_some in zip(
-            rows.block_table.long().split(some), rows.local_lens.split(some), q.split(some), strict=True
-        ):
+        parts = (x.split(some) for x in (rows.block_table.long(), rows.local_lens, q))
+        for table, lens, q_some in zip(*parts, strict=True):
             places = table[:, slots // block_size] * block_size + slots % block_size
             empty = slots >= lens[:, None]  # [b, L]
             latents = cache[places].float().masked_fill(empty[..., None], 0.0)  # an unused slot may hold NaN

@@ -14,8 +14,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids). Raises ValueError if there are
-    tokenizer files, but they cannot be read."""
+    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids. ValueError: it cannot be read."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer

@@ -39,8 +39,7 @@ class EngineStats:
 
 class LLMEngine:
     """One model on the ranks that `start` starts, serving many requests at once. Not thread-safe: one thread calls it.
-    Raises ValueError if the configuration or the checkpoint is wrong, and from any method EngineDeadError if a rank
-    ended."""
+    Raises ValueError if the configuration or the checkpoint is wrong; every method EngineDeadError if a rank ended."""
 
     def __init__(self, config: EngineConfig, start: Callable[[EngineConfig, ModelConfig], Executor] = Executor) -> None:
         lower_max_model_len = config.max_model_len is None
@@ -65,8 +64,7 @@ class LLMEngine:
         self.observe: Callable[[PlannedStep, StepResult | None], None] = lambda _, __: None
 
     def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> tuple[int, int]:
-        """Size the cache from what the ranks have room for; its blocks and the context length, which is lowered to what
-        fits if nobody asked for it."""
+        """Size the cache by the ranks' room; its blocks, and the context length, lowered to it if nobody chose one."""
         ready = self.executor.wait_ready()
         self.weight_bytes, layout = max(r.bytes_read for r in ready), self.layout
         width = self.model_config.latent_dim * getattr(torch, config.dtype).itemsize
@@ -84,10 +82,9 @@ class LLMEngine:
         require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
         self.executor.submit(num_blocks)
         self.executor.wait_ready()
-        in_all = f"{capacity} in all (dcp {config.dcp_size}), {num_blocks // layout.num_blocks(max_model_len)}"
-        per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
-        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank")
-        logger.info(f"KV cache: {per_rank}, {in_all} requests of {max_model_len} tokens")
+        held = f"{num_blocks * config.block_size} tokens per rank, {capacity} in all (dcp {config.dcp_size})"
+        held += f", {num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
+        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {num_blocks} blocks, {held}")
         return num_blocks, max_model_len
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:

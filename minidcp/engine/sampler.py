@@ -37,8 +37,7 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses as the request in each slot wants it. What penalties count lies on the device, because the
-    next step is planned before this one's tokens are known."""
+    """Chooses as each slot's request wants. Penalties' counts are on the device: steps are planned ahead of tokens."""
 
     def __init__(self) -> None:
         self.admitted: dict[int, Admission] = {}
@@ -63,8 +62,7 @@ class Sampler:
         return bool(plan.scored) or wanted or not self.takes_best(plan)
 
     def sample(self, logits: Tensor, plan: StepPlan, best: Tensor) -> Sampled:
-        """Tokens for the S sampling rows from logits [S + K, vocab] (float32), whose best are `best`, and
-        what is wanted of them and of the K scored tokens."""
+        """Tokens of S sampling rows from logits [S + K, vocab] (float32) with best `best`, and all that is wanted."""
         rows = self.list_rows(plan)
         params = [a.params for a in rows]
         positions = [plan.starts[row] + plan.lengths[row] for row in plan.sampling]
@@ -132,8 +130,7 @@ def column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those that are
-    min_p times as likely as the likeliest."""
+    """-inf for all but the top_k, the fewest of them that reach top_p, and those min_p times as likely as the best."""
     vocab = logits.shape[1]
     ordered, ids = logits.sort(-1, descending=True)
     top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64, logits)

@@ -15,8 +15,7 @@ def merge_partials(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of N shards: partial outputs outs [N, T, H, D], contiguous D, and lses [N, T, H] float32
     -> out [T, H, D] in `dtype` or outs' (0 where every shard is empty) and lse [T, H] float32. With `only`, that
-    shard's share alone, outs[only] times exp(its lse - lse of the union): the shares' sum is the whole. The other
-    partials are then not read."""
+    shard's share alone, outs[only] times exp(its lse - lse of the union), reading no other: shares sum to the whole."""
     dtype = dtype or outs.dtype
     if not use_triton(outs):
         return merge_partials_ref(outs, lses, dtype, only)

@@ -166,7 +166,5 @@ def merge_kernel(
 
 
 def choose_tile(count: int) -> int:
-    """Elements: few for a small tensor, so that many programs share it, and many for a large one, so that a thread has
-    several loads under way."""
-    tile: int = triton.next_power_of_2(count) // 128
-    return min(16384, max(1024, tile))
+    """Elements: few for a small tensor, so that many programs share it; more keep a thread's loads under way."""
+    return int(min(16384, max(1024, triton.next_power_of_2(count) // 128)))

@@ -19,8 +19,7 @@ class Interleave:
                             rank 0     |  0     4  |  8    12
                             rank 1     |  1     5  |  9    13
                             rank 2     |  2     6  | 10    14
-                            rank 3     |  3     7  | 11    15
-    """
+                            rank 3     |  3     7  | 11    15"""
 
     size: int
     block_size: int

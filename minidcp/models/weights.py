@@ -1,12 +1,11 @@
-"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share. The model asks for
-tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks some or holds others is
-refused with a list before a byte is read."""
+"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share. What the model
+asks for, by Hugging Face's names, is recorded first, so a checkpoint of others is refused before a byte is read."""
 
 import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +39,11 @@ class Shard:
 WHOLE = Shard()
 
 
-class WeightSource(Protocol):
-    """Something that hands out tensors by name."""
-
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        """A shard of the tensor `name`, whose whole shape in the checkpoint is `shape`."""
-
-
 @dataclass(frozen=True)
 class Weights:
-    """A source seen from one module: names are relative to `prefix`."""
+    """A source seen from one module: names are relative to `prefix`, shapes are those in the checkpoint."""
 
-    source: WeightSource
+    source: "WeightSource"
     prefix: str = ""
 
     def scope(self, name: str) -> "Weights":
@@ -124,8 +116,7 @@ class CheckpointSource:
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         start, stop, size = shard.bounds(shape[shard.dim])
-        view = self.open(self.file_of[name]).get_slice(name)
-        part: Tensor = view[(slice(None),) * shard.dim + (slice(start, stop),)]
+        part: Tensor = self.open(self.file_of[name]).get_slice(name)[(slice(None),) * shard.dim + (slice(start, stop),)]
         self.bytes_read += part.nbytes
         self.bar.update()
         part = part.to(device=self.device, dtype=self.dtype)
@@ -153,6 +144,9 @@ class RandomSource:
             out.normal_(0, 0.02, generator=generator)
             self.bytes_read += out.nbytes
         return out
+
+
+WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
 def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")) -> Path:

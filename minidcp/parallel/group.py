@@ -45,8 +45,7 @@ class Group:
 
 
 class TorchGroup(Group):
-    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has them in dim 1
-    is transposed before and after."""
+    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It has the ranks first, hence the transposing."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -93,8 +92,7 @@ class ThreadGroup(Group):
         self.barrier, self.places, self.calls = barrier, places, 0
 
     def publish(self, x: Tensor, peers: float) -> list[Tensor]:
-        """Every rank's x, as much of it received as `count` is told. A copy is published: its owner may go on and
-        overwrite x before all have read."""
+        """Every rank's x, of which `peers` are received. It is copied: its owner may change it before all have read."""
         self.count(x, peers)
         places = self.places[self.calls % 2]
         self.calls += 1

@@ -1,6 +1,5 @@
-"""Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink. The buffers are allocated
-once, with the same layout on every rank, so CUDA graphs can hold their addresses. The contract is in `group.py`, the
-kernels are in `kernels/peer.py`."""
+"""Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink. They are
+allocated once, alike on every rank, so CUDA graphs can hold their addresses. See `group.py` and `kernels/peer.py`."""
 
 import math
 from collections.abc import Iterator
@@ -38,8 +37,7 @@ class SymmetricGroup(Group):
         dist.all_reduce(least, dist.ReduceOp.MIN, group)
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
         pads = torch.tensor(symm_mem.rendezvous(self.pads, group).buffer_ptrs, dtype=torch.int64, device=device)
-        epochs = torch.zeros(most, dtype=torch.int32, device=device)
-        self.meeting = Meeting(self.rank, pads, epochs, int(least))
+        self.meeting = Meeting(self.rank, pads, torch.zeros(most, dtype=torch.int32, device=device), int(least))
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody comes to a meeting before all pads are zero
 
