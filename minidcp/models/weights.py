@@ -1,5 +1,5 @@
 """Where weights come from: safetensors read slice by slice, so that a rank reads only its share. What the model
-asks for, by Hugging Face's names, is recorded first, so a checkpoint of others is refused before a byte is read."""
+asks for, by Hugging Face's names, is recorded first: a checkpoint that lacks or adds any is refused unread."""
 
 import json
 import zlib
@@ -41,7 +41,7 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Weights:
-    """A source seen from one module: names are relative to `prefix`, shapes are those in the checkpoint."""
+    """A source seen from one module: names are relative to `prefix`, shapes those of whole tensors."""
 
     source: "WeightSource"
     prefix: str = ""

@@ -92,7 +92,7 @@ class ThreadGroup(Group):
         self.barrier, self.places, self.calls = barrier, places, 0
 
     def publish(self, x: Tensor, peers: float) -> list[Tensor]:
-        """Every rank's x, of which `peers` are received. It is copied: its owner may change it before all have read."""
+        """Every rank's x; `peers` is what `count` takes. A copy: its owner may change x before all have read."""
         self.count(x, peers)
         places = self.places[self.calls % 2]
         self.calls += 1
