@@ -28,9 +28,10 @@ from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, MoE
 from minidcp.parallel.exchange import gather_heads
 from minidcp.parallel.group import Group
+from minidcp.plan import GPUS
 from minidcp.request import SamplingParams
 
-BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
+BANDWIDTH, FLOPS = GPUS["h200"]["bandwidth"], GPUS["h200"]["flops"]
 CONFIGS = Path(__file__).parent / "configs"
 
 

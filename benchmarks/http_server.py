@@ -69,7 +69,7 @@ def serve(ready: Connection) -> None:
     from minidcp_server.async_engine import AsyncEngine
 
     engine: Any = InstantEngine()
-    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), "instant", on_end=lambda: None))
+    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), "instant"))
     listening = listen("127.0.0.1", 0)
     ready.send(listening.getsockname()[1])
     uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listening])

@@ -20,8 +20,9 @@ from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
+from minidcp.plan import GPUS
 
-BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes/s of a copy, bf16 FLOP/s
+BANDWIDTH, FLOPS = GPUS["h200"]["bandwidth"], GPUS["h200"]["flops"]
 CALLS = 64
 
 

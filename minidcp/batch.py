@@ -1,7 +1,5 @@
-"""What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it.
-
-The scheduler writes the plan once; it is the same for every rank. Only `ForwardBatch.build` knows that ranks hold
-different tokens. Read `attention/base.py` next."""
+"""What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it. The plan is
+the same for every rank; only `ForwardBatch.build` knows that they hold different tokens. Next: `attention/base.py`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from minidcp.model_config import ModelConfig
 from minidcp.request import SamplingParams
 
 Array = NDArray[np.int64]
+Partial = tuple[Tensor, Tensor]  # attention over a part of the context: outputs, and their log-sum-exps
 Narrow = Callable[[int], bool]  # whether so many rows are exchanged narrow
 
 
@@ -33,11 +32,9 @@ class Admission:
 
 @dataclass
 class StepPlan:
-    """One step in integers. Rows [0, num_decode) decode one token each, the others prefill a chunk.
-
-    Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i]. A decode row's token
-    is the one its slot sampled last, which only the workers may know yet; the prefill rows' are in `tokens`, in order.
-    """
+    """One step in integers. Rows [0, num_decode) decode one token each, the others prefill a chunk. Row i computes
+    positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i]. A decode row's token is the one its
+    slot sampled last, which only the workers may know yet; the prefill rows' are in `tokens`, in order."""
 
     num_decode: int = 0
     slots: list[int] = field(default_factory=list)
@@ -71,12 +68,11 @@ class BlockTables:
 
 @dataclass(frozen=True)
 class Varlen:
-    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and likewise for k. The lists are
-    the same lengths on the host."""
+    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and likewise for k."""
 
     cu_seqlens_q: Tensor  # [B + 1] int32
     cu_seqlens_k: Tensor  # [B + 1] int32
-    lens_q: list[int]
+    lens_q: list[int]  # [B], on the host
     lens_k: list[int]
     causal: bool
 
@@ -94,11 +90,9 @@ class CacheRows:
 
 @dataclass(frozen=True)
 class ContextPiece:
-    """A run of the prefill rows' cached context, gathered from all ranks at once.
-
-    Every rank sends the cache rows `slots` (as many on each, so the last of a request may be unused); token j of the
-    packed piece is what `owner[j]` sent as its row `row[j]`. It is seen by the new tokens `tokens` (of the prefill
-    rows'), whose sequences `varlen` pairs with the piece's."""
+    """A run of the prefill rows' cached context, gathered from all ranks at once. Every rank sends its cache rows
+    `slots` (equally many, so a request's last may be unused); token j of the packed piece is what `owner[j]` sent as
+    row `row[j]`. The new tokens `tokens` (of the prefill rows') see it; `varlen` pairs their sequences with its."""
 
     slots: Tensor  # [S] int32
     row: Tensor  # [P] int32
@@ -109,11 +103,9 @@ class ContextPiece:
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """Which of two exact ways prefill takes to its cached context.
-
-    Gathering the KV sends every rank the latents, which it decompresses for its own heads; gathering the q lets the
-    ranks attend where the latents are, absorbed, as decode does. `auto` takes what is estimated to be faster, from
-    rates of an H100: few new tokens on a long context are better sent to it."""
+    """Which of two exact ways prefill takes to its cached context. Gathering the KV sends every rank the latents, which
+    it decompresses for its own heads; gathering the q lets the ranks attend where the latents are, absorbed, as decode
+    does. `auto` takes what rates of an H100 make faster: few new tokens on a long context are better sent to it."""
 
     config: ModelConfig
     num_heads: int  # of this rank
@@ -207,10 +199,8 @@ def cut_context(
     chunks: Array, cached: Array, table: Array, policy: ContextPolicy, device: torch.device
 ) -> Iterator[ContextPiece]:
     """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most `policy.workspace`
-    tokens, each beginning at a multiple of N in its row.
-
-    A shard's length differs by one between ranks; every rank sends the longest, rank 0's. The one row too many lies
-    in a block that the request owns, and no index points at it."""
+    tokens, each beginning at a multiple of N in its row. Shards' lengths differ by one; every rank sends as many as the
+    longest, rank 0's. The one row too many lies in a block that the request owns, and no index points at it."""
     layout, n = policy.layout, policy.layout.size
     begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
     step = max(policy.workspace // n, 1) * n

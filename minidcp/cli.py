@@ -1,6 +1,7 @@
-"""The command line: `minidcp serve MODEL …` and `minidcp generate MODEL --prompt …`."""
+"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …` and `minidcp plan MODEL --gpu …`."""
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.engine.executor import EngineDeadError
 from minidcp.llm import LLM
+from minidcp.plan import GPUS, Plan, describe, draw, find_gpu, parse_counts
 from minidcp.request import SamplingParams
 
 
@@ -18,13 +20,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
     """A flag per option."""
     for field, kinds in options.options():
         names = [flag(field.name), *field.metadata["aliases"]]
-        arguments: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+        value: dict[str, Any] = {"type": kinds[0], "choices": (kinds[0] is str and field.metadata["choices"]) or None}
         if kinds[0] is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            choices = field.metadata["choices"] if kinds[0] is str else None
-            arguments |= {"type": kinds[0], "choices": choices or None}
-        parser.add_argument(*names, dest=field.name, **arguments)
+            value = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(*names, dest=field.name, default=field.default, help=field.metadata["help"], **value)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +39,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="ignored: no remote code is ever run")
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
+def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
     given = {model for model in (args.model, args.model_flag) if model}
     require(given, "MODEL is missing: a checkpoint directory or a Hugging Face name")
     require(len(given) == 1, f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
-    return EngineConfig(given.pop(), **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()})
+    return EngineConfig(given.pop(), **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()} | changes)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -69,6 +68,19 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    concurrency, sizes = (parse_counts(name, getattr(args, name)) for name in ("concurrency", "dcp_size"))
+    gpu, most = find_gpu(args.gpu), max(args.max_num_seqs, *concurrency)
+    plans = [Plan(engine_config(args, dcp_size=n, max_num_seqs=most), gpu, args.context) for n in sizes]
+    title = f"{plans[0].config.model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
+    memory, steps = [p.memory for p in plans], [p.time_step(n) for p in plans for n in concurrency]
+    result = {"title": title, "memory": memory, "steps": steps}
+    print(json.dumps(result) if args.json else describe(title, memory, steps))
+    if args.plot:
+        draw(title, steps, args.plot)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -85,6 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="makes sampling repeatable")
     p.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     p.set_defaults(run=generate)
+
+    p = commands.add_parser("plan", help="what fits, and how fast", allow_abbrev=False, conflict_handler="resolve")
+    add_engine_flags(p)  # --dcp-size is declared anew
+    p.add_argument("--dcp-size", "--decode-context-parallel-size", "-dcp", default="1", help="one or several: 1,2,4,8")
+    p.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or memory=…,bandwidth=…,flops=…,link=… (in bytes)")
+    p.add_argument("--context", type=int, default=4096, help="tokens of a request, in the mean while it decodes")
+    p.add_argument("--concurrency", default="1..512", help="requests at once: a range, or several by commas")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--plot", metavar="FILE", help="chart of tokens/s, .png or .svg")
+    p.set_defaults(run=plan)
     return parser
 
 

@@ -12,9 +12,11 @@ from minidcp.engine.engine import LLMEngine
 from minidcp.request import CompletionOutput, RequestOutput, SamplingParams
 
 Prompt = str | list[int]
+Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams]
 
 
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_batch(prompts: Prompts) -> list[Prompt]:
     """One prompt or many: a text or a list of token ids is one."""
     if isinstance(prompts, str):
         return [prompts]
@@ -29,10 +31,8 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 class LLM(AbstractContextManager["LLM"]):
     """A DeepSeek-V2 model on `tp_size` ranks whose KV cache is interleaved over groups of `dcp_size`: `model` is a
     checkpoint directory or a name on the Hugging Face hub, `options` are the fields of `EngineConfig`. Raises
-    ValueError if an option or the checkpoint is wrong, and from `generate` too EngineDeadError if a rank ended.
-
-    Under torchrun every process constructs this, and only rank 0's constructor returns: the other processes serve as
-    ranks and end with it."""
+    ValueError if an option or the checkpoint is wrong, and from `generate` too EngineDeadError if a rank ended. Under
+    torchrun every process constructs this; only rank 0's constructor returns, the others serve as ranks and end."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         known = ["model", *(f.name for f, _ in EngineConfig.options())]
@@ -42,17 +42,12 @@ class LLM(AbstractContextManager["LLM"]):
         self.num_requests = 0
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        self, prompts: Prompts, sampling_params: Params | None = None, use_tqdm: bool = False
     ) -> list[RequestOutput]:
         """Complete every prompt (text, or token ids); outputs are in the prompts' order."""
-        batch = as_batch(prompts)
-        params = sampling_params if sampling_params is not None else SamplingParams()
+        batch, params = as_batch(prompts), sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        given = f"{len(each)} for {len(batch)} prompts"
-        require(len(each) == len(batch), f"sampling_params: {given}; give one or as many")
+        require(len(each) == len(batch), f"sampling_params: {len(each)} for {len(batch)} prompts; give one or as many")
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, p in zip(batch, each, strict=True):

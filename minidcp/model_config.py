@@ -32,15 +32,11 @@ class RopeConfig:
 
     def attention_mscale(self) -> float:
         """m(factor, mscale_all_dim) with m(f, s) = 0.1 s ln f + 1, as in DeepSeek-V2's modeling code."""
-        return yarn_mscale(self.factor, self.mscale_all_dim)
+        return 1.0 + 0.1 * self.mscale_all_dim * math.log(max(self.factor, 1.0))
 
     def rotation_mscale(self) -> float:
-        """What cos and sin are multiplied by; 1.0 for the configurations on the hub."""
-        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+        """What cos and sin are multiplied by: m(factor, mscale) / m(factor, mscale_all_dim), 1.0 on the hub."""
+        return (1.0 + 0.1 * self.mscale * math.log(max(self.factor, 1.0))) / self.attention_mscale()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from minidcp.config import require
+
 MAX_SEED = 2**63 - 1
 ABOVE_ZERO = math.ulp(0.0)  # the least number that is
 
@@ -22,13 +24,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
-
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. With a `seed` a request gives the same
-    tokens whatever runs beside it. `max_tokens` None means up to the model's context length. `logprobs` k gives the
-    sampled token's log-probability and the k most likely ones, as the model has them: before temperature, penalties
-    and biases. Before `min_tokens` nothing stops a completion. Raises ValueError, naming the value, if one is out of
-    range."""
+    """How tokens are chosen and when to stop. `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are
+    off. With a `seed` a request gives the same tokens whatever runs beside it. `max_tokens` None means up to the
+    model's context length. `logprobs` k gives the sampled token's log-probability and the k most likely ones, as the
+    model has them: before temperature, penalties and biases. Before `min_tokens` nothing stops a completion. Raises
+    ValueError, naming the value, if one is out of range."""
 
     max_tokens: int | None = number(16, 1, math.inf, "at least 1")
     min_tokens: int = number(0, 0, math.inf, "at least 0 and at most max_tokens")
@@ -57,15 +57,13 @@ class SamplingParams:
             if f.metadata:
                 self.check(f.name, fits(getattr(self, f.name), f.type, *f.metadata["range"]), f.metadata["what"])
         self.check("min_tokens", self.min_tokens <= (self.max_tokens or math.inf), "at least 0 and at most max_tokens")
-        biases = self.logit_bias.items()
-        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in biases)
+        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in self.logit_bias.items())
         self.check("logit_bias", fit, "biases in [-100, 100] by token id")
         self.check("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty strings")
         self.check("stop_token_ids", all(fits(token, int, 0) for token in self.stop_token_ids), "token ids")
 
     def check(self, name: str, ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} {getattr(self, name)!r}: must be {what}")
+        require(ok, f"{name} {getattr(self, name)!r}: must be {what}")
 
     @property
     def is_adjusted(self) -> bool:

@@ -70,12 +70,12 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     @app.post("/v1/completions", responses=documented(protocol.Completion))
     async def complete(body: protocol.CompletionRequest, request: Request) -> Response:
         check_model(body)
-        return await (await Generation.begin(engine, spelling, body)).answer(request)
+        return await Generation(engine, spelling, body).answer(request)
 
     @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
     async def complete_chat(body: protocol.ChatRequest, request: Request) -> Response:
         check_model(body)
-        return await (await Chat.begin_chat(engine, spelling, body)).answer(request)
+        return await Chat(engine, spelling, body).answer(request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -131,11 +131,9 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     async def load() -> dict[str, Any]:
         return engine.metrics.describe_load(engine.engine, name)
 
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
     @app.get("/", response_class=HTMLResponse)
     async def status_page() -> str:
-        return page
+        return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     return app
 
@@ -177,7 +175,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it takes no new connections, and gives requests `shutdown_timeout` seconds to end."""
+    """Told to stop, or when the engine ends, it takes no new connections; requests have `shutdown_timeout` seconds."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         app, wait = create_app(engine), int(min(engine.config.shutdown_timeout, 1e6)) + 5
@@ -189,6 +187,9 @@ class Server(uvicorn.Server):
         if self.started:  # else there are no requests, and perhaps no loop
             wait, error = self.engine.config.shutdown_timeout, UnavailableError("the server is shutting down")
             self.engine.loop.call_soon_threadsafe(self.engine.loop.call_later, wait, self.engine.interrupt, error)
+
+    async def on_tick(self, counter: int) -> bool:
+        return self.engine.failure is not None or await super().on_tick(counter)
 
 
 def serve(config: EngineConfig, options: ServeConfig) -> int:
@@ -207,19 +208,13 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
             body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
             key = " -H 'Authorization: Bearer …'" if options.api_key else ""
             curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
-            sizes = f"tp {config.tp_size}, dcp {config.dcp_size}"
-            print(f"Serving {name} on {address} ({sizes}). Try:\n\n{curl}\n", flush=True)
+            where = f"{address} (tp {config.tp_size}, dcp {config.dcp_size})"
+            print(f"Serving {name} on {where}. Try:\n\n{curl}\n", flush=True)
             return engine
 
-        def stop() -> None:
-            if engine.loaded is not None:
-                logger.error("the engine has ended; stopping: %s", engine.failure)
-            server.should_exit = True
-
-        engine = AsyncEngine(load, options, name, on_end=stop)
-        server = Server(engine)
+        engine = AsyncEngine(load, options, name)
         try:
-            server.run(sockets=[listening])
+            Server(engine).run(sockets=[listening])
         finally:  # a second Ctrl-C skips the lifespan's end
             engine.close()
     sys.stdout.flush()

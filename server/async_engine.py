@@ -4,6 +4,7 @@ back to the queue of whoever asked. The engine itself (`minidcp/engine/engine.py
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import queue
 import threading
@@ -20,6 +21,7 @@ from minidcp.request import OutputDelta, SamplingParams
 
 from .metrics import Metrics
 
+logger = logging.getLogger("minidcp")
 T = TypeVar("T")
 Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception]
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
@@ -30,13 +32,10 @@ class UnavailableError(RuntimeError):
 
 
 class AsyncEngine:
-    """Call `start` from the event loop before anything else. `make` loads the engine, in the thread; `on_end` runs in
-    the loop when that fails or a rank ends, and `failure` says why."""
+    """Call `start` from the event loop first. `make` loads the engine, in the thread; `failure` says why it ended."""
 
-    def __init__(
-        self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str, on_end: Callable[[], None]
-    ) -> None:
-        self.make, self.config, self.model_name, self.on_end = make, config, model_name, on_end
+    def __init__(self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str) -> None:
+        self.make, self.config, self.model_name = make, config, model_name
         self.loaded: LLMEngine | None = None
         self.failure: Exception | None = None
         self.metrics = Metrics(model_name)
@@ -69,7 +68,10 @@ class AsyncEngine:
             self.metrics.watch(engine)
             self.loaded = engine
             while not self.stopping:
-                self.take_commands(engine)
+                with contextlib.suppress(queue.Empty):  # until nothing is left; with no work, wait for it a moment
+                    self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
+                    while True:
+                        self.inbox.get_nowait()()
                 if engine.has_work:
                     if deltas := engine.step():
                         self.loop.call_soon_threadsafe(self.deliver, deltas)
@@ -82,13 +84,6 @@ class AsyncEngine:
             if not user_error and not isinstance(error, EngineDeadError):
                 raise  # a defect of ours: show where
 
-    def take_commands(self, engine: LLMEngine) -> None:
-        """Run what is in the inbox; wait for it a moment if there is nothing else to do."""
-        with contextlib.suppress(queue.Empty):
-            self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
-            while True:
-                self.inbox.get_nowait()()
-
     def deliver(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:
             if delta.request_id in self.streams:  # else its client has left
@@ -99,7 +94,8 @@ class AsyncEngine:
     def fail(self, error: Exception) -> None:
         self.failure = error
         self.interrupt(EngineDeadError(f"the engine has stopped: {error}"))
-        self.on_end()
+        if self.loaded is not None:
+            logger.error("the engine has ended; stopping: %s", error)
 
     def interrupt(self, error: Exception) -> None:
         """End every stream with an error."""

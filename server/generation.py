@@ -6,48 +6,46 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minidcp.engine.executor import EngineDeadError
-from minidcp.request import OutputDelta, SamplingParams, TokenLogprobs
+from minidcp.request import OutputDelta, TokenLogprobs
 
 from .async_engine import AsyncEngine, UnavailableError
-from .protocol import ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest, StreamOptions
+from .protocol import ChatRequest, CompletionRequest, ErrorResponse, StreamOptions
 from .tokenization import Tokenization
 
 T = TypeVar("T")
-Entries = list[TokenLogprobs | None]
 
 
-@dataclass
 class Generation:
     """One POST: choice i * n + j is sample j of prompt i. This is a completion; `Chat` words it otherwise."""
 
-    engine: AsyncEngine
-    spelling: Tokenization
-    body: GenerationRequest
-    prompts: list[list[int]]
-    samples: list[SamplingParams]
-    echoed: list[str] = field(default_factory=list)  # the prompts' texts, if they begin the answers
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
     PREFIX, WHOLE, EVENT = "cmpl", "text_completion", "text_completion"
 
-    def __post_init__(self) -> None:
-        for tokens in self.prompts:
-            self.engine.engine.validate(tokens, self.samples[0])
+    def __init__(self, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest | ChatRequest) -> None:
+        self.engine, self.spelling, self.body, self.samples = engine, spelling, body, body.samples()
+        self.prompts: list[list[int]] = []
+        self.echoed: list[str] = []  # the prompts' texts, if they begin the answers
         self.offsets: dict[int, int] = {}  # by choice, of the next token in the text
-        self.head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time())}
-        self.head["model"] = self.engine.model_name
+        self.completion_tokens = self.cached_tokens = 0
+        self.head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.model_name}
 
     async def answer(self, request: Request) -> Response:
-        if self.body.stream:
+        """Raises ValueError, naming the field that is wrong, before any answer begins."""
+        body, prompts = self.body, self.body.prompts()
+        self.engine.check_room(len(prompts) * len(self.samples))  # before any work, and before a stream's 200
+        self.prompts = [await self.spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
+        for tokens in self.prompts:
+            self.engine.engine.validate(tokens, self.samples[0])
+        if isinstance(body, CompletionRequest) and body.echo:
+            skip = body.skip_special_tokens is not False
+            self.echoed = [p if isinstance(p, str) else await self.spelling.detokenize(p, skip) for p in prompts]
+        if body.stream:
             return StreamingResponse(self.stream(), media_type="text/event-stream")
         return JSONResponse(await unless_disconnected(request, self.collect()))
 
@@ -103,22 +101,19 @@ class Generation:
             if self.echoed:
                 text = self.echoed[index // len(self.samples)] + text
                 entries = [*(deltas[0].prompt_logprobs or []), *entries]
-        wanted = self.samples[0].logprobs is not None
         return {
             "index": index,
             **self.word_text(text, whole, first),
-            "logprobs": self.word_logprobs(index, entries) if wanted else None,
+            "logprobs": None if self.samples[0].logprobs is None else self.word_logprobs(index, entries),
             "finish_reason": deltas[-1].finish_reason,
         }
 
     def word_text(self, text: str, whole: bool, first: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+    def word_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         """An entry per token in every column. A prompt's first token has no log-probability."""
-        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        columns: dict[str, list[Any]] = {name: [] for name in names}
-        spell = self.spelling.spell
+        rows, spell = [], self.spelling.spell
         for position, entry in enumerate(entries):
             top: dict[str, float] | None = None
             if entry is None:
@@ -128,22 +123,10 @@ class Generation:
                 for candidate, value in entry.top:  # two ids can share a text; the likelier one counts
                     top.setdefault(spell(candidate), value)
                 top.setdefault(name, entry.logprob)
-            row = (name, entry and entry.logprob, top, self.offsets[index])
-            for column, item in zip(columns.values(), row, strict=True):
-                column.append(item)
+            rows.append((name, entry and entry.logprob, top, self.offsets[index]))
             self.offsets[index] += len(name)
-        return columns
-
-    @classmethod
-    async def begin(cls, engine: AsyncEngine, spelling: Tokenization, body: CompletionRequest) -> Self:
-        samples, prompts = body.samples(), body.prompts()
-        engine.check_room(len(prompts) * len(samples))  # before any work, and before a stream's 200
-        ids = [await spelling.encode(prompt, body.add_special_tokens) for prompt in prompts]
-        begun = cls(engine, spelling, body, ids, samples)
-        if body.echo:
-            skip = body.skip_special_tokens is not False
-            begun.echoed = [p if isinstance(p, str) else await spelling.detokenize(p, skip) for p in prompts]
-        return begun
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return dict(zip(names, zip(*rows, strict=True), strict=True))
 
 
 class Chat(Generation):
@@ -154,19 +137,13 @@ class Chat(Generation):
         message = {"role": "assistant", "content": text} if whole or first else {"content": text}
         return {"message" if whole else "delta": message}
 
-    def word_logprobs(self, index: int, entries: Entries) -> dict[str, Any]:
+    def word_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         def word(token: int, logprob: float) -> dict[str, Any]:
             spelling = self.spelling
             return {"token": spelling.spell(token), "logprob": logprob, "bytes": spelling.spell_bytes(token)}
 
         known = [entry for entry in entries if entry is not None]
         return {"content": [word(e.token_id, e.logprob) | {"top_logprobs": [word(*t) for t in e.top]} for e in known]}
-
-    @classmethod
-    async def begin_chat(cls, engine: AsyncEngine, spelling: Tokenization, body: ChatRequest) -> Self:
-        samples = body.samples()
-        engine.check_room(len(samples))
-        return cls(engine, spelling, body, [await spelling.encode_chat(body)], samples)
 
 
 def write_event(content: dict[str, Any]) -> str:

@@ -122,8 +122,7 @@ class Metrics(Collector):
 
     def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
         """What the page at / shows."""
-        scheduler, (capacity, used) = engine.scheduler, engine.kv_tokens()
-        blocks = engine.blocks
+        scheduler, blocks, (capacity, used) = engine.scheduler, engine.blocks, engine.kv_tokens()
         total, cached, free = blocks.num_blocks, len(blocks.cached), len(blocks.free)
         return {
             "model": model_name,

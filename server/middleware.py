@@ -24,6 +24,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app, self.config = app, config
+        self.too_large = 413, f"the body is larger than --max-body-bytes {config.max_body_bytes}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +39,7 @@ class Gate:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.config.max_body_bytes:
-                raise HTTPException(413, self.too_large())
+                raise HTTPException(*self.too_large)
             return message
 
         async def noting_send(message: Message) -> None:
@@ -68,8 +69,5 @@ class Gate:
             return 401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.config.max_body_bytes:
-            return 413, self.too_large()
+            return self.too_large
         return None
-
-    def too_large(self) -> str:
-        return f"the body is larger than --max-body-bytes {self.config.max_body_bytes}"

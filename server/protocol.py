@@ -64,10 +64,6 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def count_logprobs(self) -> dict[str, int | None]:
-        """SamplingParams' fields that ask for log-probabilities."""
-        raise NotImplementedError
-
     def samples(self) -> list[SamplingParams]:
         """For each of a prompt's n choices. Raises ValueError, naming the field that is wrong."""
         require(self.stream_options is None or self.stream, "stream_options is allowed only with stream true")
@@ -82,8 +78,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
 
 
 def derive_seed(seed: int, sample: int) -> int:
-    """Sample 0 has the seed itself, so that n does not change it; the others a hash of it and their number, so that
-    neighbouring seeds share no samples."""
+    """Sample 0 has the seed itself, whatever n is; the others have hashes, so that neighbouring seeds share none."""
     if sample == 0:
         return seed
     return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED
@@ -104,6 +99,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
     def count_logprobs(self) -> dict[str, int | None]:
+        """SamplingParams' fields that ask for log-probabilities."""
         return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
     def prompts(self) -> list[str | list[int]]:
@@ -146,6 +142,9 @@ class ChatRequest(GenerationRequest):
     def count_logprobs(self) -> dict[str, int | None]:
         require(self.logprobs or not self.top_logprobs, f"top_logprobs {self.top_logprobs}: only with logprobs true")
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def prompts(self) -> list[Self]:
+        return [self]  # which a template makes a prompt of
 
 
 class TokenizeRequest(Body):

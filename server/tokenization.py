@@ -24,24 +24,23 @@ class Tokenization:
             raise ValueError(f"{field}: the checkpoint has no tokenizer; only completions of token ids work")
         return tokenizer
 
-    async def encode(self, prompt: str | list[int], special: bool | None) -> list[int]:
-        """A prompt's token ids; text gets the special tokens that the tokenizer adds (BOS), but for False."""
+    async def encode(self, prompt: str | list[int] | ChatRequest | TokenizeRequest, special: bool | None) -> list[int]:
+        """A prompt's token ids. Text gets the special tokens that the tokenizer adds (BOS), but for False; messages get
+        them for True only, because templates write them."""
         if isinstance(prompt, list):
             return prompt
-        return await self.engine.in_background(self.engine.engine.tokenize, prompt, special is not False)
-
-    async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
-        """The messages as the template renders them. Templates write special tokens themselves."""
-        tokenizer, ready = self.require_tokenizer("messages"), body.add_generation_prompt is not False
+        if isinstance(prompt, str):
+            return await self.engine.in_background(self.engine.engine.tokenize, prompt, special is not False)
+        tokenizer, ready = self.require_tokenizer("messages"), prompt.add_generation_prompt is not False
         require(tokenizer.chat_template, "messages: the checkpoint has no chat template; use /v1/completions")
-        conversation = [message.for_template() for message in body.messages or []]
+        conversation = [message.for_template() for message in prompt.messages or []]
 
         def work() -> list[int]:
             try:
                 text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ready)
             except Exception as error:  # a template is a program: it may raise anything
                 raise ValueError(f"messages: the chat template refuses them: {error}") from error
-            return self.engine.engine.tokenize(str(text), body.add_special_tokens is True, "messages")
+            return self.engine.engine.tokenize(str(text), special is True, "messages")
 
         return await self.engine.in_background(work)
 
@@ -61,8 +60,7 @@ class Tokenization:
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
-        text, special = body.prompt or "", body.add_special_tokens
-        ids = await (self.encode_chat(body) if body.messages else self.encode(text, special))
+        ids = await self.encode(body if body.messages else body.prompt or "", body.add_special_tokens)
         names = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids] if body.return_token_strs else None
         longest = self.engine.engine.max_model_len
         return TokenizeResponse(count=len(ids), max_model_len=longest, tokens=ids, token_strs=names)

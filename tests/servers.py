@@ -201,7 +201,7 @@ class Local:
 @pytest.fixture(scope="module")
 def local(demo: Path) -> Iterator[Local]:
     engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
-    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), str(demo), on_end=lambda: None))
+    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), str(demo)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -17,7 +17,7 @@ FLOORS = [
     ("attention",),
     ("models",),
     ("engine",),
-    ("llm",),
+    ("llm", "plan"),
     ("__init__",),
     ("server",),
     ("cli", "__main__"),

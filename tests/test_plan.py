@@ -1,4 +1,4 @@
-"""benchmarks/plan.py against what is really built: bytes of a model, capacity of an engine, bytes exchanged."""
+"""`minidcp plan` against what is really built: bytes of a model, capacity of an engine, bytes exchanged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from checkpoints import STYLES
 from exchange import count_bytes
-from plan import GPUS, Plan, find_gpu, main
 
 from minidcp.attention.reference import ReferenceBackend
+from minidcp.cli import main
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.model_runner import CPU_KV_BYTES
@@ -23,6 +23,7 @@ from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import build_thread_states
+from minidcp.plan import GPUS, Plan, find_gpu
 
 V2 = str(Path(__file__).parents[1] / "benchmarks" / "configs" / "deepseek-v2")
 
@@ -43,7 +44,7 @@ def shallow(tmp_path: Path) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], command: str) -> Any:
-    assert main(f"{command} --json".split()) == 0
+    assert main(f"plan {command} --json".split()) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -103,7 +104,7 @@ def test_the_plateau_of_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, f"{V2} --gpu h100 --tp-size 8 --dcp-size 1,2,4,8 --context 4750 --concurrency 1..512")
     alone, *_, whole = result["memory"]
     assert [m["dcp_size"] for m in result["memory"]] == [1, 2, 4, 8]
-    assert 32 < alone["requests"] < 64 and 128 < whole["requests"] < 512
+    assert 32 < alone["most_requests"] < 64 and 128 < whole["most_requests"] < 512
     assert 5500 * 32 <= alone["capacity"] < 5500 * 64
     assert whole["weight_bytes"] - alone["weight_bytes"] == pytest.approx(1.76e9, rel=0.01)
     by_dcp = {d: [s["tokens_per_s"] for s in result["steps"] if s["dcp_size"] == d] for d in (1, 8)}
@@ -148,14 +149,14 @@ def test_output(
     shallow: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = f"{shallow} --gpu h100,link=200e9 --tp-size 8 --dcp-size 4,8 --concurrency 8,600"
-    assert main([*command.split(), "--plot", str(tmp_path / "plan.png")]) == 0
+    assert main(["plan", *command.split(), "--plot", str(tmp_path / "plan.png")]) == 0
     output = capsys.readouterr().out
     assert "longest context" in output and "most requests" in output
     assert output.count("\n| 4 | ") == output.count("\n| 8 | ") == 3 and "| 8 | 600 | " in output
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main([*command.split(), "--plot", "plan.png"]) == 2
+    assert main(["plan", *command.split(), "--plot", "plan.png"]) == 2
     assert "--plot plan.png: needs matplotlib: pip install" in capsys.readouterr().err
 
 
@@ -172,7 +173,7 @@ def test_a_gpu_in_numbers() -> None:
         ("--gpu h100,link=0", "--gpu 'h100,link=0': give h100"),
         ("--gpu h100,memory=inf", "--gpu 'h100,memory=inf': give h100"),
         ("--gpu h100 --tp-size 8 --dcp-size 1,3", "--dcp-size 3 must divide --tp-size 8; possible: 1, 2, 4, 8"),
-        ("--gpu h100 --tp-size 3", "--tp-size 3 must divide the model's 128 heads; possible: 1, 2, 4"),
+        ("--gpu h100 --tp-size 3", "--tp-size 3 must divide the model's 128 attention heads; possible: 1, 2, 4"),
         ("--gpu h100 --tp-size 4", "--tp-size 4: 119.0 GB of weights leave no room for KV; raise it"),
         ("--gpu h100 --tp-size 8 --concurrency 8..x", "--concurrency '8..x': must be rising integers, such as 1,8,64"),
         ("--gpu h100 --tp-size 8 --concurrency 0..8", "--concurrency '0..8': must be rising integers"),
@@ -183,8 +184,8 @@ def test_a_gpu_in_numbers() -> None:
     ],
 )
 def test_wrong_options(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([V2, *flags.split()]) == 2
-    assert f"plan: error: {message}" in capsys.readouterr().err
+    assert main(["plan", V2, *flags.split()]) == 2
+    assert f"minidcp: error: {message}" in capsys.readouterr().err
 
 
 def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ import logging
 
 import torch
 
-from minidcp.attention.base import AttentionBackend
+from minidcp.attention.base import AttentionBackend as AttentionBackend
+from minidcp.attention.fa3 import COMPILED_DIMS, FA3Backend, load_operators
+from minidcp.attention.reference import ReferenceBackend
 from minidcp.config import EngineConfig, require
 from minidcp.model_config import ModelConfig
-
-__all__ = ["AttentionBackend", "make_backend"]
 
 logger = logging.getLogger("minidcp")
 
@@ -22,8 +22,6 @@ def make_backend(options: EngineConfig, config: ModelConfig, device: torch.devic
             logger.warning("attention: reference, because FlashAttention-3 and Triton need --dtype bfloat16")
         name = "reference"
     if name == "reference":
-        from minidcp.attention.reference import ReferenceBackend
-
         return ReferenceBackend(config.softmax_scale)
     flag = f"--attention-backend {name}"
     require(device.type == "cuda", f"{flag}: needs a CUDA device; use reference")
@@ -47,12 +45,9 @@ def make_backend(options: EngineConfig, config: ModelConfig, device: torch.devic
 
 def make_fa3(options: EngineConfig, config: ModelConfig, device: torch.device) -> AttentionBackend:
     """Raises ValueError: why FA3 cannot run this model here."""
-    from minidcp.attention.fa3 import FA3Backend, load_operators
-
     dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_head_dim, config.v_head_dim)
-    compiled = (512, 64, 192, 128)
-    names = "kv_lora_rank, rope, qk and v dims"
-    require(dims == compiled, f"is compiled for {names} {compiled}, the model has {dims}")
+    what = f"kv_lora_rank, rope, qk and v dims {COMPILED_DIMS}"
+    require(dims == COMPILED_DIMS, f"is compiled for {what}, the model has {dims}")
     major, minor = torch.cuda.get_device_capability(device)
     require(major == 9, f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}")
     try:

@@ -4,7 +4,7 @@ over prefill sequences; it is meant to be read, not to be fast."""
 import torch
 from torch import Tensor
 
-from minidcp.batch import CacheRows, Varlen
+from minidcp.batch import CacheRows, Partial, Varlen
 
 CHUNK = 16 << 20  # values of latents that are gathered at once
 
@@ -21,17 +21,14 @@ class ReferenceBackend:
     def plan(self, rows: CacheRows) -> None:
         rows.prepared = torch.arange(int(rows.local_lens.max()), device=rows.local_lens.device)
 
-    def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None) -> Partial:
         block_size, slots = kv.shape[1], rows.prepared
         assert isinstance(slots, Tensor)
         q, cache = torch.cat([q_latent, q_pe], -1).float(), kv.flatten(0, 1)
         outs, lses = [], []
         some = max(1, CHUNK // max(1, len(slots) * kv.shape[2]))  # rows at once, so that memory is bounded
-        for table, lens, q_some in zip(
-            rows.block_table.long().split(some), rows.local_lens.split(some), q.split(some), strict=True
-        ):
+        parts = (x.split(some) for x in (rows.block_table.long(), rows.local_lens, q))
+        for table, lens, q_some in zip(*parts, strict=True):
             places = table[:, slots // block_size] * block_size + slots % block_size
             empty = slots >= lens[:, None]  # [b, L]
             latents = cache[places].float().masked_fill(empty[..., None], 0.0)  # an unused slot may hold NaN
@@ -41,7 +38,7 @@ class ReferenceBackend:
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
         outs, lses = [], []
         sequences = zip(q.split(varlen.lens_q), k.split(varlen.lens_k), v.split(varlen.lens_k), strict=True)
         for q_i, k_i, v_i in sequences:
@@ -55,7 +52,7 @@ class ReferenceBackend:
         return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
-def attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def attend(scores: Tensor, values: Tensor) -> Partial:
     """softmax(scores [..., Q, K]) @ values [..., K, D], and the log-sum-exp; out is 0 where all is hidden."""
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.batch import CacheRows, Varlen
+from minidcp.batch import CacheRows, Partial, Varlen
 from minidcp.kernels import shared_memory
 from minidcp.kernels.mla_decode import DeviceLimits, mla_decode
 
@@ -23,12 +23,10 @@ class TritonBackend:
     def plan(self, rows: CacheRows) -> None:
         pass
 
-    def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None) -> Partial:
         return mla_decode(q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, self.limits)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
         pad = q.shape[2] - v.shape[2]  # it wants one head dim for all
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, F.pad(v, (0, pad)), varlen.cu_seqlens_q, varlen.cu_seqlens_k, max(varlen.lens_q),

@@ -14,8 +14,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none (then prompts are token ids). Raises ValueError if there are
-    tokenizer files, but they cannot be read."""
+    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids. ValueError: it cannot be read."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
@@ -42,14 +41,10 @@ class Detokenizer:
     def append(self, token: int) -> str:
         """Add a token; returns the text that is now certain. A stop string is cut and sets `stopped`."""
         self.ids.append(token)
-        return self.take(is_last=False)
+        return self.flush(is_last=False)
 
-    def flush(self) -> str:
-        """What was held back, once no token follows."""
-        return self.take(is_last=True)
-
-    def take(self, is_last: bool) -> str:
-        """The text that is certain now: up to a stop string or, if more may follow, to the beginning of one."""
+    def flush(self, is_last: bool = True) -> str:
+        """What was held back and is certain now: up to a stop string or, if more may follow, to one's beginning."""
         if self.tokenizer is None or self.stopped:
             return ""
         before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))

@@ -8,6 +8,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -38,23 +39,22 @@ class EngineStats:
 
 class LLMEngine:
     """One model on the ranks that `start` starts, serving many requests at once. Not thread-safe: one thread calls it.
-    Raises ValueError if the configuration or the checkpoint is wrong, and from any method EngineDeadError if a rank
-    ended."""
+    Raises ValueError if the configuration or the checkpoint is wrong; every method EngineDeadError if a rank ended."""
 
     def __init__(self, config: EngineConfig, start: Callable[[EngineConfig, ModelConfig], Executor] = Executor) -> None:
         lower_max_model_len = config.max_model_len is None
-        config, model_config = resolve(config)
-        self.model_config = model_config
-        self.tokenizer = load_tokenizer(find_model(config.model))
+        config, self.model_config = resolve(config)
+        self.tokenizer = load_tokenizer(Path(config.model))
         self.longest_token = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer else 0
-        self.executor = start(config, model_config)
+        self.layout = Interleave(config.dcp_size, config.block_size)
+        self.executor = start(config, self.model_config)
         try:
             num_blocks, self.max_model_len = self.init_cache(config, lower_max_model_len)
         except BaseException:
             self.executor.close()
             raise
         self.config = replace(config, num_blocks=num_blocks, max_model_len=self.max_model_len)
-        self.blocks = BlockManager(num_blocks, config.block_size * config.dcp_size, config.prefix_cache)
+        self.blocks = BlockManager(num_blocks, self.layout.tokens_per_block, config.prefix_cache)
         budget = config.max_num_batched_tokens or 0
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, budget, config.mixed_steps)
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
@@ -64,11 +64,9 @@ class LLMEngine:
         self.observe: Callable[[PlannedStep, StepResult | None], None] = lambda _, __: None
 
     def init_cache(self, config: EngineConfig, lower_max_model_len: bool) -> tuple[int, int]:
-        """Size the cache from what the ranks have room for; its blocks and the context length, which is lowered to what
-        fits if nobody asked for it."""
+        """Size the cache by the ranks' room; its blocks, and the context length, lowered to it if nobody chose one."""
         ready = self.executor.wait_ready()
-        self.weight_bytes = max(r.bytes_read for r in ready)
-        layout = Interleave(config.dcp_size, config.block_size)
+        self.weight_bytes, layout = max(r.bytes_read for r in ready), self.layout
         width = self.model_config.latent_dim * getattr(torch, config.dtype).itemsize
         block_bytes = self.model_config.num_hidden_layers * config.block_size * width
         max_model_len, num_blocks = config.max_model_len or 0, config.num_blocks
@@ -84,10 +82,9 @@ class LLMEngine:
         require(capacity >= max_model_len, f"{what}; lower it, or raise --num-blocks or --dcp-size")
         self.executor.submit(num_blocks)
         self.executor.wait_ready()
-        per_rank = f"{num_blocks} blocks, {num_blocks * config.block_size} tokens per rank"
-        requests = f"{num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
-        in_all = f"{capacity} in all (dcp {config.dcp_size}), {requests}"
-        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {per_rank}, {in_all}")
+        held = f"{num_blocks * config.block_size} tokens per rank, {capacity} in all (dcp {config.dcp_size})"
+        held += f", {num_blocks // layout.num_blocks(max_model_len)} requests of {max_model_len} tokens"
+        logger.info(f"weights: {self.weight_bytes / 1e6:.1f} MB read per rank; KV cache: {num_blocks} blocks, {held}")
         return num_blocks, max_model_len
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Request:
@@ -116,8 +113,7 @@ class LLMEngine:
             raise ValueError(f"{field}: is not valid Unicode ({error.reason})") from None
         given = f"your {field} has {len(text)} characters, more than so many tokens can hold."
         self.require_fit(len(text) <= self.max_model_len * self.longest_token, given)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
-        return ids
+        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def require_fit(self, fits: bool, given: str) -> None:
         require(fits, f"This model's maximum context length is {self.max_model_len} tokens. However, {given}")
@@ -142,8 +138,7 @@ class LLMEngine:
     def abort(self, *request_ids: str) -> None:
         """Forget requests and free what they hold; unknown ids are ignored (one may just have finished)."""
         for request_id in request_ids:
-            entry = self.requests.pop(request_id, None)
-            if entry is not None:
+            if entry := self.requests.pop(request_id, None):
                 self.scheduler.finish(entry[0], FinishReason.ABORT)
 
     @property
@@ -200,11 +195,10 @@ class LLMEngine:
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
         """How many tokens each rank's cache has room for, and how many of running requests it holds."""
-        layout = Interleave(self.config.dcp_size, self.config.block_size)
-        ranks, running = range(self.config.tp_size), [r.num_computed for r in list(self.scheduler.running)]
+        layout, running = self.layout, [request.num_computed for request in list(self.scheduler.running)]
         shards = [sum(layout.local_len(n, rank) for n in running) for rank in range(layout.size)]
-        capacity = self.blocks.num_blocks * layout.block_size
-        return [capacity for _ in ranks], [shards[rank % layout.size] for rank in ranks]
+        groups = self.config.tp_size // layout.size
+        return [self.blocks.num_blocks * layout.block_size] * self.config.tp_size, shards * groups
 
     def close(self) -> None:
         self.executor.close()
@@ -212,28 +206,30 @@ class LLMEngine:
 
 def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     """Fill in every "auto" and check the configuration against the model and the machine."""
-    path = find_model(config.model)
+    path, device = find_model(config.model), config.device
     model_config = ModelConfig.from_hf(path)
-    heads = model_config.num_attention_heads
-    wanted = f"--tp-size {config.tp_size} must divide the model's {heads} attention heads"
-    require(heads % config.tp_size == 0, f"{wanted}; possible: {divisors(heads)}")
-    device, dtype, longest = config.device, config.dtype, model_config.max_position_embeddings
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cpu" or torch.cuda.is_available(), f"--device {device}: no CUDA device is available")
-    if dtype == "auto":  # on a CPU bf16 is slower and less exact than fp32
-        dtype = "bfloat16" if device != "cpu" else "float32"
-    max_len = config.max_model_len or longest
-    require(max_len <= longest, f"--max-model-len {max_len}: the model's positions end at {longest}")
-    batched = config.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, config.max_num_seqs)
-    config = replace(config, model=str(path), device=device, dtype=dtype)
-    config = replace(config, max_model_len=max_len, max_num_batched_tokens=batched)
-    config = replace(config, ranks=choose_ranks(config))
+    config = fit(replace(config, model=str(path), device=device), model_config)
     for name in ("dcp_comm_backend", "exchange_policy", "q_proj"):
         if config.dcp_size == 1 and getattr(config, name) != getattr(EngineConfig, name):
             logger.warning(f"{flag(name)} {getattr(config, name)} has no effect with --dcp-size 1")
-    config = replace(config, comm=choose_comm(config))
+    config = replace(config, ranks=choose_ranks(config), comm=choose_comm(config))
     return replace(config, dcp_comm_backend=choose_exchange(config)), model_config
+
+
+def fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """Fill in what follows from the model's shape and the device, which is no longer "auto"."""
+    heads, longest = model.num_attention_heads, model.max_position_embeddings
+    wanted = f"--tp-size {config.tp_size} must divide the model's {heads} attention heads"
+    require(heads % config.tp_size == 0, f"{wanted}; possible: {divisors(heads)}")
+    max_len, dtype, on_cpu = config.max_model_len or longest, config.dtype, config.device == "cpu"
+    require(max_len <= longest, f"--max-model-len {max_len}: the model's positions end at {longest}")
+    if dtype == "auto":  # on a CPU bf16 is slower and less exact than fp32
+        dtype = "float32" if on_cpu else "bfloat16"
+    batched = config.max_num_batched_tokens or max(2048 if on_cpu else 8192, config.max_num_seqs)
+    return replace(config, dtype=dtype, max_model_len=max_len, max_num_batched_tokens=batched)
 
 
 def choose_ranks(config: EngineConfig) -> str:
@@ -275,12 +271,6 @@ def choose_comm(config: EngineConfig) -> str:
 def choose_exchange(config: EngineConfig) -> str:
     """The exchange for `--dcp-comm-backend auto`: p2p where ranks can read each other's memory, else a2a."""
     symmetric, exchange = config.comm == "symmetric", config.dcp_comm_backend
-    needs = f"needs symmetric memory (GPUs of one node), not --comm {config.comm}"
-    possible = symmetric or exchange != "p2p" or config.dcp_size == 1
-    require(possible, f"--dcp-comm-backend p2p: {needs}; use a2a")
-    if exchange != "auto":
-        return exchange
-    exchange = "p2p" if symmetric else "a2a"
-    if config.dcp_size > 1:
-        logger.info("exchange: %s (because collectives are %s)", exchange, config.comm)
-    return exchange
+    possible, needs = symmetric or exchange != "p2p" or config.dcp_size == 1, "symmetric memory (GPUs of one node)"
+    require(possible, f"--dcp-comm-backend p2p: needs {needs}, not --comm {config.comm}; use a2a")
+    return exchange if exchange != "auto" else "p2p" if symmetric else "a2a"

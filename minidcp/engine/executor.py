@@ -1,6 +1,5 @@
-"""The ranks as the driver sees them: start them, send every one the same commands, hear reports. Three ways to have
-ranks: threads of this process, processes started here, processes started by torchrun. What a rank does is in
-`worker.py`."""
+"""The ranks as the driver sees them: start them, send every one the same commands, hear reports. They are threads of
+this process, processes started here, or torchrun's. What a rank does is in `worker.py`."""
 
 import contextlib
 import logging
@@ -55,15 +54,14 @@ class Executor:
 
     def start_processes(self) -> None:
         """On this machine; they end when this process does, however it ends."""
-        # As torchrun's agent does: host the store, and let the ranks find it in their environment. The operating
-        # system picks the port.
+        # As torchrun's agent does: host the store (the system picks the port); the ranks find it in their environment.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        log_level = str(logging.getLogger("minidcp").getEffectiveLevel())
         for rank in range(self.config.tp_size):
             ours, theirs = Pipe()
             env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.config.tp_size))
             env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-            env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=log_level)
+            level = logging.getLogger("minidcp").getEffectiveLevel()
+            env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=str(level))
             start = "from minidcp.engine.worker import main; main()"
             command = [sys.executable, "-c", start, str(theirs.fileno())]
             self.processes[rank] = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
@@ -71,11 +69,16 @@ class Executor:
             self.connect(rank, ours)
 
     def accept_torchrun(self) -> None:
-        """This process is the driver and, in a thread, rank 0; torchrun's others connect here."""
+        """Rank 0's process is the driver and, in a thread, a rank; the others serve it, and end when it does."""
+        host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+        store = dist.PrefixStore("minidcp", dist.TCPStore(host, port, is_master=False))  # torchrun's
         if not is_driver():
-            serve_torchrun_rank()
-        store, size, key = rendezvous_store(), self.config.tp_size, os.urandom(32)
-        with Listener((os.environ["MASTER_ADDR"], 0), backlog=size, authkey=key) as listener:
+            control, secret = store.get("minidcp/control").decode().split()
+            connection = Client((host, int(control)), authkey=bytes.fromhex(secret))
+            connection.send(rank)
+            serve_and_exit(rank, connection)
+        size, key = self.config.tp_size, os.urandom(32)
+        with Listener((host, 0), backlog=size, authkey=key) as listener:
             store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
             self.start_thread(0)
             for _ in range(size - 1):
@@ -105,21 +108,16 @@ class Executor:
                     while not isinstance(report := connection.recv(), Failed):
                         self.reports.put(report)
             except (EOFError, OSError):
-                report = Failed(f"rank {rank}: its process ended{self.exit_code(rank)}", died=True)
+                code = "unknown"
+                with contextlib.suppress(KeyError, subprocess.TimeoutExpired):  # it is not ours, or has not ended yet
+                    code = str(self.processes[rank].wait(1.0))
+                report = Failed(f"rank {rank}: its process ended (exit code {code})", died=True)
             except Exception as error:
                 report = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
             self.failures.put(report)
             self.reports.put(report)
 
         threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
-
-    def exit_code(self, rank: int) -> str:
-        if rank not in self.processes:
-            return ""
-        try:
-            return f" (exit code {self.processes[rank].wait(1.0)})"
-        except subprocess.TimeoutExpired:
-            return " (exit code unknown)"
 
     def send(self, command: Command) -> None:
         message = ForkingPickler.dumps(command)
@@ -200,21 +198,6 @@ class Executor:
     def break_barriers(self) -> None:
         for barrier in self.barriers:
             barrier.abort()
-
-
-def rendezvous_store() -> dist.Store:
-    """torchrun's store, under a prefix of our own."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore("minidcp", dist.TCPStore(host, port, is_master=False))
-
-
-def serve_torchrun_rank() -> NoReturn:
-    """Be one of torchrun's ranks other than 0 until the driver ends; this process ends with it."""
-    port, key = rendezvous_store().get("minidcp/control").decode().split()
-    connection = Client((os.environ["MASTER_ADDR"], int(port)), authkey=bytes.fromhex(key))
-    rank = int(os.environ["RANK"])
-    connection.send(rank)
-    serve_and_exit(rank, connection)
 
 
 def is_driver() -> bool:

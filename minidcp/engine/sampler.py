@@ -3,7 +3,7 @@ function of (seed, position, token id), not of a generator's state: a request's 
 it, on preemption, or on the device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,34 +15,29 @@ from minidcp.request import SamplingParams, TokenLogprobs
 @dataclass(frozen=True)
 class Sampled:
     """What the S sampling rows of a step got and the K scored tokens have, and the log-probabilities of
-    those that are `wanted`: (index, how many of the most likely)."""
+    the W that are `wanted`: (index, how many of the most likely)."""
 
     tokens: Tensor  # [S + K]
     num_sampled: int
     wanted: list[tuple[int, int]]
-    own: Tensor | None = None  # [len(wanted)] of the tokens
-    top_ids: Tensor | None = None  # [len(wanted), most] the most likely ones, best first
-    top_values: Tensor | None = None
+    logprobs: tuple[Tensor, ...] = ()  # of the tokens [W]; ids and values of the most likely [W, most], best first
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
-        changed = (None if x is None else change(x) for x in (self.own, self.top_ids, self.top_values))
-        return Sampled(change(self.tokens), self.num_sampled, self.wanted, *changed)
+        return replace(self, tokens=change(self.tokens), logprobs=tuple(map(change, self.logprobs)))
 
     def list_logprobs(self) -> list[TokenLogprobs | None] | None:
         """For each of the S + K, from tensors that are on the host by now."""
-        if self.own is None or self.top_ids is None or self.top_values is None:
+        if not self.wanted:
             return None
         tokens = self.tokens.tolist()
         out: list[TokenLogprobs | None] = [None] * len(tokens)
-        values = self.own.tolist(), self.top_ids.tolist(), self.top_values.tolist()
-        for (index, count), own, ids, top in zip(self.wanted, *values, strict=True):
+        for (index, count), own, ids, top in zip(self.wanted, *(x.tolist() for x in self.logprobs), strict=True):
             out[index] = TokenLogprobs(tokens[index], own, tuple(zip(ids[:count], top[:count], strict=True)))
         return out
 
 
 class Sampler:
-    """Chooses as the request in each slot wants it. What penalties count lies on the device, because the
-    next step is planned before this one's tokens are known."""
+    """Chooses as each slot's request wants. Penalties' counts are on the device: steps are planned ahead of tokens."""
 
     def __init__(self) -> None:
         self.admitted: dict[int, Admission] = {}
@@ -67,8 +62,7 @@ class Sampler:
         return bool(plan.scored) or wanted or not self.takes_best(plan)
 
     def sample(self, logits: Tensor, plan: StepPlan, best: Tensor) -> Sampled:
-        """Tokens for the S sampling rows from logits [S + K, vocab] (float32), whose best are `best`, and
-        what is wanted of them and of the K scored tokens."""
+        """Tokens of S sampling rows from logits [S + K, vocab] (float32) with best `best`, and all that is wanted."""
         rows = self.list_rows(plan)
         params = [a.params for a in rows]
         positions = [plan.starts[row] + plan.lengths[row] for row in plan.sampling]
@@ -103,7 +97,7 @@ class Sampler:
         most = min(max(count for _, count in wanted), logits.shape[1])
         top_values, top_ids = logprobs.topk(most, -1)
         own = logprobs.gather(1, tokens[indices][:, None])[:, 0]
-        return Sampled(tokens, len(rows), wanted, own, top_ids, top_values)
+        return Sampled(tokens, len(rows), wanted, (own, top_ids, top_values))
 
     def adjust(self, x: Tensor, a: Admission, position: int) -> Tensor:
         """Logits x [vocab] of the token at `position`, with penalties, biases and bans. Penalties as in OpenAI's API
@@ -136,8 +130,7 @@ def column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """-inf for all but the top_k tokens, then but the fewest whose probabilities reach top_p, and but those that are
-    min_p times as likely as the likeliest."""
+    """-inf for all but the top_k, the fewest of them that reach top_p, and those min_p times as likely as the best."""
     vocab = logits.shape[1]
     ordered, ids = logits.sort(-1, descending=True)
     top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64, logits)
@@ -164,16 +157,12 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 
 
 def mix64(x: Tensor) -> Tensor:
-    x = x + signed64(0x9E3779B97F4A7C15)
-    x = (x ^ shift_right(x, 30)) * signed64(0xBF58476D1CE4E5B9)
-    x = (x ^ shift_right(x, 27)) * signed64(0x94D049BB133111EB)
+    x = x + (0x9E3779B97F4A7C15 - 2**64)  # as int64
+    x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ shift_right(x, 31)
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's is arithmetic on int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def signed64(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x

@@ -1,7 +1,5 @@
-"""Continuous batching in integers: who computes which tokens in the next step.
-
-Decode rows first, then chunks of prompts within the token budget; the youngest request is preempted when blocks run
-out. No tensors, no ranks, no text. `engine.py` turns what comes back into outputs."""
+"""Continuous batching in integers: decode rows first, then chunks of prompts within the token budget; the youngest
+request is preempted when blocks run out. No tensors, no ranks, no text: `engine.py` turns what comes back into that."""
 
 import heapq
 from collections import deque
@@ -89,8 +87,7 @@ class Scheduler:
 
     def hand_over(self, request: Request, blocks: list[int], step: PlannedStep) -> None:
         """Append blocks to the request's table, here and (through the plan) on every rank."""
-        first = len(request.blocks)
-        step.plan.new_blocks += [(request.slot, first + i, block) for i, block in enumerate(blocks)]
+        step.plan.new_blocks += [(request.slot, index, b) for index, b in enumerate(blocks, len(request.blocks))]
         request.blocks += blocks
 
     def admit(self, request: Request, step: PlannedStep) -> bool:
@@ -130,8 +127,7 @@ class Scheduler:
         if request.params.prompt_logprobs is not None:
             length = min(length, MAX_SCORED - len(step.plan.scored))
             scored = range(start + 1, min(start + length + 1, len(request.prompt_token_ids)))
-            row = len(step.requests)
-            step.plan.scored += [(row, start + length - p, request.tokens[p]) for p in scored]
+            step.plan.scored += [(len(step.requests), start + length - p, request.tokens[p]) for p in scored]
         step.plan.tokens += request.tokens[start : start + length]
         self.add_row(step, request, length)
         return length

@@ -57,8 +57,7 @@ def serve_rank(rank: int, connection: Connection, state: ParallelState | None = 
         device = torch.device(config.device)
         if device.type == "cuda":
             # Ranks beyond the number of GPUs share them, which symmetric memory allows for tests.
-            local_rank = int(os.environ.get("LOCAL_RANK", rank))
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
             torch.cuda.set_device(device)
         if device.type == "cpu" and config.tp_size > 1:
             # Threads of many ranks on few cores wait for each other: one core's worth per rank.
@@ -90,8 +89,7 @@ def serve_rank(rank: int, connection: Connection, state: ParallelState | None = 
 
 
 def watch(connection: Connection) -> Callable[[], Command]:
-    """`connection.recv` by way of a thread, so that a driver that dies is noticed, and this process ended, even while
-    the rank waits for its peers in a collective."""
+    """`connection.recv` by way of a thread, which ends this process if the driver dies, even within a collective."""
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     def read() -> None:

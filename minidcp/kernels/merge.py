@@ -1,7 +1,6 @@
-"""Merging partial attention results by their log-sum-exp: a Triton kernel and its torch twin.
-
-LSEs are natural logarithms in fp32; -inf marks an empty shard, whose output may hold anything, NaN too: it is masked,
-never multiplied by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1."""
+"""Merging partial attention results by their log-sum-exp: a Triton kernel and its torch twin. LSEs are natural
+logarithms in fp32; -inf marks an empty shard, whose output may hold anything, NaN too: it is masked, never multiplied
+by zero. Source: FlashDecoding's reduction, arXiv:2307.08691 §3.1."""
 
 import torch
 import triton
@@ -15,10 +14,8 @@ def merge_partials(
     outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None, only: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of N shards: partial outputs outs [N, T, H, D], contiguous D, and lses [N, T, H] float32
-    -> out [T, H, D] in `dtype` or outs' (0 where every shard is empty) and lse [T, H] float32.
-
-    With `only`, that shard's share alone, outs[only] times exp(its lse - lse of the union): the shares' sum is the
-    whole. The other partials are then not read."""
+    -> out [T, H, D] in `dtype` or outs' (0 where every shard is empty) and lse [T, H] float32. With `only`, that
+    shard's share alone, outs[only] times exp(its lse - lse of the union), reading no other: shares sum to the whole."""
     dtype = dtype or outs.dtype
     if not use_triton(outs):
         return merge_partials_ref(outs, lses, dtype, only)

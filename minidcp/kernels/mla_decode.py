@@ -1,7 +1,5 @@
-"""Absorbed MLA decode over a paged latent cache, split over the context: our own kernels.
-
-This one is Triton for any GPU; for Hopper there is `mla_decode_hopper.py`. The torch twin is `attention/reference.py`,
-and `merge.py` puts the splits together."""
+"""Absorbed MLA decode over a paged latent cache, split over the context, in Triton for any GPU; for Hopper there is
+`mla_decode_hopper.py`. The torch twin is `attention/reference.py`; `merge.py` puts the splits together."""
 
 from dataclasses import dataclass
 

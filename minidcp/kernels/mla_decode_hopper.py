@@ -1,7 +1,6 @@
-"""The inner loop of MLA decode for Hopper GPUs: `mla_decode_kernel`'s contract, in Gluon.
-
-Gluon is Triton with layouts and memory in the programmer's hand. It is needed here because Triton lets both warpgroups
-compute the same scores; here each takes half of a tile's tokens, and then half of the latent dim of the output."""
+"""The inner loop of MLA decode for Hopper GPUs: `mla_decode_kernel`'s contract, in Gluon. Gluon is Triton with layouts
+and memory in the programmer's hand. It is needed here because Triton lets both warpgroups compute the same scores; here
+each takes half of a tile's tokens, and then half of the latent dim of the output."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

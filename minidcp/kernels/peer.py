@@ -115,11 +115,10 @@ def sum_kernel(
 def merge_peers(
     meeting: Meeting, pointers: Tensor, lse_offset: int, staged_lse: Tensor, lse: Tensor, out: Tensor, merged: Tensor
 ) -> None:
-    """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`.
-
-    Every rank's buffer holds its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room
-    for their LSEs. This rank's `lse` is put there here, into staged_lse [T, N * H] float32: attention back-ends write
-    it where they like. Writes out [T, H, dim], contiguous, of the partial outputs' dtype, and merged [T, H] float32."""
+    """Attention over the union of the ranks' shards, for this rank's heads; see `merge.py`. Every rank's buffer holds
+    its partial outputs [T, N * H, dim] at its begin, and at byte `lse_offset` there is room for their LSEs. This rank's
+    `lse` is put there here, into staged_lse [T, N * H] float32: attention back-ends write it where they like. Writes
+    out [T, H, dim], contiguous, of the partial outputs' dtype, and merged [T, H] float32."""
     tokens, heads = lse.shape
     own, dim = out.shape[1:]
     width = triton.next_power_of_2(dim)
@@ -167,7 +166,5 @@ def merge_kernel(
 
 
 def choose_tile(count: int) -> int:
-    """Elements: few for a small tensor, so that many programs share it, and many for a large one, so that a thread has
-    several loads under way."""
-    tile: int = triton.next_power_of_2(count) // 128
-    return min(16384, max(1024, tile))
+    """Elements: few for a small tensor, so that many programs share it; more keep a thread's loads under way."""
+    return int(min(16384, max(1024, triton.next_power_of_2(count) // 128)))

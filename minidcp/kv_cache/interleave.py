@@ -1,7 +1,6 @@
-"""Which rank holds token p, and where: the only place where this arithmetic stands.
-
-Token p of a request lives on DCP rank p % N. A block covers block_size × N consecutive tokens and has the same id on
-every rank, so there is one block table. Functions take an int or an integer array. Read `block_manager.py` next."""
+"""Which rank holds token p, and where: the only place where this arithmetic stands. Token p of a request lives on DCP
+rank p % N. A block covers block_size × N consecutive tokens and has the same id on every rank, so there is one block
+table. Functions take an int or an integer array. Read `block_manager.py` next."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,8 +19,7 @@ class Interleave:
                             rank 0     |  0     4  |  8    12
                             rank 1     |  1     5  |  9    13
                             rank 2     |  2     6  | 10    14
-                            rank 3     |  3     7  | 11    15
-    """
+                            rank 3     |  3     7  | 11    15"""
 
     size: int
     block_size: int

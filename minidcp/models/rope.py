@@ -1,7 +1,5 @@
-"""Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves.
-
-The checkpoint stores interleaved pairs; `weights.py` reorders the projections' rows once at load, after which
-rotating halves gives bit for bit the same scores."""
+"""Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves. The checkpoint
+stores interleaved pairs; `weights.py` reorders the projections' rows at load: the scores are the same, bit for bit."""
 
 import math
 

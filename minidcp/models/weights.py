@@ -1,13 +1,11 @@
-"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share.
-
-The model asks for tensors by Hugging Face's names; what it asks for is recorded first, so a checkpoint that lacks
-some or holds others is refused with a list before a byte is read."""
+"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share. What the model
+asks for, by Hugging Face's names, is recorded first: a checkpoint that lacks or adds any is refused unread."""
 
 import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +39,11 @@ class Shard:
 WHOLE = Shard()
 
 
-class WeightSource(Protocol):
-    """Something that hands out tensors by name, and remembers how much it read."""
-
-    bytes_read: int
-
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        """A shard of the tensor `name`, whose whole shape in the checkpoint is `shape`."""
-
-
 @dataclass(frozen=True)
 class Weights:
-    """A source seen from one module: names are relative to `prefix`."""
+    """A source seen from one module: names are relative to `prefix`, shapes those of whole tensors."""
 
-    source: WeightSource
+    source: "WeightSource"
     prefix: str = ""
 
     def scope(self, name: str) -> "Weights":
@@ -68,7 +57,6 @@ class RecordingSource:
     """Hands out tensors without storage and records what was asked for: a model's list of weights."""
 
     def __init__(self) -> None:
-        self.bytes_read = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[str, int] = {}  # values that this rank holds
 
@@ -122,14 +110,13 @@ class CheckpointSource:
             if shape != expected[name]:
                 wrong.append(f"{name} {list(shape)}, config.json says {list(expected[name])}")
         problems["of another shape"] = wrong
-        found = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in problems.items() if names)
-        if found:
-            raise ValueError(f"{self.path}: the weights do not fit config.json: {found}")
+        some = {what: names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8) for what, names in problems.items()}
+        found = "; ".join(f"{len(problems[what])} {what}: {', '.join(names)}" for what, names in some.items() if names)
+        require(not found, f"{self.path}: the weights do not fit config.json: {found}")
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         start, stop, size = shard.bounds(shape[shard.dim])
-        view = self.open(self.file_of[name]).get_slice(name)
-        part: Tensor = view[(slice(None),) * shard.dim + (slice(start, stop),)]
+        part: Tensor = self.open(self.file_of[name]).get_slice(name)[(slice(None),) * shard.dim + (slice(start, stop),)]
         self.bytes_read += part.nbytes
         self.bar.update()
         part = part.to(device=self.device, dtype=self.dtype)
@@ -147,8 +134,7 @@ class RandomSource:
     weights the router would send every token to the same experts, and steps would look faster than they are."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.bytes_read = 0
+        self.dtype, self.device, self.bytes_read = dtype, device, 0
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         out = torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
@@ -158,6 +144,9 @@ class RandomSource:
             out.normal_(0, 0.02, generator=generator)
             self.bytes_read += out.nbytes
         return out
+
+
+WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
 def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")) -> Path:
@@ -176,11 +165,6 @@ def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", 
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
         raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
-
-
-def preview(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:

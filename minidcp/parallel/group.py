@@ -1,7 +1,6 @@
-"""Collectives between ranks: one contract, and its implementations for processes and for threads.
-
-Where a collective takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as
-the heads of a model are. Which ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
+"""Collectives between ranks: one contract, and its implementations for processes and for threads. Where a collective
+takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as the heads of a model are. Which
+ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
 
 import threading
 
@@ -19,7 +18,6 @@ class Group:
 
     def begin_step(self) -> None:
         """To be called by every rank before a step's (and a CUDA graph's) first collective."""
-        return
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of like's kind for the very next collective's input, which may then lie where it must, uncopied."""
@@ -47,8 +45,7 @@ class Group:
 
 
 class TorchGroup(Group):
-    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It puts the ranks first, so what has them in dim 1
-    is transposed before and after."""
+    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It has the ranks first, hence the transposing."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -95,8 +92,7 @@ class ThreadGroup(Group):
         self.barrier, self.places, self.calls = barrier, places, 0
 
     def publish(self, x: Tensor, peers: float) -> list[Tensor]:
-        """Every rank's x, as much of it received as `count` is told. A copy is published: its owner may go on and
-        overwrite x before all have read."""
+        """Every rank's x; `peers` is what `count` takes. A copy: its owner may change x before all have read."""
         self.count(x, peers)
         places = self.places[self.calls % 2]
         self.calls += 1

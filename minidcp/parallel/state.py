@@ -4,7 +4,6 @@ import os
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -20,35 +19,33 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 @dataclass(frozen=True)
 class ParallelState:
     """One rank's view: `tp` are all ranks, `dcp` those that share an interleaved KV cache with this one and attend with
-    the heads of all of them: ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g, so its heads are consecutive.
-    """
+    the heads of all of them: ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g with consecutive heads."""
 
     tp: Group
     dcp: Group
 
     def begin_step(self) -> None:
         """To be called before a step's first collective."""
-        self.tp.begin_step()
-        if self.dcp is not self.tp:
-            self.dcp.begin_step()
+        for group in dict.fromkeys((self.tp, self.dcp)):  # in this order on every rank; they may be one
+            group.begin_step()
 
     @property
     def received_bytes(self) -> int:
-        return self.tp.received_bytes + (self.dcp.received_bytes if self.dcp is not self.tp else 0)
+        return sum(group.received_bytes for group in {self.tp, self.dcp})
 
 
 def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
     """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
-    barriers = [threading.Barrier(tp_size), *(threading.Barrier(dcp_size) for _ in range(tp_size // dcp_size))]
-    tp, *dcp = (join_threads(barrier) for barrier in barriers)
-    return [ParallelState(*groups) for groups in zip(tp, chain(*dcp), strict=True)], barriers
+    barriers: list[threading.Barrier] = []
 
+    def join(size: int) -> list[Group]:
+        """A group of so many, as each of them has it."""
+        barriers.append(threading.Barrier(size))
+        places: list[list[Tensor | None]] = [[None] * size, [None] * size]
+        return [ThreadGroup(rank, barriers[-1], places) for rank in range(size)] if size > 1 else [Group()]
 
-def join_threads(barrier: threading.Barrier) -> list[Group]:
-    """The group of as many ranks as meet at the barrier, as each of them has it."""
-    size = barrier.parties
-    places: list[list[Tensor | None]] = [[None] * size, [None] * size]
-    return [ThreadGroup(rank, barrier, places) for rank in range(size)] if size > 1 else [Group()]
+    tp, dcp = join(tp_size), [group for _ in range(tp_size // dcp_size) for group in join(dcp_size)]
+    return [ParallelState(*groups) for groups in zip(tp, dcp, strict=True)], barriers
 
 
 def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.device) -> ParallelState:
@@ -84,5 +81,4 @@ def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.dev
 
 def count_ranks_per_gpu(tp_size: int) -> int:
     """Above 1 when there are more ranks on this node than GPUs, which is meant for tests."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tp_size))
-    return -(-local_ranks // torch.cuda.device_count())
+    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", tp_size)) // torch.cuda.device_count())

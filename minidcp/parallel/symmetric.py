@@ -1,7 +1,5 @@
-"""Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink.
-
-The buffers are allocated once, with the same layout on every rank, so CUDA graphs can hold their addresses. The
-contract is in `group.py`, the kernels are in `kernels/peer.py`."""
+"""Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink. They are
+allocated once, alike on every rank, so CUDA graphs can hold their addresses. See `group.py` and `kernels/peer.py`."""
 
 import math
 from collections.abc import Iterator
@@ -21,14 +19,12 @@ ONE_SHOT_BYTES = 512 << 10  # above it an all-reduce reads every value twice ins
 
 
 class SymmetricGroup(Group):
-    """Ranks whose GPUs can read each other's memory (several may share one GPU, for tests).
-
-    A collective has its input in this rank's buffer, put there by `empty`'s user or else by a copy, and one kernel that
-    waits for the peers and reads theirs. Two halves are used in turn, so that one meeting per collective is enough: a
-    rank that writes for collective n + 2 has met all peers in n + 1, and they came there only after their kernels of n
-    had read what n's half held. A CUDA graph repeats the halves it was captured with: a step begins with `begin_step`.
-
-    At most `programs` of a kernel wait at once: where ranks share a GPU they leave room for whatever they wait for."""
+    """Ranks whose GPUs can read each other's memory (several may share one GPU, for tests). A collective has its input
+    in this rank's buffer, put there by `empty`'s user or else by a copy, and one kernel that waits for the peers and
+    reads theirs. Two halves are used in turn, so that one meeting per collective is enough: a rank that writes for
+    collective n + 2 has met all peers in n + 1, and they came there only after their kernels of n had read what n's
+    half held. A CUDA graph repeats the halves it was captured with: a step begins with `begin_step`. At most `programs`
+    of a kernel wait at once: where ranks share a GPU they leave room for whatever they wait for."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, programs: int) -> None:
         self.rank, self.size, self.calls = group.rank(), group.size(), 0
@@ -41,8 +37,7 @@ class SymmetricGroup(Group):
         dist.all_reduce(least, dist.ReduceOp.MIN, group)
         self.pads = symm_mem.empty(self.size * most, dtype=torch.int32, device=device).zero_()
         pads = torch.tensor(symm_mem.rendezvous(self.pads, group).buffer_ptrs, dtype=torch.int64, device=device)
-        epochs = torch.zeros(most, dtype=torch.int32, device=device)
-        self.meeting = Meeting(self.rank, pads, epochs, int(least))
+        self.meeting = Meeting(self.rank, pads, torch.zeros(most, dtype=torch.int32, device=device), int(least))
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody comes to a meeting before all pads are zero
 
