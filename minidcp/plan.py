@@ -41,7 +41,7 @@ COSTS = {
 }
 KINDS = (".mlp.experts.", ".mlp.shared_experts.", ".mlp.gate.", ".kv_b_proj.", ".embed_tokens.")  # of weights
 # Estimates: a process with its kernels; tensors as wide as the hidden dim, beside the experts' outputs, in a prefill.
-PROCESS_BYTES, PREFILL_WIDTHS = 750 << 20, 8
+PROCESS_BYTES, PREFILL_WIDTHS = 1200 << 20, 8
 
 
 def find_gpu(text: str) -> dict[str, float]:

@@ -193,6 +193,9 @@ def test_a_prompt_of_megabytes_is_refused_without_tokenizing_it(api: Api) -> Non
 
     with ThreadPoolExecutor(1) as threads:
         probing = threads.submit(probe)
+        while not latencies:
+            assert not probing.done(), probing.exception()
+            time.sleep(0.01)
         for path, body in (
             ("/v1/completions", dict(prompt=text)),
             ("/v1/chat/completions", dict(messages=[dict(role="user", content=text)])),
