@@ -122,12 +122,12 @@ class ContextPolicy:
         link, rate = 350e9 / 2, 400e12 / 2  # bf16 values a second, multiply-adds a second
         widths = c.qk_head_dim + c.v_head_dim  # of a head: in MHA form, and what crosses if narrow
         seen = float(new @ cached) * self.num_heads  # pairs of new and cached tokens
-        total, total_new = float(cached.sum()), float(new.sum())
+        some = np.flatnonzero(cached)
+        total, sent = float(cached.sum()), float(new[some[0] : some[-1] + 1].sum())
+        project = self.num_heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank / rate  # a token
+        send_q, send_kv = peers * self.num_heads * (widths + 2) / link, peers * c.latent_dim / self.layout.size / link
         absorbed = seen * (c.latent_dim + c.kv_lora_rank) / rate
-        send_q = total_new * peers * self.num_heads * (widths + 2) / link
-        decompress = total * self.num_heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank / rate
-        send_kv = total * c.latent_dim * peers / self.layout.size / link
-        return absorbed + send_q < decompress + send_kv + seen * widths / rate
+        return absorbed + sent * (project + send_q) < total * (project + send_kv) + seen * widths / rate
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,9 @@ class ForwardBatch:
         new = chunks.tolist()
         prefill = Varlen(t["cu_chunks"], t.pop("cu_chunks"), new, new, causal=True) if new else None
         context: list[CacheRows | ContextPiece] = []
-        if cached.any() and policy.gathers_q(chunks, cached):
-            row, lens = np.arange(len(chunks)), layout.local_len(cached, rank)
-            table = tables.table[slots[d:], : layout.num_blocks(int(cached.max()))]
-            c = upload({"table": table, "row": np.repeat(row, chunks), "lens": np.repeat(lens, chunks)}, device)
-            for first in range(0, sum(new), policy.gathered_q):
-                some = slice(first, first + policy.gathered_q)
-                context.append(CacheRows(c["table"][c["row"][some]], c["lens"][some], narrow(sum(new)), some))
-        elif cached.any():
-            context += cut_context(chunks, cached, tables.table[slots[d:]], policy, device)
+        if cached.any():
+            args = chunks, cached, tables.table[slots[d:]], policy, device
+            context += spread_q(*args, rank, narrow) if policy.gathers_q(chunks, cached) else cut_context(*args)
         return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **t)
 
 
@@ -193,6 +187,21 @@ def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
         packed = packed.pin_memory().to(device, non_blocking=True)
     parts = packed.split([a.size for a in arrays.values()])
     return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
+
+
+def spread_q(
+    chunks: Array, cached: Array, table: Array, policy: ContextPolicy, device: torch.device, rank: int, narrow: Narrow
+) -> Iterator[CacheRows]:
+    """The new tokens from the first row with context to the last, at most `policy.gathered_q` at once."""
+    row = np.repeat(np.arange(len(chunks)), chunks)
+    some = np.flatnonzero(cached[row])
+    begin, row = int(some[0]), row[some[0] : some[-1] + 1]  # rows without context may lie between
+    lens = policy.layout.local_len(cached, rank)[row]
+    c = upload({"table": table[:, : policy.layout.num_blocks(int(cached.max()))], "row": row, "lens": lens}, device)
+    parts = c["table"][c["row"]].split(policy.gathered_q), c["lens"].split(policy.gathered_q)
+    for own_table, own_lens in zip(*parts, strict=True):
+        yield CacheRows(own_table, own_lens, narrow(len(row)), slice(begin, begin + len(own_lens)))
+        begin += len(own_lens)
 
 
 def cut_context(

@@ -28,10 +28,9 @@ def ladder(most: int) -> list[int]:
 
 @dataclass
 class CapturedStep:
-    """A graph, the tensors it reads and the tensors it writes."""
+    """A graph, the tensors that it writes, and how many bytes a replay receives from other ranks."""
 
     graph: torch.cuda.CUDAGraph
-    batch: ForwardBatch
     logits: Tensor
     tokens: Tensor
     received_bytes: int
@@ -71,7 +70,7 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool):
                 logits, tokens = forward(batch)
             pool = pool or graph.pool()
-            self.steps[size] = CapturedStep(graph, batch, logits, tokens, state.received_bytes - before)
+            self.steps[size] = CapturedStep(graph, logits, tokens, state.received_bytes - before)
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor, int]:
         """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next, and how many

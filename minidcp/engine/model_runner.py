@@ -134,9 +134,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_prefills(self) -> None:
-        """Steps of up to max_num_batched_tokens tokens on as much context, one of them a decode row's, which store
-        nothing. The largest comes first: what it needs is the allocator's from then on. The others compile whatever
-        kernels depend on a step's size, as all do by powers of two, so that no request has to wait for that."""
+        """Steps of up to max_num_batched_tokens tokens on as much context, which store nothing. What the largest needs
+        is the allocator's from then on; at powers of two all kernels are compiled, so that no request waits for it."""
         self.cache = self.make_cache(1, 1).expand(self.model_config.num_hidden_layers, -1, -1, -1)
         policy, longest = self.policy, self.max_model_len
         for size in sorted({*(1 << i for i in range(self.budget.bit_length())), self.budget}, reverse=True):

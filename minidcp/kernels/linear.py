@@ -15,8 +15,7 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
     its dtype. Any strides, but x and out have the last dim contiguous."""
     tokens, heads, dim_in = x.shape
     dim_out = weight.shape[1]
-    if out is None:
-        out = x.new_empty(tokens, heads, dim_out)
+    out = x.new_empty(tokens, heads, dim_out) if out is None else out
     if not use_triton(x) or tokens > (FEW_TOKENS if heads > 1 else 1):
         multiply_by_head_ref(x, weight, out)
         return out

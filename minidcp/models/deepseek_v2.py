@@ -87,7 +87,7 @@ class MLAAttention:
             first = x if first.shape[1] == 0 else self.q_a_layernorm(first)
 
         def store(q: Tensor, rows: slice) -> Tensor:
-            q_pe, norm = self.split_heads(q)[1], self.kv_a_layernorm
+            q_pe, norm = q[..., -self.config.qk_rope_head_dim :], self.kv_a_layernorm
             return store_latents(new[rows], q_pe, norm.weight, norm.eps, cos_sin[rows], kv, batch.slot_mapping[rows])
 
         parts = []
@@ -116,7 +116,7 @@ class MLAAttention:
         c, dcp, tokens = self.config, self.state.dcp, len(q)
         if rows.narrow and not self.replicated_q:
             q = gather_heads(q, dcp)  # [T, G, nope + rope]
-        q_nope, q_pe = self.split_heads(q)
+        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         if rows.narrow or self.replicated_q or dcp.size == 1:
             q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)
         else:
@@ -161,11 +161,6 @@ class MLAAttention:
         proj = self.q_b_proj if group else self.own_q_b_proj
         q = x if proj is None else proj(x, out)
         return q.view(len(x), -1, self.config.qk_head_dim)
-
-    def split_heads(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, heads, nope + rope] -> views [T, heads, nope] and [T, heads, rope]."""
-        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return q_nope, q_pe
 
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads, which lie in one tensor."""
