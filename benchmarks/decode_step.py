@@ -136,7 +136,7 @@ class Step:
             for layer in self.layers:
                 a = layer.self_attn
                 first = a.a_proj(x)[:, : -self.c.latent_dim]
-                q = a.project_q(first, group=False)[..., : self.config.qk_nope_head_dim]
+                q = a.project_q(first, group=False)[..., : self.c.qk_nope_head_dim]
                 if narrow:
                     q = q.repeat(1, self.group_heads // a.num_heads, 1)
                 w_uk, w_uv = (a.group_w_uk, a.group_w_uv) if narrow else (a.w_uk, a.w_uv)
