@@ -18,3 +18,9 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def v2(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return build_oracle("v2", tmp_path_factory.mktemp)
+
+
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are admitted where nobody has room to grow, so that short ones are preempted too."""
+    monkeypatch.setattr("minidcp.engine.scheduler.GROWTH", 0)

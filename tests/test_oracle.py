@@ -64,6 +64,7 @@ def test_chunked_prompts(oracle: Oracle, tp: int, dcp: int, comm: str, policy: s
 
 
 @pytest.mark.parametrize(("tp", "dcp", "comm", "policy"), CONFIGS)
+@pytest.mark.usefixtures("crowded")
 def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -> None:
     """Room for half of what six prompts want: requests lose their blocks and are computed anew. With the q
     projection replicated, so that every exchange and policy is tried with both."""

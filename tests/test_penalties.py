@@ -31,6 +31,7 @@ def complete(oracle: Oracle, prompt: list[int], **how: object) -> list[int]:
     ],
     ids=["repetition", "bias", "min_tokens"],
 )
+@pytest.mark.usefixtures("crowded")
 def test_against_transformers(v2: Oracle, ours: dict, theirs: dict) -> None:
     """On four ranks with too few blocks: requests are preempted, and their counts begin anew."""
     prompts = [p for p in v2.prompts if len(p) < 70]
@@ -88,6 +89,7 @@ def test_a_bias_on_an_unknown_token_is_refused(v2: Oracle) -> None:
         llm.generate([[5]], SamplingParams(logit_bias={128: 1.0}))
 
 
+@pytest.mark.usefixtures("crowded")
 def test_prompt_logprobs(v2: Oracle) -> None:
     """Of every prompt token but the first, in chunks, with preemption and a prefix cache that could help."""
     prompts = [p for p in v2.prompts if len(p) > 1]

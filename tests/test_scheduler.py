@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from unittest import mock
 
 import pytest
 from checkpoints import Oracle
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from minidcp import EngineConfig, SamplingParams
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.scheduler import MAX_SCORED, PlannedStep, Scheduler
+from minidcp.engine.scheduler import GROWTH, MAX_SCORED, PlannedStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
@@ -86,6 +87,7 @@ def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
     st.integers(1, 4),
     st.integers(4, 12),
     st.booleans(),
+    st.integers(0, 12),
 )
 def test_every_output_equals_its_solo_run(
     load: list[tuple[int, int, int, int | None]],
@@ -95,8 +97,22 @@ def test_every_output_equals_its_solo_run(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     mixed_steps: bool,
+    growth: int,
 ) -> None:
     """Arrivals, lengths, shared prefixes, aborts and too few blocks, with results one step late."""
+    with mock.patch("minidcp.engine.scheduler.GROWTH", growth):
+        run_load(load, tokens_per_block, spare_blocks, prefix_cache, max_num_seqs, max_num_batched_tokens, mixed_steps)
+
+
+def run_load(
+    load: list[tuple[int, int, int, int | None]],
+    tokens_per_block: int,
+    spare_blocks: int,
+    prefix_cache: bool,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    mixed_steps: bool,
+) -> None:
     blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
     workers = FakeWorkers()
@@ -133,6 +149,7 @@ def test_every_output_equals_its_solo_run(
 
 
 @pytest.mark.parametrize("dcp", [1, 4])
+@pytest.mark.usefixtures("crowded")
 def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> None:
     """Real ranks: exact accounting after every step, and outputs equal to the oracle's as far as they go."""
     rng = random.Random(0)
@@ -186,6 +203,25 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
     assert len(finished) + len(aborted) == 300 and len(aborted) > 10
     assert len(engine.blocks.live) == 0
     assert engine.scheduler.num_preemptions > 0
+
+
+def test_whoever_is_admitted_leaves_room_to_grow() -> None:
+    """The second of two requests waits while the first may grow by GROWTH tokens and there is no room for that; beside
+    one that will not grow it runs."""
+    size, prompt = 16, [5] * 190
+
+    def count_running(max_tokens: int, num_blocks: int) -> int:
+        scheduler = Scheduler(BlockManager(num_blocks, size), max_num_seqs=4, budget=8192)
+        for i in range(2):
+            scheduler.add(Request(str(i), prompt, SamplingParams(), max_tokens, seed=0))
+        assert scheduler.schedule() is not None
+        return len(scheduler.running)
+
+    held = len(prompt) // size + 1
+    assert count_running(160, 2 * held + GROWTH // size) == 2
+    assert count_running(160, 2 * held + GROWTH // size - 1) == 1
+    assert count_running(1, 2 * held) == 2
+    assert count_running(160, held) == 1  # a request alone needs no room but its own
 
 
 def test_scored_prompts_share_a_steps_logits() -> None:

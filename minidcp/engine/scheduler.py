@@ -9,8 +9,8 @@ from minidcp.batch import Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
-# Prompt tokens in one step whose log-probabilities are wanted: logits are large.
-MAX_SCORED = 256
+MAX_SCORED = 256  # prompt tokens of a step whose log-probabilities are wanted: logits are large
+GROWTH = 64  # tokens that every running request has room for when another is admitted, which it might else preempt soon
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Scheduler:
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.share(request.block_hashes[:usable])
-        fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared))
+        growth = sum(min(GROWTH, r.max_tokens - r.num_outputs) for r in self.running)
+        fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared), growth // size)
         if fresh is None:
             self.blocks.release(shared)
             return False

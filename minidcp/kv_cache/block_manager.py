@@ -26,9 +26,9 @@ class BlockManager:
         """Blocks that `allocate` can hand out: the free and the cached ones."""
         return len(self.free) + len(self.cached)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one reference each, or None (and no change) if there are too few."""
-        if count > self.num_available:
+    def allocate(self, count: int, spare: int = 0) -> list[int] | None:
+        """`count` blocks with one reference each, or None (and no change) if there are too few, `spare` left over."""
+        if count + spare > self.num_available:
             return None
         while len(self.free) < count:
             block, _ = self.cached.popitem(last=False)
