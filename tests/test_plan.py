@@ -133,6 +133,20 @@ def test_costs_give_the_steps_that_they_were_fitted_to() -> None:
         assert 0.85 * step < result["step_ms"] - parts["exchange"] < step
 
 
+@pytest.mark.parametrize(("label", "dcp"), [("TP8", 1), ("TP8 DCP8 p2p", 8)])
+def test_steps_and_cache_are_as_measured(label: str, dcp: int) -> None:
+    """One rank of V2 of 8 on an H200 that has 79.1 GiB, as `benchmarks/serving_emulated.py` measured it."""
+    measured = json.loads((Path(V2).parents[1] / "steps" / "h200.json").read_text())["times"][label]
+    gpu = GPUS["h200"] | {"memory": 79.1 * 2**30}
+    config = EngineConfig(V2, tp_size=8, dcp_size=dcp, max_num_seqs=512, max_model_len=6602)
+    assert Plan(config, gpu, 4750).memory["kv_bytes"] == pytest.approx(measured["kv_bytes"], rel=0.01)
+    for i, context in enumerate(measured["contexts"]):
+        plan = Plan(replace(config, num_blocks=1 << 20), gpu, context)  # so that every batch fits
+        for batch, *seconds in measured["decode"]:
+            assert plan.time_step(batch)["step_ms"] == pytest.approx(1e3 * seconds[i], rel=0.15), (batch, context)
+    assert {batch for batch, *_ in measured["decode"]} >= {1, 32, *((128, 512) if dcp > 1 else ())}
+
+
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
 @pytest.mark.parametrize("policy", ["wide", "narrow"])
 @pytest.mark.parametrize("q_proj", ["sharded", "replicated"])
