@@ -174,7 +174,7 @@ class Step:
         assert graphs is not None
         graphs.replay(self.plan)
         size = next(s for s in graphs.sizes if s >= self.b)
-        alone = time_replays(graphs.steps[size].graph.replay, 20)
+        alone = time_replays(graphs.steps[size][0].replay, 20)
         pending = [self.runner.execute(self.plan) for _ in range(5)]
         torch.cuda.synchronize()
         start = time.perf_counter()

@@ -70,14 +70,14 @@ def generate(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     concurrency, sizes = (parse_counts(name, getattr(args, name)) for name in ("concurrency", "dcp_size"))
-    gpu, most = find_gpu(args.gpu), max(args.max_num_seqs, *concurrency)
-    plans = [Plan(engine_config(args, dcp_size=n, max_num_seqs=most), gpu, args.context) for n in sizes]
+    require(not args.plot or args.plot.endswith((".png", ".svg")), f"--plot {args.plot!r}: must end in .png or .svg")
+    plans = [Plan(engine_config(args, dcp_size=n), find_gpu(args.gpu), args.context) for n in sizes]
     title = f"{plans[0].config.model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
     memory, steps = [p.memory for p in plans], [p.time_step(n) for p in plans for n in concurrency]
-    result = {"title": title, "memory": memory, "steps": steps}
-    print(json.dumps(result) if args.json else describe(title, memory, steps))
     if args.plot:
         draw(title, steps, args.plot)
+    result = {"title": title, "memory": memory, "steps": steps}
+    print(json.dumps(result) if args.json else describe(title, memory, steps))
     return 0
 
 

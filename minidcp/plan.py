@@ -88,9 +88,12 @@ class Plan:
         other = GRAPH_BYTES + PROCESS_BYTES + budget * widths * c.hidden_size * self.itemsize + buffers
         room = int(gpu["memory"] * config.gpu_memory_utilization) - other - weight_bytes
         block_bytes = c.num_hidden_layers * config.block_size * c.latent_dim * self.itemsize
-        blocks = config.num_blocks or min(room // block_bytes, config.max_num_seqs * layout.num_blocks(max_len))
-        require(blocks > 0, f"--tp-size {tp}: {weight_bytes / 1e9:.1f} GB of weights leave no room for KV; raise it")
+        most, weights = room // block_bytes, f"--tp-size {tp}: {weight_bytes / 1e9:.1f} GB of weights"
+        require(most > 0, f"{weights} leave no room for KV; raise it, or --gpu-memory-utilization")
+        blocks = config.num_blocks or min(most, config.max_num_seqs * layout.num_blocks(max_len))
+        require(blocks <= most, f"--num-blocks {blocks}: {most} fit")
         capacity = blocks * layout.tokens_per_block
+        require(context <= capacity, f"--context {context}: the KV cache holds {capacity} tokens; raise --dcp-size")
         self.memory = {"dcp_size": dcp, "weight_bytes": weight_bytes, "kv_bytes": blocks * block_bytes}
         self.memory |= {"capacity": capacity, "longest_context": min(capacity, max_len)}
         self.memory["most_requests"] = min(blocks // layout.num_blocks(context), config.max_num_seqs)
@@ -165,4 +168,7 @@ def draw(title: str, steps: list[dict[str, Any]], file: str) -> None:
     axis.set(title=title, xticks=levels, xticklabels=levels)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(file)
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise ValueError(f"--plot {file}: cannot be written ({error})") from None

@@ -141,7 +141,7 @@ def test_steps_and_cache_are_as_measured(label: str, dcp: int) -> None:
     config = EngineConfig(V2, tp_size=8, dcp_size=dcp, max_num_seqs=512, max_model_len=6602)
     assert Plan(config, gpu, 4750).memory["kv_bytes"] == pytest.approx(measured["kv_bytes"], rel=0.01)
     for i, context in enumerate(measured["contexts"]):
-        plan = Plan(replace(config, num_blocks=1 << 20), gpu, context)  # so that every batch fits
+        plan = Plan(config, gpu | {"memory": 1e13}, context)  # so that every batch fits
         for batch, *seconds in measured["decode"]:
             assert plan.time_step(batch)["step_ms"] == pytest.approx(1e3 * seconds[i], rel=0.15), (batch, context)
     assert {batch for batch, *_ in measured["decode"]} >= {1, 32, *((128, 512) if dcp > 1 else ())}
@@ -195,11 +195,22 @@ def test_a_gpu_in_numbers() -> None:
         ("--gpu h100 --tp-size 8 --context 0", "--context 0: must be in 1..163840"),
         ("--gpu h100 --tp-size 8 --max-model-len 4000 --context 4096", "--context 4096: must be in 1..4000"),
         ("--gpu h100 --tp-size 8 --block-size 5", "--block-size 5: must be one of 1, 2, 4, 8, 16, 32"),
+        ("--gpu h100 --tp-size 8 --max-num-seqs 0", "--max-num-seqs 0: must be at least 1"),
+        ("--gpu h100 --tp-size 8 --num-blocks 99999", "--num-blocks 99999: 11234 fit"),
+        ("--gpu h100 --tp-size 8 --num-blocks 3", "--context 4096: the KV cache holds 48 tokens; raise --dcp-size"),
+        ("--gpu h100 --tp-size 8 --plot plan.pdf", "--plot 'plan.pdf': must end in .png or .svg"),
+        ("--gpu h100 --tp-size 8 --plot /nowhere/plan.png", "--plot /nowhere/plan.png: cannot be written"),
     ],
 )
 def test_wrong_options(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", V2, *flags.split()]) == 2
     assert f"minidcp: error: {message}" in capsys.readouterr().err
+
+
+def test_no_more_run_than_max_num_seqs(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, f"{V2} --gpu h200 --tp-size 8 --dcp-size 8 --max-num-seqs 64 --concurrency 32,512")
+    assert result["memory"][0]["most_requests"] == 64
+    assert [step["running"] for step in result["steps"]] == [32, 64]
 
 
 def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

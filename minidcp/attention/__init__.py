@@ -38,8 +38,8 @@ def make_backend(options: EngineConfig, config: ModelConfig, device: torch.devic
     what = f"kv_lora_rank and rope dims {dims} must be powers of two from 16 on"
     require(all(d >= 16 and d & (d - 1) == 0 for d in dims), f"{flag}: {what}; use reference")
     qk, v = config.qk_head_dim, config.v_head_dim
-    what = f"qk and v head dims ({qk}, {v}) must be at most 256, the first a multiple of 8 and not below the second"
-    require(v <= qk <= 256 and qk % 8 == 0, f"{flag}: {what}; use reference")
+    what = f"qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first not below the second"
+    require(v <= qk <= 256 and qk % 8 == v % 8 == 0, f"{flag}: {what}; use reference")
     return TritonBackend(config.softmax_scale, device)
 
 

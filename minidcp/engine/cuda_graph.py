@@ -4,7 +4,6 @@ length 0 and slot -1: it reads nothing, writes nothing, and its token goes to a 
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,16 +25,6 @@ def ladder(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-@dataclass
-class CapturedStep:
-    """A graph, the tensors that it writes, and how many bytes a replay receives from other ranks."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    tokens: Tensor
-    received_bytes: int
-
-
 class DecodeGraphs:
     """Graphs for up to `config.max_num_seqs` decode rows of `forward`: the whole step, from a batch to tokens."""
 
@@ -48,7 +37,8 @@ class DecodeGraphs:
         # One set of input tensors: the graph of size B reads the first B rows.
         self.inputs = torch.zeros(4, config.max_num_seqs, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(tables.table.shape, dtype=torch.int32, device=device)
-        self.steps: dict[int, CapturedStep] = {}
+        # By size: a graph, the logits and tokens that it writes, and how many bytes a replay receives from other ranks.
+        self.steps: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, int]] = {}
         pool = None
         for size in reversed(self.sizes):  # the largest first: the smaller ones fit into its memory
             positions, slot_mapping, decode_slots, local_lens = (row[:size] for row in self.inputs)
@@ -70,7 +60,7 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool):
                 logits, tokens = forward(batch)
             pool = pool or graph.pool()
-            self.steps[size] = CapturedStep(graph, logits, tokens, state.received_bytes - before)
+            self.steps[size] = graph, logits, tokens, state.received_bytes - before
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor, int]:
         """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next, and how many
@@ -86,6 +76,6 @@ class DecodeGraphs:
         new = upload({"rows": rows, "table": self.tables.table[slots, :width]}, self.device)
         self.inputs[:, :size].copy_(new["rows"])
         self.block_table[:d, :width].copy_(new["table"])
-        step = self.steps[size]
-        step.graph.replay()
-        return step.logits[:d], step.tokens[:d], step.received_bytes
+        graph, logits, tokens, received = self.steps[size]
+        graph.replay()
+        return logits[:d], tokens[:d], received

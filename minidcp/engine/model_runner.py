@@ -19,6 +19,7 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.kv_cache.latent_cache import make_latent_cache
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
+from minidcp.models.layers import MoE
 from minidcp.models.weights import CheckpointSource, RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
@@ -135,10 +136,12 @@ class ModelRunner:
     @torch.inference_mode()
     def run_prefills(self) -> None:
         """Steps of up to max_num_batched_tokens tokens on as much context, which store nothing. What the largest needs
-        is the allocator's from then on; at powers of two all kernels are compiled, so that no request waits for it."""
+        is the allocator's from then on; at these sizes all kernels are compiled, so that no request waits for it."""
+        bounds = {n for layer in self.model.layers[-1:] if isinstance(layer.mlp, MoE) for n in layer.mlp.bounds}
+        sizes = [n for n in {*bounds, *(1 << i for i in range(31)), self.budget} if n <= self.budget]
         self.cache = self.make_cache(1, 1).expand(self.model_config.num_hidden_layers, -1, -1, -1)
         policy, longest = self.policy, self.max_model_len
-        for size in sorted({*(1 << i for i in range(self.budget.bit_length())), self.budget}, reverse=True):
+        for size in sorted(sizes, reverse=True):
             d = min(1, size - 1, self.config.max_num_seqs - 1)
             left, plan = size - d, StepPlan(d, [0] * d, [longest - 1] * d, [1] * d, sampling=[0] * d)
             while left and (rows := self.config.max_num_seqs - len(plan.slots)):

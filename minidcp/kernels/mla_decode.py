@@ -67,7 +67,7 @@ def choose_kernel(heads: int, latent: int, rope: int, limits: DeviceLimits):
     return mla_decode_kernel, 32, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 4}  # 76 KiB
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "table_b"], do_not_specialize_on_alignment=["block_table", "local_lens"])
 def mla_decode_kernel(
     q_latent, q_pe, kv, block_table, local_lens, outs, lses, scale,
     q_latent_b, q_latent_h, q_pe_b, q_pe_h, table_b, outs_s, outs_b, lses_s, lses_b, heads, splits,

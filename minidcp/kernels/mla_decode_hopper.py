@@ -35,7 +35,7 @@ def start_copy(kv, rows, k, k_pe, LATENT: gl.constexpr, ROPE: gl.constexpr, copy
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=["splits", "table_b"])
+@gluon.jit(do_not_specialize=["splits", "table_b"], do_not_specialize_on_alignment=["block_table", "local_lens"])
 def hopper_kernel(
     q_latent, q_pe, kv, block_table, local_lens, outs, lses, scale,
     q_latent_b, q_latent_h, q_pe_b, q_pe_h, table_b, outs_s, outs_b, lses_s, lses_b, heads, splits,

@@ -72,7 +72,7 @@ def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out
     meeting.launch(read_kernel, tiles, pointers, out, peers, rows * width, width, stride, offset, tile=tile, TILE=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def read_kernel(
     pads, epochs, rank, tiles, pointers, out, sources, count, width, stride, offset,
     TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
@@ -96,7 +96,7 @@ def sum_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out:
     meeting.launch(sum_kernel, tiles, pointers, out, rows * width, width, stride, offset, tile=tile, TILE=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def sum_kernel(
     pads, epochs, rank, tiles, pointers, out, count, width, stride, offset,
     TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
@@ -129,7 +129,7 @@ def merge_peers(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tokens"])
 def merge_kernel(
     pads, epochs, rank, tiles, pointers, staged_lse, lse, out, merged, tokens, heads, own, dim, lse_t, lse_h, offset,
     ROWS: tl.constexpr, DIM: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,

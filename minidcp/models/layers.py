@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.experts import route, run_experts
+from minidcp.kernels.experts import list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
@@ -145,7 +145,7 @@ class MLP:
 
 class MoE:
     """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
-    whatever the routing. Gives this rank's summand."""
+    whatever the routing. Gives this rank's summand. `bounds`: numbers of tokens up to which kernels are the same."""
 
     def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
         self.config, self.shared = config, config.n_shared_experts
@@ -159,6 +159,7 @@ class MoE:
             experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
         self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
         self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
+        self.bounds = [*list_tiles(len(experts), config.num_experts_per_tok + self.shared, *self.down_proj.shape[1:])]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts, shared ones included. In float32, as
