@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -167,8 +168,9 @@ def test_a_rank_that_is_killed_ends_generate(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), ValueError("boom"), ZeroDivisionError("boom")])
 def test_an_exception_in_one_ranks_step_ends_generate(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
+    """The error says which and what; where is for the log."""
     execute = ModelRunner.execute
 
     def fail(self: ModelRunner, plan: StepPlan) -> object:
@@ -178,8 +180,9 @@ def test_an_exception_in_one_ranks_step_ends_generate(
 
     monkeypatch.setattr(ModelRunner, "execute", fail)
     with LLM(str(checkpoint), device="cpu", ranks="threads", tp_size=4, dcp_size=2) as llm:
-        with within_seconds(), pytest.raises(EngineDeadError, match="boom"):
+        with within_seconds(), pytest.raises(EngineDeadError, match=f"^{re.escape(f'rank 1: {error!r}')}$"):
             llm.generate([[5, 6, 7], [8, 9]], ENDLESS)
+        assert "rank 1 has failed" in caplog.text and "in fail\n    raise error" in caplog.text
         assert not [t.name for t in threading.enumerate() if t.name.startswith("rank ")]
         with pytest.raises(EngineDeadError, match="boom"):
             llm.generate([5], GREEDY)

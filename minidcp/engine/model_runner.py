@@ -50,7 +50,7 @@ class PendingResult:
         if isinstance(begin, torch.cuda.Event):
             self.end = torch.cuda.Event(enable_timing=True)
             if sampled is not None:
-                self.sampled = sampled.map(to_host)
+                self.sampled = sampled.map(lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True))
             self.end.record()
 
     def wait(self) -> StepResult:
@@ -63,10 +63,6 @@ class PendingResult:
             return StepResult([], None, seconds, self.received_bytes)
         tokens = self.sampled.tokens[: self.sampled.num_sampled].tolist()
         return StepResult(tokens, self.sampled.list_logprobs(), seconds, self.received_bytes)
-
-
-def to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class ModelRunner:

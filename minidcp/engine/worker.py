@@ -7,7 +7,6 @@ import queue
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,6 +17,8 @@ import torch
 from minidcp.batch import StepPlan
 from minidcp.engine.model_runner import ModelRunner, PendingResult, StepResult
 from minidcp.parallel.state import ParallelState, init_process_state
+
+logger = logging.getLogger("minidcp")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def serve_rank(rank: int, connection: Connection, state: ParallelState | None = 
         return True
     except Exception as error:
         is_user_error = loading and isinstance(error, ValueError)
-        report(Failed(str(error) if is_user_error else traceback.format_exc(), is_user_error))
+        if not is_user_error:
+            logger.exception("rank %d has failed", rank)
+        report(Failed(str(error) if is_user_error else f"rank {rank}: {error!r}", is_user_error))
         return False
     return True
 
@@ -116,8 +119,9 @@ def report_from_thread(rank: int, report: Callable[[StepResult | Failed], None])
                 result = pending.get().wait()
                 if rank == 0:
                     report(result)
-        except Exception:
-            report(Failed(traceback.format_exc()))
+        except Exception as error:
+            logger.exception("rank %d has failed", rank)
+            report(Failed(f"rank {rank}: {error!r}"))
 
     threading.Thread(target=run, name="results", daemon=True).start()
     return pending.put
