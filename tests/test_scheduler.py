@@ -101,51 +101,39 @@ def test_every_output_equals_its_solo_run(
 ) -> None:
     """Arrivals, lengths, shared prefixes, aborts and too few blocks, with results one step late."""
     with mock.patch("minidcp.engine.scheduler.GROWTH", growth):
-        run_load(load, tokens_per_block, spare_blocks, prefix_cache, max_num_seqs, max_num_batched_tokens, mixed_steps)
-
-
-def run_load(
-    load: list[tuple[int, int, int, int | None]],
-    tokens_per_block: int,
-    spare_blocks: int,
-    prefix_cache: bool,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    mixed_steps: bool,
-) -> None:
-    blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
-    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
-    workers = FakeWorkers()
-    # Many prompts share a beginning.
-    requests = [
-        Request(str(i), [t // 7 for t in range(length)], SamplingParams(), max_tokens, seed=0)
-        for i, (_, length, max_tokens, _) in enumerate(load)
-    ]
-    in_flight: deque[tuple[PlannedStep, list[int]]] = deque()
-    now = 0
-    while now <= 60 or scheduler.waiting or scheduler.running or in_flight:
-        for request, (arrival, _, _, abort) in zip(requests, load, strict=True):
-            if arrival == now:
-                scheduler.add(request)
-            if abort == now and arrival <= now and request.finish_reason is None:
-                scheduler.finish(request, FinishReason.ABORT)
-        planned = scheduler.schedule()
-        if planned is not None:
-            assert sum(planned.plan.lengths) <= scheduler.budget
-            in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
-        if in_flight and (planned is None or len(in_flight) > 1):
-            step, tokens = in_flight.popleft()
-            for request in scheduler.update(step, tokens):
-                if request.finish_reason is None and request.num_outputs == request.max_tokens:
-                    scheduler.finish(request, FinishReason.LENGTH)
-        check_blocks(blocks, requests)
-        now += 1
-        assert now < 1000, "a request starves"
-    for request in requests:
-        outputs = request.tokens[len(request.prompt_token_ids) :]
-        assert outputs == solo(request.prompt_token_ids, len(outputs))
-        assert request.finish_reason is FinishReason.ABORT or len(outputs) == request.max_tokens
-    assert len(blocks.live) == 0
+        blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
+        scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
+        workers = FakeWorkers()
+        # Many prompts share a beginning.
+        requests = [
+            Request(str(i), [t // 7 for t in range(length)], SamplingParams(), max_tokens, seed=0)
+            for i, (_, length, max_tokens, _) in enumerate(load)
+        ]
+        in_flight: deque[tuple[PlannedStep, list[int]]] = deque()
+        now = 0
+        while now <= 60 or scheduler.waiting or scheduler.running or in_flight:
+            for request, (arrival, _, _, abort) in zip(requests, load, strict=True):
+                if arrival == now:
+                    scheduler.add(request)
+                if abort == now and arrival <= now and request.finish_reason is None:
+                    scheduler.finish(request, FinishReason.ABORT)
+            planned = scheduler.schedule()
+            if planned is not None:
+                assert sum(planned.plan.lengths) <= scheduler.budget
+                in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
+            if in_flight and (planned is None or len(in_flight) > 1):
+                step, tokens = in_flight.popleft()
+                for request in scheduler.update(step, tokens):
+                    if request.finish_reason is None and request.num_outputs == request.max_tokens:
+                        scheduler.finish(request, FinishReason.LENGTH)
+            check_blocks(blocks, requests)
+            now += 1
+            assert now < 1000, "a request starves"
+        for request in requests:
+            outputs = request.tokens[len(request.prompt_token_ids) :]
+            assert outputs == solo(request.prompt_token_ids, len(outputs))
+            assert request.finish_reason is FinishReason.ABORT or len(outputs) == request.max_tokens
+        assert len(blocks.live) == 0
 
 
 @pytest.mark.parametrize("dcp", [1, 4])
