@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--comm", help="symmetric or nccl; default: both where every rank has a GPU; gloo on CPUs")
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")], default=SIZES, help="bytes")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none here; --device cpu shows semantics")
     alone = args.device == "cuda" and torch.cuda.device_count() >= args.ranks
     default = "gloo" if args.device == "cpu" else "symmetric,nccl" if alone else "symmetric"
     times: dict[tuple[str, str, int], list[float]] = {}

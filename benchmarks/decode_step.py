@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--exchange-policy", default="auto")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     sizes = [int(b) for b in args.batch.split(",")]
     path = CONFIGS / args.model if (CONFIGS / args.model).is_dir() else Path(args.model)
     n = args.emulate_rank_of

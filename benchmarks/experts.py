@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="where to write the tiles that win")
     parser.add_argument("--products", default="1,2,4,8,16", help="tokens; none: leave the other products out")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     torch.manual_seed(0)
     batches = [int(b) for b in args.batch.split(",")]
     jobs = {

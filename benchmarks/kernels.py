@@ -8,6 +8,7 @@ graph that goes through many sets of inputs, so that the L2 cache does not hold 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -104,6 +105,10 @@ def compare_decode(tokens: int, context: int) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     print(torch.cuda.get_device_name())
     kernels = (
         "rms_norm + residual 5120",
