@@ -112,7 +112,7 @@ class ContextPolicy:
     layout: Interleave
     strategy: str = "auto"  # or gather_kv, gather_q
     workspace: int = 8192  # tokens of context that are gathered at once
-    gathered_q: int = 1024  # new tokens whose q is: with all heads of the group, half a megabyte each until merged
+    gathered_q: int = 1024  # new tokens whose q, of all heads of the group, is: half a megabyte each until merged
 
     def gathers_q(self, new: Array, cached: Array) -> bool:
         """For rows with so many new tokens and so much context; the same on every rank."""

@@ -50,9 +50,7 @@ class EngineConfig(Options):
 
     model: str
     tp_size: int = option(1, "ranks that share the model", "--tensor-parallel-size", "-tp", least=1)
-    dcp_size: int = option(
-        1, "ranks per KV cache; divides --tp-size", "--decode-context-parallel-size", "-dcp", least=1
-    )
+    dcp_size: int = option(1, "ranks per KV cache; divide --tp-size", "--decode-context-parallel-size", "-dcp", least=1)
     dcp_comm_backend: str = choice("how partial attention is exchanged", "auto", "p2p", "a2a", "ag_rs")
     attention_backend: str = choice("auto is fa3, else triton; reference on CPUs", "auto", "fa3", "triton", "reference")
     comm: str = choice("collectives; symmetric: one node, gloo: CPUs", "auto", "symmetric", "nccl", "gloo")

@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import FileResponse, Response
 from openai.types.chat import ChatCompletion
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -131,9 +131,9 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     async def load() -> dict[str, Any]:
         return engine.metrics.describe_load(engine.engine, name)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def status_page() -> str:
-        return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    @app.get("/", response_class=FileResponse)
+    async def status_page() -> Path:
+        return Path(__file__).with_name("page.html")
 
     return app
 

@@ -56,11 +56,11 @@ class Executor:
         """On this machine; they end when this process does, however it ends."""
         # As torchrun's agent does: host the store (the system picks the port); the ranks find it in their environment.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        level = logging.getLogger("minidcp").getEffectiveLevel()
         for rank in range(self.config.tp_size):
             ours, theirs = Pipe()
             env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.config.tp_size))
             env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-            level = logging.getLogger("minidcp").getEffectiveLevel()
             env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=str(level))
             start = "from minidcp.engine.worker import main; main()"
             command = [sys.executable, "-c", start, str(theirs.fileno())]

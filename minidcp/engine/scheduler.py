@@ -100,8 +100,9 @@ class Scheduler:
         if self.blocks.prefix_cache:
             self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
         shared = self.blocks.share(request.block_hashes[:usable])
-        growth = sum(min(GROWTH, r.max_tokens - r.num_outputs) for r in self.running)
-        fresh = self.blocks.allocate(len(request.tokens) // size + 1 - len(shared), growth // size)
+        count, most = len(request.tokens) // size + 1 - len(shared), GROWTH * len(self.running)
+        growth = (min(GROWTH, r.max_tokens - r.num_outputs) for r in self.running)  # counted only where blocks are few
+        fresh = self.blocks.allocate(count, most // size) or self.blocks.allocate(count, sum(growth) // size)
         if fresh is None:
             self.blocks.release(shared)
             return False
