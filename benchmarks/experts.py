@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,12 @@ from torch import Tensor
 
 from minidcp.kernels.experts import (
     DIRECT_TOKENS,
+    SORTED_BM,
+    Blocks,
     Tile,
     Tiles,
     align,
+    can_copy_boxes,
     list_tiles,
     multiply_blocks,
     run_experts,
@@ -88,12 +92,11 @@ def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
     per_expert = tokens * shape.top_k / shape.experts
     few = [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4),
            (128, 64, 8, 4), (128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 3)]  # fmt: skip
-    many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 4)]
-    if per_expert > 200:
+    many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (256, 64, 8, 3),
+            (256, 64, 8, 4), (128, 128, 8, 2)]  # fmt: skip
+    if per_expert > 60:
         return [(bm, Tile(*tile)) for bm, tile in product((64, 128), many)]
-    bms = (
-        (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64) if per_expert < 40 else (32, 64, 128)
-    )
+    bms = (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64)
     return [(bm, Tile(*tile)) for bm, tile in product(bms, few)]
 
 
@@ -107,14 +110,25 @@ def make_weights(shape: Shape, experts: int) -> tuple[Tensor, Tensor]:
     return gate_up, normal(experts, shape.hidden, shape.inter).mul_(0.02)
 
 
+def make_blocks(ids: Tensor, experts: int, bm: int, weights: tuple[Tensor, Tensor]) -> Blocks:
+    return align(ids, experts, bm, bm == SORTED_BM and can_copy_boxes(*weights))
+
+
+def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Tensor:
+    """What the product takes: rows by token or entry, or by place in the blocks."""
+    count = len(blocks.ids) if gated else blocks.ids.numel()
+    count = blocks.most * blocks.bm if blocks.sorted else count
+    return normal(count, shape.hidden if gated else shape.inter)
+
+
 def compile_tile(job: tuple[Shape, bool, int, Tile, bool]) -> None:
     """In a process of its own: leaves the kernel in Triton's cache."""
     shape, direct, bm, tile, gated = job
     weights = make_weights(shape, 2)
     ids = torch.tensor([[0, 1]] * (1 if direct else 4), dtype=torch.int32, device="cuda")
-    x = normal(len(ids), shape.hidden) if gated else normal(ids.numel(), shape.inter)
+    blocks = make_blocks(ids, 2, bm, weights)
     try:
-        multiply_blocks(x, weights[0 if gated else 1], align(ids, 2, bm), tile, gated)
+        multiply_blocks(make_rows(shape, blocks, gated), weights[0 if gated else 1], blocks, tile, gated)
     except triton.runtime.errors.OutOfResources:
         return
 
@@ -137,29 +151,40 @@ def time_or_none(calls: list[Callable[[], object]]) -> float | None:
 def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> tuple[Tiles, dict[str, object]]:
     """The fastest tiles for a batch, and what they reach beside grouped_mm and the floor."""
     ids = [draw_ids(shape, tokens) for _ in weights]
-    x, h = normal(tokens, shape.hidden), normal(tokens * shape.top_k, shape.inter)
     best: dict[tuple[int, bool], tuple[float, Tile]] = {}
     for (bm, tile), gated in product(list_candidates(shape, tokens), (True, False)):
         if not fits(bm, tile, gated):
             continue
-        blocks = [align(i, shape.experts, bm) for i in ids]
-        source, which = (x, 0) if gated else (h, 1)
+        blocks = [make_blocks(i, shape.experts, bm, w) for i, w in zip(ids, weights, strict=True)]
+        rows, which = make_rows(shape, blocks[0], gated), 0 if gated else 1
         calls: list[Callable[[], object]] = [
-            lambda w=w[which], b=b, t=tile, g=gated, s=source: multiply_blocks(s, w, b, t, g)  # type: ignore[misc]
+            lambda x=rows, w=w[which], b=b, t=tile, g=gated: multiply_blocks(x, w, b, t, g)  # type: ignore[misc]
             for w, b in zip(weights, blocks, strict=True)
         ]
         seconds = time_or_none(calls)
         if seconds is not None and seconds < best.get((bm, gated), (1.0, tile))[0]:
             best[bm, gated] = seconds, tile
-    bms = {bm for bm, gated in best if (bm, not gated) in best}
-    bm = min(bms, key=lambda bm: best[bm, True][0] + best[bm, False][0])
+    x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
+
+    def time_all(bm: int) -> float:
+        tiles = Tiles(bm, best[bm, True][1], best[bm, False][1])
+        calls: list[Callable[[], object]] = [
+            lambda w=w, i=i: run_experts(x, w[0], w[1], given, i)  # type: ignore[misc]
+            for w, i in zip(weights, ids, strict=True)
+        ]
+        with patch("minidcp.kernels.experts.list_tiles", lambda *_: {tokens: tiles}):
+            return seconds_per_call(calls)
+
+    times = {bm: time_all(bm) for bm, gated in best if gated and (bm, False) in best}
+    bm = min(times, key=lambda bm: times[bm])
     parts = best[bm, True], best[bm, False]
     used = sum(len(i.unique()) for i in ids) / len(ids)
     per_expert = 3 * shape.inter * shape.hidden * 2
     floor = max(used * per_expert / BANDWIDTH, tokens * shape.top_k * per_expert / FLOPS)
+    in_all = ", ".join(f"{bm}: {seconds * 1e6:.0f}" for bm, seconds in times.items())
     print(f"{shape.name:14} {tokens:5}: bm {bm:3}, gate|up {parts[0][0] * 1e6:7.1f} µs {tuple(parts[0][1])}, "
           f"down {parts[1][0] * 1e6:7.1f} {tuple(parts[1][1])}, both {sum(p[0] for p in parts) / floor:.2f} floors "
-          f"of {floor * 1e6:.1f}", flush=True)  # fmt: skip
+          f"of {floor * 1e6:.1f}; all by bm: {in_all}", flush=True)  # fmt: skip
     return Tiles(bm, parts[0][1], parts[1][1]), {"shape": shape.name, "batch": tokens, "floor_us": floor * 1e6}
 
 
@@ -204,7 +229,7 @@ def compare_product(name: str, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,2,4,8,16,32,64,128,256,384,512,1024,4096,16384", help="tokens")
+    parser.add_argument("--batch", default="1,2,4,8,16,32,64,128,256,384,512,1024,2048,4096,8192,16384", help="tokens")
     parser.add_argument("--write", type=Path, help="where to write the tiles that win")
     parser.add_argument("--products", default="1,2,4,8,16", help="tokens; none: leave the other products out")
     args = parser.parse_args()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minidcp.attention.triton import TritonBackend
 from minidcp.batch import CacheRows
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
@@ -87,8 +86,7 @@ def compare_decode(tokens: int, context: int) -> None:
     table = torch.randperm(tokens * blocks, device="cuda").view(tokens, blocks).to(torch.int32)
     lens = torch.full((tokens,), context, dtype=torch.int32, device="cuda")
     q, q_pe, scale = normal(tokens, 128, 512), normal(tokens, 128, 64), 192**-0.5
-    limits = TritonBackend(scale, torch.device("cuda")).limits
-    ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale, limits)] * 8)
+    ours = seconds_per_call([lambda: mla_decode(q, q_pe, kv, table, lens, scale)] * 8)
     line = f"{tokens:5} x {context:6}: Triton {ours * 1e6:8.1f} µs"
     try:
         from minidcp.attention.fa3 import FA3Backend, load_operators

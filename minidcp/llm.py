@@ -79,8 +79,7 @@ class LLM(AbstractContextManager["LLM"]):
                     if delta.finish_reason is not None:
                         completion.finish_reason = delta.finish_reason.value
                         bar.update()
-                    if (seconds := bar.format_dict["elapsed"]) > 0:
-                        bar.set_postfix_str(f"{generated / seconds:.1f} tok/s", refresh=False)
+                    bar.set_postfix_str(f"{generated / (bar.format_dict['elapsed'] or 1):.1f} tok/s", refresh=False)
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""

@@ -94,9 +94,9 @@ class Plan:
         require(blocks <= most, f"--num-blocks {blocks}: {most} fit")
         capacity = blocks * layout.tokens_per_block
         require(context <= capacity, f"--context {context}: the KV cache holds {capacity} tokens; raise --dcp-size")
+        requests = min(blocks // layout.num_blocks(context), config.max_num_seqs)
         self.memory = {"dcp_size": dcp, "weight_bytes": weight_bytes, "kv_bytes": blocks * block_bytes}
-        self.memory |= {"capacity": capacity, "longest_context": min(capacity, max_len)}
-        self.memory["most_requests"] = min(blocks // layout.num_blocks(context), config.max_num_seqs)
+        self.memory |= {"capacity": capacity, "longest_context": min(capacity, max_len), "most_requests": requests}
 
     def count_received(self, rows: int) -> tuple[float, int]:
         """In a decode step: bytes that this rank receives from others, and collectives."""

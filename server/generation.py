@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -18,8 +18,6 @@ from minidcp.request import OutputDelta, TokenLogprobs
 from .async_engine import AsyncEngine, UnavailableError
 from .protocol import ChatRequest, CompletionRequest, ErrorResponse, StreamOptions
 from .tokenization import Tokenization
-
-T = TypeVar("T")
 
 
 class Generation:
@@ -139,8 +137,7 @@ class Chat(Generation):
 
     def word_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         def word(token: int, logprob: float) -> dict[str, Any]:
-            spelling = self.spelling
-            return {"token": spelling.spell(token), "logprob": logprob, "bytes": spelling.spell_bytes(token)}
+            return {"token": self.spelling.spell(token), "logprob": logprob, "bytes": self.spelling.spell_bytes(token)}
 
         known = [entry for entry in entries if entry is not None]
         return {"content": [word(e.token_id, e.logprob) | {"top_logprobs": [word(*t) for t in e.top]} for e in known]}
@@ -151,7 +148,7 @@ def write_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
+async def unless_disconnected(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     """The answer, or ClientDisconnect (and the answer's cancellation) if the client leaves before."""
 
     async def wait_for_leaving() -> None:

@@ -103,14 +103,14 @@ def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
     def wait() -> None:
         try:
             states[0].tp.all_reduce(torch.ones(1))
-        except RuntimeError as error:
-            failures.append(str(error))
+        except threading.BrokenBarrierError as error:
+            failures.append(error)
 
     thread = threading.Thread(target=wait)
     thread.start()
     barriers[0].abort()
     thread.join(10)
-    assert failures == ["another rank of this engine failed"]
+    assert len(failures) == 1
 
 
 def test_dcp_groups_are_consecutive_ranks() -> None:

@@ -40,7 +40,7 @@ def make_backend(options: EngineConfig, config: ModelConfig, device: torch.devic
     qk, v = config.qk_head_dim, config.v_head_dim
     what = f"qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first not below the second"
     require(v <= qk <= 256 and qk % 8 == v % 8 == 0, f"{flag}: {what}; use reference")
-    return TritonBackend(config.softmax_scale, device)
+    return TritonBackend(config.softmax_scale)
 
 
 def make_fa3(options: EngineConfig, config: ModelConfig, device: torch.device) -> AttentionBackend:

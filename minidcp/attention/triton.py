@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidcp.batch import CacheRows, Partial, Varlen
-from minidcp.kernels import shared_memory
-from minidcp.kernels.mla_decode import DeviceLimits, mla_decode
+from minidcp.kernels.mla_decode import mla_decode
 
 
 class TritonBackend:
@@ -15,16 +14,14 @@ class TritonBackend:
     name = "triton"
     graphs = True
 
-    def __init__(self, softmax_scale: float, device: torch.device) -> None:
+    def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
-        count, hopper = torch.cuda.get_device_properties(device).multi_processor_count, (9, 0)
-        self.limits = DeviceLimits(count, shared_memory(), torch.cuda.get_device_capability(device) == hopper)
 
     def plan(self, rows: CacheRows) -> None:
         pass
 
     def decode(self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None) -> Partial:
-        return mla_decode(q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, self.limits)
+        return mla_decode(q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
         pad = q.shape[2] - v.shape[2]  # it wants one head dim for all

@@ -19,8 +19,7 @@ Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
 
 
 def ladder(most: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8, 16, 32 and 64, up to `most`: from 8 on a size is at most 1.5 times the one before,
-    but for 16: padding is a third at most."""
+    """1, 2, 4, 8, then steps of 8, 16, 32 and 64, up to `most`: from 16 on padding is a third at most."""
     sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, 257, 32), *range(320, most + 1, 64)]
     return [*(size for size in sizes if size < most), most]
 

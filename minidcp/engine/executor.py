@@ -92,7 +92,8 @@ class Executor:
         def run() -> None:
             with theirs:
                 if not serve_rank(rank, theirs, state, own_process=False):
-                    self.break_barriers()
+                    for barrier in self.barriers:
+                        barrier.abort()
 
         self.threads.append(threading.Thread(target=run, name=f"rank {rank}", daemon=True))
         self.threads[-1].start()
@@ -177,8 +178,8 @@ class Executor:
 
     def stop(self, kill: bool) -> None:
         """End every rank: politely, or at once because one has failed."""
-        if kill:
-            self.break_barriers()
+        for barrier in self.barriers if kill else ():
+            barrier.abort()
         if not kill or self.config.ranks == "threads":  # which cannot be killed
             self.send(None)
             for thread in self.threads:
@@ -194,10 +195,6 @@ class Executor:
             # Ends its process, whatever that waits for. To close it is its reader's, which may be about to.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
                 line.shutdown(socket.SHUT_RDWR)
-
-    def break_barriers(self) -> None:
-        for barrier in self.barriers:
-            barrier.abort()
 
 
 def is_driver() -> bool:

@@ -1,6 +1,5 @@
 """From logits to tokens: greedy, or the Gumbel-max trick with temperature, top-k, top-p and min-p. Randomness is a
-function of (seed, position, token id), not of a generator's state: a request's tokens do not depend on what runs beside
-it, on preemption, or on the device."""
+function of (seed, position, token id): a request's tokens do not depend on what runs beside it or on preemption."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -100,9 +99,8 @@ class Sampler:
         return Sampled(tokens, len(rows), wanted, (own, top_ids, top_values))
 
     def adjust(self, x: Tensor, a: Admission, position: int) -> Tensor:
-        """Logits x [vocab] of the token at `position`, with penalties, biases and bans. Penalties as in OpenAI's API
-        (presence, frequency: of the output) and in CTRL, arXiv:1909.05858 (repetition: of prompt and output, dividing
-        positive and multiplying negative logits)."""
+        """Logits x [vocab] of the token at `position`, with penalties, biases and bans. Presence and frequency (of the
+        output) are as in OpenAI's API, repetition (of prompt and output) is as in CTRL, arXiv:1909.05858."""
         p = a.params
         if p.is_penalised:
             if a.slot not in self.counts:
@@ -147,8 +145,7 @@ def mask_unlikely(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise [S, vocab] from seeds [S] and positions [S]. The bits come from the splitmix64 finaliser
-    (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014) applied twice, so that neither
-    neighbouring seeds nor positions correlate."""
+    (Steele, Lea, Flood, 2014), twice, so that neither neighbouring seeds nor positions correlate."""
     stream = mix64(mix64(seeds) + positions)
     bits = mix64(stream[:, None] + torch.arange(vocab, device=seeds.device))
     # 23 bits, in (0, 1): with 24, + 0.5 rounds the largest to 1.0, whose noise is infinite.

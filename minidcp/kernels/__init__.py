@@ -1,6 +1,7 @@
 """Kernels: tensors in, tensors out. Each is in Triton and, under a name that ends in _ref, in torch."""
 
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,27 +14,33 @@ def use_triton(x: Tensor) -> bool:
     return bool(x.is_cuda or triton.knobs.runtime.interpret)
 
 
+class GPU(NamedTuple):
+    """What kernels are fitted to; by default that of Triton's interpreter."""
+
+    capability: tuple[int, int] = (0, 0)  # (9, 0) is Hopper
+    multiprocessors: int = 64
+    shared_memory: int = 1 << 30  # bytes that one program can have
+
+
+@cache
+def gpu() -> GPU:
+    """This process's."""
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return GPU()
+    found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return GPU((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
 @cache
 def launch_early() -> dict[str, bool]:
     """Arguments of a kernel that begins with `wait_for_previous`: from Hopper on it is launched while the kernel before
     it still runs (CUDA's programmatic dependent launch), which hides a launch's latency in a chain of short kernels."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if hopper and not triton.knobs.runtime.interpret else {"EARLY": False}
-
-
-@cache
-def shared_memory() -> int:
-    """Bytes that one program can have."""
-    if triton.knobs.runtime.interpret:
-        return 1 << 30
-    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    return int(properties["max_shared_mem"])
+    return {"EARLY": True, "launch_pdl": True} if gpu().capability >= (9, 0) else {"EARLY": False}
 
 
 @triton.jit
 def wait_for_previous(EARLY: tl.constexpr):
-    """Until all kernels before this one are done; only weights may be read before it. The next kernel may be launched
-    from here on."""
+    """Until all kernels before this one are done; before it, read only weights. From here the next may be launched."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minidcp.kernels import launch_early, shared_memory, use_triton, wait_for_previous
+from minidcp.kernels import gpu, launch_early, use_triton, wait_for_previous
 from minidcp.kernels.linear import add_product
 from minidcp.model_config import ModelConfig
 
-CHUNK = 4096  # choices that a program of `align_kernel` looks at together
+CHUNK = 16384  # choices that a program of `align_kernel` looks at together
 DIRECT_TOKENS = 2  # up to which every choice is a block of its own
+SORTED_BM = 128  # where blocks are so large, tokens are first sorted by expert, and then copied in boxes
 
 
 class Tile(NamedTuple):
@@ -61,9 +63,10 @@ class Blocks(NamedTuple):
     most: int
     entries: Tensor | None = None  # [most * bm] int32; T * K stands for none
     experts: Tensor | None = None  # [most + 1] int32 of the blocks, and last the number of blocks
+    sorted: bool = False  # rows between the products are in this order, not that of the entries
 
 
-def align(ids: Tensor, num_experts: int, bm: int) -> Blocks:
+def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
     count = ids.numel()
     if len(ids) <= DIRECT_TOKENS:
         return Blocks(ids, bm, count)
@@ -73,41 +76,61 @@ def align(ids: Tensor, num_experts: int, bm: int) -> Blocks:
     chunk = min(CHUNK, triton.next_power_of_2(count))
     align_kernel[(num_experts,)](
         ids, entries, experts, most, count, num_experts, BM=bm, EXPERTS=triton.next_power_of_2(num_experts + 1),
-        CHUNK=chunk, num_warps=4 if chunk < CHUNK else 16, **launch_early(),
+        CHUNK=chunk, num_warps=4 if chunk < 4096 else 16, **launch_early(),
     )  # fmt: skip
-    return Blocks(ids, bm, most, entries, experts)
+    return Blocks(ids, bm, most, entries, experts, sort)
+
+
+def sort_rows(x: Tensor, blocks: Blocks) -> Tensor:
+    """x [T, I] -> where blocks are sorted, the row of each place's entry: [most · bm, I]."""
+    if not blocks.sorted:
+        return x
+    rows, per_row = x.new_empty(blocks.most * blocks.bm, x.shape[1]), blocks.ids.shape[1]
+    gather_kernel[triton.cdiv(len(rows), 8), triton.cdiv(x.shape[1], 512)](
+        x, blocks.entries, rows, blocks.ids.numel(), per_row, x.shape[1], BM=8, BN=512, **launch_early()
+    )
+    return rows
 
 
 def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated: bool) -> Tensor:
-    """x [T, I], or [T · K, I] one row per entry; weight [E, O, I], or [E, 2 O, I] GATED -> [T · K, O] by entry."""
-    count, dim_in, dim_out = blocks.ids.numel(), x.shape[1], weight.shape[1] // (2 if gated else 1)
+    """x [T, I], or [T · K, I] one row per entry; weight [E, O, I], or [E, 2 O, I] GATED -> [T · K, O] by entry. Where
+    blocks are sorted, x, and the result if GATED, have a row for each place in the blocks, [most · bm, …]."""
+    dim_in, dim_out = x.shape[1], weight.shape[1] // (2 if gated else 1)
+    count = len(x) if blocks.sorted and gated else blocks.ids.numel()
     out = x.new_empty(count, dim_out)
     across, bk = triton.cdiv(dim_out, tile.bn), tile.bk * 2 // x.element_size()  # tiles are for bf16
     stage_bytes = bk * (blocks.bm + tile.bn * (2 if gated else 1)) * x.element_size()
-    stages = max(1, min(tile.stages, shared_memory() // stage_bytes))
+    stages = max(1, min(tile.stages, gpu().shared_memory // stage_bytes))
+    boxes = (x, [blocks.bm, bk]), (weight.flatten(0, 1), [tile.bn, bk])
     experts_kernel[(blocks.most * across,)](
-        x, weight, blocks.ids, blocks.entries, blocks.experts, out, blocks.most, count, count // len(x), dim_in,
-        dim_out, across, GATED=gated, DIRECT=blocks.entries is None, EVEN=dim_in % bk == 0,
+        *(TensorDescriptor.from_tensor(*box) if blocks.sorted else box[0] for box in boxes), blocks.ids,
+        blocks.entries, blocks.experts, out, blocks.most, count, max(1, count // len(x)), dim_in, dim_out, across,
+        GATED=gated, DIRECT=blocks.entries is None, SORTED=blocks.sorted, EVEN=dim_in % bk == 0,
         BM=blocks.bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=stages, **launch_early(),
     )  # fmt: skip
     return out
 
 
+def can_copy_boxes(*operands: Tensor) -> bool:
+    """Whether the GPU has a tensor memory accelerator, and rows begin where it wants them to."""
+    return gpu().capability >= (9, 0) and all(x.shape[-1] * x.element_size() % 16 == 0 for x in operands)
+
+
 def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """[T, hidden]: Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i]. From x [T, hidden],
-    gate_up [E, 2 I, hidden] and down [E, hidden, I], contiguous, in one dtype; weights [T, K] float32 and ids [T, K]
-    int32 of a token's experts, none twice."""
+    """[T, hidden]: Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i]. x [T, hidden], gate_up
+    [E, 2 I, hidden] and down [E, hidden, I] are contiguous, of one dtype; weights [T, K] float32, ids [T, K] int32."""
     if not use_triton(x):
         return run_experts_ref(x, gate_up, down, weights, ids)
     out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape
     if tokens:
         table = list_tiles(experts, ids.shape[1], hidden, inter)
         tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
-        blocks = align(ids, experts, tiles.bm)
-        h = multiply_blocks(x, gate_up, blocks, tiles.gate_up, gated=True)
+        blocks = align(ids, experts, tiles.bm, tiles.bm == SORTED_BM and can_copy_boxes(x, down))
+        h = multiply_blocks(sort_rows(x, blocks), gate_up, blocks, tiles.gate_up, gated=True)
         parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)
-        grid = tokens, triton.cdiv(hidden, 1024)
-        sum_kernel[grid](parts, weights, out, hidden, TOP_K=ids.shape[1], BN=1024, **launch_early())
+        sum_kernel[tokens, triton.cdiv(hidden, 1024)](
+            parts, weights, out, hidden, TOP_K=ids.shape[1], BN=1024, **launch_early()
+        )
     return out
 
 
@@ -156,42 +179,57 @@ def align_kernel(
     tl.store(entries + before * BM + taken + pad, tl.zeros([BM], tl.int32) + count, mask=taken + pad < own * BM)
 
 
+@triton.jit(do_not_specialize=["count"])
+def gather_kernel(x, entries, rows, count, per_row, hidden, BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):
+    """rows[place] = the row of x that the entry there is of."""
+    wait_for_previous(EARLY)
+    place, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    entry = tl.load(entries + place)  # anything in blocks that are not used
+    mask = ((entry >= 0) & (entry < count))[:, None] & (n < hidden)[None, :]
+    value = tl.load(x + (entry // per_row).to(tl.int64)[:, None] * hidden + n[None, :], mask=mask)
+    tl.store(rows + place.to(tl.int64)[:, None] * hidden + n[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_inside(pointers, inside, EVEN: tl.constexpr):
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["most", "count", "per_row", "across"])
 def experts_kernel(
     x, weight, ids, entries, block_expert, out, most, count, per_row, dim_in, dim_out, across,
-    GATED: tl.constexpr, DIRECT: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, DIRECT: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program computes BN outputs for a block of BM entries of one expert: its weights [dim_out, dim_in] times row
     entry // per_row of x, or GATED silu(gate) · up of weights [2 dim_out, dim_in]. The weights are the left operand,
-    so that a few tokens fill a tensor core's instruction."""
+    so that a few tokens fill a tensor core's instruction. If SORTED, x and weight are descriptors of boxes."""
     wait_for_previous(EARLY)
-    block, n = tl.program_id(0) // across, tl.program_id(0) % across * BN + tl.arange(0, BN)
-    m, k = tl.arange(0, BM), tl.arange(0, BK)
+    block, first = tl.program_id(0) // across, tl.program_id(0) % across * BN
+    m, n, k = tl.arange(0, BM), first + tl.arange(0, BN), tl.arange(0, BK)
     if DIRECT:
         num_blocks = most
-        expert = tl.load(ids + block).to(tl.int64)
+        expert = tl.load(ids + block)
         entry = tl.where(m == 0, block, count)
     else:
         num_blocks = tl.load(block_expert + most)
-        expert = tl.load(block_expert + block).to(tl.int64)
-        entry = tl.load(entries + block * BM + m)
+        expert = tl.load(block_expert + block)
+        entry = block * BM + m if SORTED and GATED else tl.load(entries + block * BM + m)
     if block < num_blocks:
         # What lies beyond the outputs or entries reads something and is not stored.
-        columns = x + (entry % count // per_row).to(tl.int64)[None, :] * dim_in + k[:, None]
-        rows = weight + (expert * dim_out * (2 if GATED else 1) + n % dim_out)[:, None] * dim_in + k[None, :]
+        begin = expert * dim_out * (2 if GATED else 1)
+        if not SORTED:
+            columns = x + (entry % count // per_row).to(tl.int64)[None, :] * dim_in + k[:, None]
+            rows = weight + (begin + n % dim_out).to(tl.int64)[:, None] * dim_in + k[None, :]
         acc, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
-        for first in range(0, dim_in, BK):
-            if EVEN:
-                a, w = tl.load(columns + first), tl.load(rows + first)
-            else:
-                inside = k < dim_in - first
-                a = tl.load(columns + first, mask=inside[:, None], other=0.0)
-                w = tl.load(rows + first, mask=inside[None, :], other=0.0)
+        for at in range(0, dim_in, BK):
+            inside, others = k < dim_in - at, at + dim_out * dim_in
+            a = x.load([block * BM, at]).T if SORTED else load_inside(columns + at, inside[:, None], EVEN)
+            w = weight.load([begin + first, at]) if SORTED else load_inside(rows + at, inside[None, :], EVEN)
             acc = add_product(w, a, acc)
             if GATED:
-                others = rows + first + dim_out * dim_in
-                w = tl.load(others) if EVEN else tl.load(others, mask=(k < dim_in - first)[None, :], other=0.0)
+                box = begin + dim_out + first, at
+                w = weight.load(box) if SORTED else load_inside(rows + others, inside[None, :], EVEN)
                 up = add_product(w, a, up)
         dtype = out.dtype.element_ty
         if GATED:  # rounded where the twin rounds
@@ -217,10 +255,9 @@ def sum_kernel(parts, weights, out, hidden, TOP_K: tl.constexpr, BN: tl.constexp
 def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Tensor]:
     """Router logits [T, experts] float32 -> weights [T, K] float32 and ids [T, K] int32 of each token's experts: the
     `shared` ones, which have the first numbers and weight 1, and then the routed ones, best first."""
-    c = config
+    c, (tokens, experts) = config, logits.shape
     if not use_triton(logits):
         return route_ref(logits, config, shared)
-    tokens, experts = logits.shape
     top_k = c.num_experts_per_tok + shared
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)

@@ -1,43 +1,32 @@
 """Absorbed MLA decode over a paged latent cache, split over the context, in Triton for any GPU; for Hopper there is
 `mla_decode_hopper.py`. The torch twin is `attention/reference.py`; `merge.py` puts the splits together."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels import gpu
 from minidcp.kernels.merge import merge_partials
-from minidcp.kernels.mla_decode_hopper import TILE, hopper_kernel, shared_memory_needed
+from minidcp.kernels.mla_decode_hopper import TILE, hopper_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
 
 
-@dataclass(frozen=True)
-class DeviceLimits:
-    """What a GPU offers a kernel; by default as little as any that runs bf16."""
-
-    multiprocessors: int = 64
-    shared_memory: int = 99 << 10  # bytes of one program
-    hopper: bool = False
-
-
 def mla_decode(
-    q_latent: Tensor, q_pe: Tensor, kv: Tensor, block_table: Tensor, local_lens: Tensor, softmax_scale: float,
-    limits: DeviceLimits = DeviceLimits(),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_latent: Tensor, q_pe: Tensor, kv: Tensor, block_table: Tensor, local_lens: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
     """softmax([q_latent, q_pe] · kv · softmax_scale) · kv[..., :C] over each row's local tokens: q_latent [B, H, C] and
     q_pe [B, H, R] with a contiguous last dim, kv [num_blocks, block_size, C + R], block_table [B, W] and local_lens [B]
     int32 -> out [B, H, C] in q's dtype (0 where a row is empty) and lse [B, H] float32. Slots beyond a row's length are
     never read. The context is split so that about one program runs on each multiprocessor."""
     batch, heads, latent = q_latent.shape
     rope = q_pe.shape[2]
-    kernel, block_h, options = choose_kernel(heads, latent, rope, limits)
+    kernel, block_h, options = choose_kernel(heads, latent, rope)
     head_tiles = triton.cdiv(heads, block_h)
     capacity = block_table.shape[1] * kv.shape[1]
-    wanted = min(limits.multiprocessors // max(batch * head_tiles, 1), triton.cdiv(capacity, 64), MAX_SPLITS)
+    wanted = min(gpu().multiprocessors // max(batch * head_tiles, 1), triton.cdiv(capacity, 64), MAX_SPLITS)
     splits = 1 << max(wanted, 1).bit_length() - 1  # a power of two: few variants to compile in merge
     out_dtype = q_latent.dtype if splits == 1 else torch.float32
     outs = torch.empty(splits, batch, heads, latent, dtype=out_dtype, device=kv.device)
@@ -54,15 +43,15 @@ def mla_decode(
     return merge_partials(outs, lses, q_latent.dtype)
 
 
-def choose_kernel(heads: int, latent: int, rope: int, limits: DeviceLimits):
+def choose_kernel(heads: int, latent: int, rope: int):
     """(kernel, heads per tile, its other options): the fastest of those tried that fit."""
     block_h = max(16, triton.next_power_of_2(heads))
-    fits = min(latent, rope) >= TILE and shared_memory_needed(latent + rope) <= limits.shared_memory
-    if limits.hopper and block_h >= TILE and fits:
+    needed = 2 * TILE * (3 * (latent + rope) + TILE) + 1024  # bytes: q, two tiles of k, probabilities; some to spare
+    if gpu().capability == (9, 0) and min(latent, rope, block_h) >= TILE and needed <= gpu().shared_memory:
         return hopper_kernel, TILE, {"BLOCK_N": TILE, "num_warps": 8}
     if block_h == 16:
         return mla_decode_kernel, 16, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 4}  # 95 KiB for 576
-    if limits.shared_memory >= 144 << 10:
+    if gpu().shared_memory >= 144 << 10:
         return mla_decode_kernel, 32, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 4}  # 115 KiB
     return mla_decode_kernel, 32, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 4}  # 76 KiB
 

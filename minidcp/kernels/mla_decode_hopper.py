@@ -14,11 +14,6 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 TILE = 64  # heads and tokens
 
 
-def shared_memory_needed(width: int) -> int:
-    """Bytes for q, two tiles of k and the probabilities, for a cache of that width, and some to spare."""
-    return 2 * TILE * (3 * width + TILE) + 1024
-
-
 @gluon.jit
 def find_rows(table, n, last, BLOCK_N: gl.constexpr, BLOCK_SIZE: gl.constexpr, copy: gl.constexpr):
     """The cache rows of the tokens from n on; those beyond `last` count as `last`, so nothing is masked."""

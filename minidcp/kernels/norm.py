@@ -21,9 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if tokens:
         width = triton.next_power_of_2(dim)
         rms_norm_kernel[(tokens,)](
-            x, x if residual is None else residual, weight, out, total,
-            x.stride(0), x.stride(0) if residual is None else residual.stride(0), dim, eps,
-            HAS_RESIDUAL=residual is not None, DIM=width, num_warps=4 if width <= 2048 else 8, **launch_early(),
+            x, residual, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), dim, eps,
+            DIM=width, num_warps=4 if width <= 2048 else 8, **launch_early(),
         )  # fmt: skip
     return out, total
 
@@ -37,17 +36,14 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 
 @triton.jit
-def rms_norm_kernel(
-    x, residual, weight, out, total, x_t, residual_t, dim, eps,
-    HAS_RESIDUAL: tl.constexpr, DIM: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
+def rms_norm_kernel(x, residual, weight, out, total, x_t, residual_t, dim, eps, DIM: tl.constexpr, EARLY: tl.constexpr):
     """One program normalises one token."""
     wait_for_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DIM)
     mask = d < dim
     row = tl.load(x + t * x_t + d, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    if residual is not None:
         row += tl.load(residual + t * residual_t + d, mask=mask, other=0.0).to(tl.float32)
         rounded = row.to(total.dtype.element_ty)
         tl.store(total + t * dim + d, rounded, mask=mask)

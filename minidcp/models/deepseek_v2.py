@@ -1,7 +1,6 @@
-"""DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it.
-
-Prefill attends in MHA form, decode in absorbed form; `MLAAttention` shows them side by side. What a kernel does is in
-`kernels/`, who holds which token in `kv_cache/interleave.py`."""
+"""DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it. Prefill attends in MHA form,
+decode in absorbed form; `MLAAttention` shows them side by side. What a kernel does is in `kernels/`, who holds which
+token in `kv_cache/interleave.py`."""
 
 from dataclasses import dataclass
 
@@ -36,8 +35,7 @@ class Blueprint:
 
 
 class MLAAttention:
-    """Multi-head latent attention (arXiv:2405.04434 §2.1): H heads of this rank, G of its DCP group. W_UK and W_UV are
-    the halves of kv_b_proj."""
+    """Multi-head latent attention (arXiv:2405.04434 §2.1): H heads of this rank, G of its DCP group."""
 
     def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
         c, state, bias = blueprint.config, blueprint.state, blueprint.config.attention_bias
@@ -68,6 +66,7 @@ class MLAAttention:
             self.own_q_b_proj = Linear(q.weight.view(-1, c.qk_head_dim, q_in)[own].flatten(0, 1))
 
         width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
+        # W_UK and W_UV are its halves.
         kv_b = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
         w_uk, w_uv = kv_b.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         kv_b = torch.cat([w_uv, w_uk], 1)  # in the order that `decompress` wants; what follows are views of it

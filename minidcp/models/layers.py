@@ -1,7 +1,5 @@
-"""The parts of DeepSeek-V2 that are not attention: norms, embedding, MLPs and experts.
-
-Plain callables over plain tensors. Attributes carry Hugging Face's names; sharded ones hold this rank's part.
-`deepseek_v2.py` puts them together."""
+"""The parts of DeepSeek-V2 that are not attention, which `deepseek_v2.py` puts together: plain callables over plain
+tensors. Attributes carry Hugging Face's names; sharded ones hold this rank's part."""
 
 import math
 from dataclasses import dataclass

@@ -23,8 +23,7 @@ def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
 
     low = max(math.floor(dim_of_rotations(config.beta_fast)), 0)
     high = min(math.ceil(dim_of_rotations(config.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    stretched = ramp.clamp(0, 1)
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     return plain / config.factor * stretched + plain * (1 - stretched)
 
 

@@ -18,7 +18,7 @@ LENS = [594, 0, 1, 15, 16, 17]
 def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
     if name == "fa3":
         return FA3Backend(load_operators(), SCALE, heads, block_size)
-    return TritonBackend(SCALE, torch.device("cuda"))
+    return TritonBackend(SCALE)
 
 
 def make_case(

@@ -7,7 +7,7 @@ import torch
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheRows
-from minidcp.kernels import experts, kv_store, linear, merge, mla_decode, norm, peer
+from minidcp.kernels import GPU, experts, kv_store, linear, merge, mla_decode, norm, peer
 from minidcp.model_config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -149,8 +149,9 @@ def test_route(count: int, groups: int, chosen: int, top_k: int, normalise: bool
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize(("tokens", "count", "bm"), [(1, 5, 16), (1, 5, 1), (2, 5, 1), (9, 7, 16), (40, 4, 32)])
-def test_experts(tokens: int, count: int, bm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts(tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dims that are no multiples of a tile's, experts that nobody chose."""
     dtype = torch.bfloat16 if bm == 1 else torch.float32
     torch.manual_seed(0)
@@ -164,6 +165,10 @@ def test_experts(tokens: int, count: int, bm: int, monkeypatch: pytest.MonkeyPat
     expected = (parts * weights[..., None].double()).sum(1)
     tile = experts.Tile(16, 32, 4, 3)
     close(experts.run_experts_ref(x, gate_up, down, weights, ids), expected, dtype)
+    if is_sorted:
+        monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0)))
+        monkeypatch.setattr(experts, "SORTED_BM", bm)
+        monkeypatch.setattr(experts, "CHUNK", 16)
     monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, tile, tile)})
     close(experts.run_experts(x, gate_up, down, weights, ids), expected, dtype)
 
@@ -198,7 +203,7 @@ def paged(lens: list[int], block_size: int, width: int) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("programs", [1, 64])
 @pytest.mark.parametrize("block_size", [1, 8, 16])
-def test_mla_decode(block_size: int, programs: int) -> None:
+def test_mla_decode(block_size: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the reference back-end, whole and split; an empty row gives 0 and -inf."""
     lens = [0, 1, 15, 70]
     kv, table = paged(lens, block_size, 64 + 16)
@@ -207,9 +212,9 @@ def test_mla_decode(block_size: int, programs: int) -> None:
     batch = CacheRows(table, local_lens, narrow=False)
     backend = ReferenceBackend(0.1)
     backend.plan(batch)
-    limits = mla_decode.DeviceLimits(programs)
+    monkeypatch.setattr(mla_decode, "gpu", lambda: GPU(multiprocessors=programs))
     expected, expected_lse = backend.decode(q_latent, q_pe, kv, batch)
-    out, lse = mla_decode.mla_decode(q_latent, q_pe, kv, table, local_lens, 0.1, limits)
+    out, lse = mla_decode.mla_decode(q_latent, q_pe, kv, table, local_lens, 0.1)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
