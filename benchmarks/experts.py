@@ -27,7 +27,6 @@ from torch import Tensor
 
 from minidcp.kernels.experts import (
     DIRECT_TOKENS,
-    SORTED_BM,
     Blocks,
     Tile,
     Tiles,
@@ -74,8 +73,11 @@ PRODUCTS = {  # heads, outputs, inputs
 }
 
 
-def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
-    """Block sizes and tiles worth a try for so many tokens."""
+Blocking = tuple[int, bool]  # block size, and whether tokens are sorted beforehand
+
+
+def list_candidates(shape: Shape, tokens: int) -> list[tuple[Blocking, Tile]]:
+    """Blockings and tiles worth a try for so many tokens."""
     if tokens <= DIRECT_TOKENS:
         vectors = [
             (4, 1024, 4),
@@ -87,17 +89,18 @@ def list_candidates(shape: Shape, tokens: int) -> list[tuple[int, Tile]]:
             (8, 512, 4),
             (16, 256, 4),
         ]
-        rows = [(1, Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
-        return [*rows, (16, Tile(64, 128, 4, 4)), (16, Tile(64, 256, 4, 3))]
+        rows = [((1, False), Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
+        return [*rows, ((16, False), Tile(64, 128, 4, 4)), ((16, False), Tile(64, 256, 4, 3))]
     per_expert = tokens * shape.top_k / shape.experts
     few = [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4),
            (128, 64, 8, 4), (128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 3)]  # fmt: skip
     many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (256, 64, 8, 3),
             (256, 64, 8, 4), (128, 128, 8, 2)]  # fmt: skip
     if per_expert > 60:
-        return [(bm, Tile(*tile)) for bm, tile in product((64, 128), many)]
+        blockings = [(64, False), (128, False), (128, True)] if can_copy_boxes() else [(64, False), (128, False)]
+        return [(blocking, Tile(*tile)) for blocking, tile in product(blockings, many)]
     bms = (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64)
-    return [(bm, Tile(*tile)) for bm, tile in product(bms, few)]
+    return [((bm, False), Tile(*tile)) for bm, tile in product(bms, few)]
 
 
 def fits(bm: int, tile: Tile, gated: bool) -> bool:
@@ -110,10 +113,6 @@ def make_weights(shape: Shape, experts: int) -> tuple[Tensor, Tensor]:
     return gate_up, normal(experts, shape.hidden, shape.inter).mul_(0.02)
 
 
-def make_blocks(ids: Tensor, experts: int, bm: int, weights: tuple[Tensor, Tensor]) -> Blocks:
-    return align(ids, experts, bm, bm == SORTED_BM and can_copy_boxes(*weights))
-
-
 def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Tensor:
     """What the product takes: rows by token or entry, or by place in the blocks."""
     count = len(blocks.ids) if gated else blocks.ids.numel()
@@ -121,12 +120,12 @@ def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Tensor:
     return normal(count, shape.hidden if gated else shape.inter)
 
 
-def compile_tile(job: tuple[Shape, bool, int, Tile, bool]) -> None:
+def compile_tile(job: tuple[Shape, bool, Blocking, Tile, bool]) -> None:
     """In a process of its own: leaves the kernel in Triton's cache."""
-    shape, direct, bm, tile, gated = job
+    shape, direct, blocking, tile, gated = job
     weights = make_weights(shape, 2)
     ids = torch.tensor([[0, 1]] * (1 if direct else 4), dtype=torch.int32, device="cuda")
-    blocks = make_blocks(ids, 2, bm, weights)
+    blocks = align(ids, 2, *blocking)
     try:
         multiply_blocks(make_rows(shape, blocks, gated), weights[0 if gated else 1], blocks, tile, gated)
     except triton.runtime.errors.OutOfResources:
@@ -151,23 +150,23 @@ def time_or_none(calls: list[Callable[[], object]]) -> float | None:
 def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> tuple[Tiles, dict[str, object]]:
     """The fastest tiles for a batch, and what they reach beside grouped_mm and the floor."""
     ids = [draw_ids(shape, tokens) for _ in weights]
-    best: dict[tuple[int, bool], tuple[float, Tile]] = {}
-    for (bm, tile), gated in product(list_candidates(shape, tokens), (True, False)):
-        if not fits(bm, tile, gated):
+    best: dict[tuple[Blocking, bool], tuple[float, Tile]] = {}
+    for (blocking, tile), gated in product(list_candidates(shape, tokens), (True, False)):
+        if not fits(blocking[0], tile, gated):
             continue
-        blocks = [make_blocks(i, shape.experts, bm, w) for i, w in zip(ids, weights, strict=True)]
+        blocks = [align(i, shape.experts, *blocking) for i in ids]
         rows, which = make_rows(shape, blocks[0], gated), 0 if gated else 1
         calls: list[Callable[[], object]] = [
             lambda x=rows, w=w[which], b=b, t=tile, g=gated: multiply_blocks(x, w, b, t, g)  # type: ignore[misc]
             for w, b in zip(weights, blocks, strict=True)
         ]
         seconds = time_or_none(calls)
-        if seconds is not None and seconds < best.get((bm, gated), (1.0, tile))[0]:
-            best[bm, gated] = seconds, tile
+        if seconds is not None and seconds < best.get((blocking, gated), (1.0, tile))[0]:
+            best[blocking, gated] = seconds, tile
     x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
 
-    def time_all(bm: int) -> float:
-        tiles = Tiles(bm, best[bm, True][1], best[bm, False][1])
+    def time_all(blocking: Blocking) -> float:
+        tiles = Tiles(*blocking, best[blocking, True][1], best[blocking, False][1])
         calls: list[Callable[[], object]] = [
             lambda w=w, i=i: run_experts(x, w[0], w[1], given, i)  # type: ignore[misc]
             for w, i in zip(weights, ids, strict=True)
@@ -175,17 +174,17 @@ def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> t
         with patch("minidcp.kernels.experts.list_tiles", lambda *_: {tokens: tiles}):
             return seconds_per_call(calls)
 
-    times = {bm: time_all(bm) for bm, gated in best if gated and (bm, False) in best}
-    bm = min(times, key=lambda bm: times[bm])
-    parts = best[bm, True], best[bm, False]
+    times = {blocking: time_all(blocking) for blocking, gated in best if gated and (blocking, False) in best}
+    chosen = min(times, key=lambda blocking: times[blocking])
+    parts = best[chosen, True], best[chosen, False]
     used = sum(len(i.unique()) for i in ids) / len(ids)
     per_expert = 3 * shape.inter * shape.hidden * 2
     floor = max(used * per_expert / BANDWIDTH, tokens * shape.top_k * per_expert / FLOPS)
-    in_all = ", ".join(f"{bm}: {seconds * 1e6:.0f}" for bm, seconds in times.items())
-    print(f"{shape.name:14} {tokens:5}: bm {bm:3}, gate|up {parts[0][0] * 1e6:7.1f} µs {tuple(parts[0][1])}, "
+    in_all = ", ".join(f"{bm}{' sorted' * sort}: {times[bm, sort] * 1e6:.0f}" for bm, sort in times)
+    print(f"{shape.name:14} {tokens:5}: bm {chosen[0]:3}, gate|up {parts[0][0] * 1e6:7.1f} µs {tuple(parts[0][1])}, "
           f"down {parts[1][0] * 1e6:7.1f} {tuple(parts[1][1])}, both {sum(p[0] for p in parts) / floor:.2f} floors "
           f"of {floor * 1e6:.1f}; all by bm: {in_all}", flush=True)  # fmt: skip
-    return Tiles(bm, parts[0][1], parts[1][1]), {"shape": shape.name, "batch": tokens, "floor_us": floor * 1e6}
+    return Tiles(*chosen, parts[0][1], parts[1][1]), {"shape": shape.name, "batch": tokens, "floor_us": floor * 1e6}
 
 
 def compare(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> dict[str, object]:
@@ -238,10 +237,10 @@ def main() -> None:
     torch.manual_seed(0)
     batches = [int(b) for b in args.batch.split(",")]
     jobs = {
-        (shape, batch <= DIRECT_TOKENS, bm, tile, gated)
+        (shape, batch <= DIRECT_TOKENS, blocking, tile, gated)
         for shape, batch in product(SHAPES, batches)
-        for (bm, tile), gated in product(list_candidates(shape, batch), (True, False))
-        if fits(bm, tile, gated)
+        for (blocking, tile), gated in product(list_candidates(shape, batch), (True, False))
+        if fits(blocking[0], tile, gated)
     }
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         pool.map(compile_tile, sorted(jobs, key=str), chunksize=1)

@@ -21,7 +21,6 @@ from minidcp.model_config import ModelConfig
 
 CHUNK = 16384  # choices that a program of `align_kernel` looks at together
 DIRECT_TOKENS = 2  # up to which every choice is a block of its own
-SORTED_BM = 128  # where blocks are so large, tokens are first sorted by expert, and then copied in boxes
 
 
 class Tile(NamedTuple):
@@ -34,9 +33,10 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of both products; BM choices of one expert form a block."""
+    """Of both products; BM choices of one expert form a block, for which tokens may be sorted beforehand."""
 
     bm: int
+    sort: bool
     gate_up: Tile
     down: Tile
 
@@ -47,11 +47,11 @@ def list_tiles(experts: int, top_k: int, hidden: int, inter: int) -> dict[int, T
     or by a rule: the tokens that an expert gets in the mean fill one block, so that its weights are read once."""
     found = json.loads((Path(__file__).parent / "tiles.json").read_text()).get(f"{experts}x{hidden}x{inter}")
     if found:
-        return {int(most): Tiles(bm, Tile(*gate_up), Tile(*down)) for most, (bm, gate_up, down) in found.items()}
+        return {int(most): Tiles(bm, sort, *(Tile(*t) for t in both)) for most, (bm, sort, *both) in found.items()}
     tile, most = Tile(64, 128, 4, 4), experts / top_k
-    rule = {DIRECT_TOKENS: Tiles(1, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))}
-    rule |= {int(mean * most): Tiles(bm, tile, tile) for mean, bm in ((12, 16), (24, 32), (64, 64))}
-    return rule | {1 << 20: Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))}
+    rule = {DIRECT_TOKENS: Tiles(1, False, Tile(16, 512, 4, 1), Tile(16, 512, 4, 1))}
+    rule |= {int(mean * most): Tiles(bm, False, tile, tile) for mean, bm in ((12, 16), (24, 32), (64, 64))}
+    return rule | {1 << 20: Tiles(128, True, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))}
 
 
 class Blocks(NamedTuple):
@@ -125,7 +125,7 @@ def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
     if tokens:
         table = list_tiles(experts, ids.shape[1], hidden, inter)
         tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
-        blocks = align(ids, experts, tiles.bm, tiles.bm == SORTED_BM and can_copy_boxes(x, down))
+        blocks = align(ids, experts, tiles.bm, tiles.sort and can_copy_boxes(x, down))
         h = multiply_blocks(sort_rows(x, blocks), gate_up, blocks, tiles.gate_up, gated=True)
         parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)
         sum_kernel[tokens, triton.cdiv(hidden, 1024)](

@@ -167,9 +167,8 @@ def test_experts(tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch:
     close(experts.run_experts_ref(x, gate_up, down, weights, ids), expected, dtype)
     if is_sorted:
         monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0)))
-        monkeypatch.setattr(experts, "SORTED_BM", bm)
         monkeypatch.setattr(experts, "CHUNK", 16)
-    monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, tile, tile)})
+    monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, is_sorted, tile, tile)})
     close(experts.run_experts(x, gate_up, down, weights, ids), expected, dtype)
 
 
