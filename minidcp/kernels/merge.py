@@ -25,7 +25,7 @@ def merge_partials(
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device)
     if tokens:
         width = triton.next_power_of_2(dim)
-        rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads // 1024)))
+        rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads) // 1024))
         merge_kernel[(triton.cdiv(tokens * heads, rows),)](
             outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
             ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)), ONLY=-1 if only is None else only,

@@ -122,7 +122,7 @@ def merge_peers(
     tokens, heads = lse.shape
     own, dim = out.shape[1:]
     width = triton.next_power_of_2(dim)
-    rows = max(1, min(4096 // width, triton.next_power_of_2(tokens * own // meeting.programs)))
+    rows = max(1, min(4096 // width, triton.next_power_of_2(triton.next_power_of_2(tokens * own) // meeting.programs)))
     meeting.launch(
         merge_kernel, triton.cdiv(tokens * own, rows), pointers, staged_lse, lse, out, merged, tokens, heads, own, dim,
         *lse.stride(), lse_offset // 4, tile=rows * width, ROWS=rows, DIM=width,

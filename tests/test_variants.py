@@ -1,0 +1,106 @@
+"""Kernels' variants: whatever number of tokens a step has, start has compiled what it needs (`ModelRunner.run_prefills`
+and the graphs of decode steps), so that no request waits for a compiler. Launches are recorded instead of made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from minidcp.engine.cuda_graph import ladder
+from minidcp.kernels import GPU, experts, kv_store, linear, merge, norm
+from minidcp.kernels.peer import Meeting, merge_peers
+
+Variants = set[object]
+BUDGET = 8192
+HIDDEN, TOP_K, HEADS = 2048, 8, 16
+empty = partial(torch.empty, device="meta")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    """Fills with the variants that are launched: a kernel's constants, and what Triton specialises integers by."""
+    seen: Variants = set()
+
+    def record(self: JITFunction[object], *args: object, **options: object) -> None:
+        integers = [
+            (p.name, value == 1, value % 16 == 0)
+            for p, value in zip(self.params, args, strict=False)
+            if isinstance(value, int) and not p.is_constexpr and not p.do_not_specialize
+        ]
+        del options["grid"], options["warmup"]
+        seen.add((self.fn.__name__, tuple(integers), tuple(sorted(options.items()))))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    for module in (experts, kv_store, linear, merge, norm):
+        monkeypatch.setattr(module, "use_triton", lambda _: True)
+    monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0), 132, 232448))
+    return seen
+
+
+def run_experts(experts_of: int, inter: int, hidden: int, tokens: int) -> None:
+    gate_up, down = empty(experts_of, 2 * inter, hidden).bfloat16(), empty(experts_of, hidden, inter).bfloat16()
+    ids = empty(tokens, TOP_K, dtype=torch.int32)
+    experts.run_experts(empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids)
+
+
+def merge_prefill(tokens: int) -> None:
+    merge.merge_partials(empty(2, tokens, HEADS, 128).bfloat16(), empty(2, tokens, HEADS))
+
+
+def merge_from_peers(tokens: int) -> None:
+    meeting = Meeting(0, empty(8, dtype=torch.int64), empty(512, dtype=torch.int32), 264)
+    lse, out = empty(tokens, 8 * HEADS), empty(tokens, HEADS, 128).bfloat16()
+    merge_peers(meeting, empty(8, dtype=torch.int64), 1 << 26, lse, lse, out, empty(tokens, HEADS))
+
+
+def absorb(tokens: int) -> None:
+    linear.multiply_by_head(empty(tokens, HEADS, 192).bfloat16()[..., :128], empty(HEADS, 512, 128).bfloat16())
+
+
+def normalise(tokens: int) -> None:
+    x, weight = empty(tokens, HIDDEN).bfloat16(), empty(HIDDEN).bfloat16()
+    norm.rms_norm(x, weight, 1e-6)
+    norm.rms_norm(x, weight, 1e-6, x)
+
+
+def store(tokens: int) -> None:
+    kv, q = empty(tokens, 576).bfloat16(), empty(tokens, HEADS, 192).bfloat16()
+    slots, cache = empty(tokens, dtype=torch.int32), empty(10, 16, 576).bfloat16()
+    kv_store.store_latents(kv, q[..., 128:], empty(512).bfloat16(), 1e-6, empty(tokens, 64), cache, slots)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [partial(run_experts, 66, 1408, 2048), partial(run_experts, 162, 192, 5120), partial(run_experts, 10, 96, 256)],
+    ids=["V2-Lite", "V2, rank of 8", "by the rule"],
+)
+def test_experts(run: Callable[[int], None], launched: Variants) -> None:
+    number, inter, hidden = run.args  # type: ignore[attr-defined]
+    check(run, [*experts.list_tiles(number, TOP_K, hidden, inter), *ladder(256)], launched)
+
+
+@pytest.mark.parametrize("run", [normalise, store, absorb])
+def test_what_all_steps_run(run: Callable[[int], None], launched: Variants) -> None:
+    check(run, ladder(256), launched)
+
+
+@pytest.mark.parametrize(("run", "most"), [(merge_prefill, BUDGET), (merge_from_peers, 1024)])
+def test_what_prompts_run(run: Callable[[int], None], most: int, launched: Variants) -> None:
+    """Where context is seen. Of q that is sent there are at most 1,024 tokens."""
+    check(run, [], launched, most)
+
+
+def check(run: Callable[[int], None], more: list[int], launched: Variants, most: int = BUDGET) -> None:
+    """With what start runs: powers of two and `more`. One row of a step decodes, so its prompts have one token less."""
+    sizes = {n for n in {*more, *(1 << i for i in range(14))} if n <= BUDGET}
+    for size in sizes | {n - 1 for n in sizes if n > 1}:
+        run(size)
+    at_start = set(launched)
+    assert at_start
+    for tokens in range(1, most + 1, 7 if most > 2048 else 1):
+        run(tokens)
+        assert launched == at_start, f"{tokens} tokens need another variant"
