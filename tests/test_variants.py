@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from minidcp.engine.cuda_graph import ladder
 from minidcp.kernels import GPU, experts, kv_store, linear, merge, norm
-from minidcp.kernels.peer import Meeting, merge_peers
+from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
 
 Variants = set[object]
 BUDGET = 8192
@@ -51,10 +51,27 @@ def merge_prefill(tokens: int) -> None:
     merge.merge_partials(empty(2, tokens, HEADS, 128).bfloat16(), empty(2, tokens, HEADS))
 
 
+POINTERS = empty(8, dtype=torch.int64)
+MEETING = Meeting(0, POINTERS, empty(512, dtype=torch.int32), 264)
+
+
 def merge_from_peers(tokens: int) -> None:
-    meeting = Meeting(0, empty(8, dtype=torch.int64), empty(512, dtype=torch.int32), 264)
     lse, out = empty(tokens, 8 * HEADS), empty(tokens, HEADS, 128).bfloat16()
-    merge_peers(meeting, empty(8, dtype=torch.int64), 1 << 26, lse, lse, out, empty(tokens, HEADS))
+    merge_peers(MEETING, POINTERS, 1 << 26, lse, lse, out, empty(tokens, HEADS))
+
+
+def read_from_peers(tokens: int) -> None:
+    """Latents, raw q, and absorbed q."""
+    for width in (576, 192 * HEADS, 576 * HEADS):
+        read_peers(MEETING, POINTERS, width, 0, empty(tokens, 8, width).bfloat16())
+
+
+def sum_of_peers(tokens: int) -> None:
+    sum_peers(MEETING, POINTERS, 5120, 0, empty(tokens, 5120).bfloat16())
+
+
+def compare_best_tokens(rows: int) -> None:
+    read_peers(MEETING, POINTERS, 2, 0, empty(rows, 8, 2, dtype=torch.float64))
 
 
 def absorb(tokens: int) -> None:
@@ -83,7 +100,7 @@ def test_experts(run: Callable[[int], None], launched: Variants) -> None:
     check(run, [*experts.list_tiles(number, TOP_K, hidden, inter), *ladder(256)], launched)
 
 
-@pytest.mark.parametrize("run", [normalise, store, absorb])
+@pytest.mark.parametrize("run", [normalise, store, absorb, read_from_peers, sum_of_peers])
 def test_what_all_steps_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched)
 
@@ -92,6 +109,10 @@ def test_what_all_steps_run(run: Callable[[int], None], launched: Variants) -> N
 def test_what_prompts_run(run: Callable[[int], None], most: int, launched: Variants) -> None:
     """Where context is seen. Of q that is sent there are at most 1,024 tokens."""
     check(run, [], launched, most)
+
+
+def test_what_sampling_runs(launched: Variants) -> None:
+    check(compare_best_tokens, ladder(256), launched, most=256)
 
 
 def check(run: Callable[[int], None], more: list[int], launched: Variants, most: int = BUDGET) -> None:
