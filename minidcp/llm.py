@@ -59,8 +59,7 @@ class LLM(AbstractContextManager["LLM"]):
                 outputs[request_id] = RequestOutput(request_id, text, request.prompt_token_ids, [completion])
             self.run(outputs, use_tqdm)
         finally:
-            for request_id in outputs:
-                self.engine.abort(request_id)  # those left over by an error
+            self.engine.abort(*outputs)  # those left over by an error
         return list(outputs.values())
 
     def run(self, outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:

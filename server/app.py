@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import reprlib
 import socket
 import sys
@@ -37,7 +36,6 @@ from .generation import Chat, Generation
 from .middleware import Gate
 from .tokenization import Tokenization
 
-logger = logging.getLogger("minidcp")
 Responses = dict[int | str, dict[str, Any]]  # of an OpenAPI operation
 ERRORS: Responses = {code: {"model": protocol.ErrorResponse} for code in ("4XX", "5XX")}
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from openai import types
 from openai.types import completion_choice
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 from starlette.responses import JSONResponse
 
 from minidcp.config import require
@@ -25,10 +25,8 @@ UNSUPPORTED = {
 NEUTRAL: tuple[Any, ...] = ("", False, [], {}, "none", "auto", {"type": "text"}, None)
 
 
-class Body(BaseModel):
+class Body(BaseModel, extra="allow"):
     """What every POST takes."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
 
@@ -109,10 +107,8 @@ class CompletionRequest(GenerationRequest):
         return prompts
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(BaseModel, extra="allow"):
     """Other fields than these two reach the template as they are."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
