@@ -117,10 +117,9 @@ class ChatMessage(BaseModel, extra="allow"):
         """Raises ValueError if there is content other than text."""
         content = self.content
         if isinstance(content, list):
-            other = next((part for part in content if not isinstance(part.get("text"), str)), None)
-            if other is not None or any(part.get("type") != "text" for part in content):
-                what = f"a content part of type {(other or content[0]).get('type')!r} is not supported"
-                raise ValueError(f"messages: {what}; only type 'text', with a text")
+            for part in content:
+                what = f"a content part of type {part.get('type')!r} is not supported; only type 'text', with a text"
+                require(part.get("type") == "text" and isinstance(part.get("text"), str), f"messages: {what}")
             content = "\n".join(part["text"] for part in content)  # as vLLM does
         return (self.model_extra or {}) | {"role": self.role, "content": content}
 

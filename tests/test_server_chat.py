@@ -219,6 +219,7 @@ WRONG = [
     ("messages", [{"role": "user", "content": None}], "chat template refuses them"),
     ("messages", [{"role": "user", "content": "\ud800"}], "not valid Unicode"),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
+    ("messages", [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "b", "text": "c"}]}], "'b'"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "with a text"),
     ("temperature", -1, "temperature -1"),
     ("max_tokens", 0, "max_tokens 0"),
