@@ -14,7 +14,6 @@ from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import WHOLE, Shard, Weights, deinterleave_rope_rows
 from minidcp.parallel.group import Group
-from minidcp.parallel.state import ParallelState
 
 GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes: 8 elements of bf16
 
@@ -121,11 +120,8 @@ class LMHead:
 class MLP:
     """down(silu(gate(x)) · up(x)), intermediate dim sharded over TP. Gives this rank's summand."""
 
-    def __init__(
-        self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights, align: int = GEMM_ALIGN
-    ) -> None:
-        hidden, rank, size = config.hidden_size, state.tp.rank, state.tp.size
-        rows, columns = Shard(0, rank, size, align), Shard(1, rank, size, align)
+    def __init__(self, hidden: int, intermediate: int, tp: Group, weights: Weights, align: int = GEMM_ALIGN) -> None:
+        rows, columns = Shard(0, tp.rank, tp.size, align), Shard(1, tp.rank, tp.size, align)
         gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)
         up = weights.read("up_proj.weight", intermediate, hidden, shard=rows)
         self.gate_up_proj = torch.cat([gate, up])  # [2 I / tp, hidden]
@@ -145,16 +141,16 @@ class MoE:
     """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
     whatever the routing. Gives this rank's summand. `bounds`: numbers of tokens up to which kernels are the same."""
 
-    def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
-        self.config, self.shared = config, config.n_shared_experts
-        self.gate = weights.read("gate.weight", config.n_routed_experts, config.hidden_size)
+    def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
+        self.config, self.shared, hidden = config, config.n_shared_experts, config.hidden_size
+        self.gate = weights.read("gate.weight", config.n_routed_experts, hidden)
         experts = []
         if self.shared:  # in the checkpoint they are one MLP
             together = config.moe_intermediate_size * self.shared
             scope = weights.scope("shared_experts")
-            experts += MLP(config, together, state, scope, GEMM_ALIGN * self.shared).split(self.shared)
+            experts += MLP(hidden, together, tp, scope, GEMM_ALIGN * self.shared).split(self.shared)
         for e in range(config.n_routed_experts):
-            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
+            experts += MLP(hidden, config.moe_intermediate_size, tp, weights.scope(f"experts.{e}")).split(1)
         self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
         self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
         self.bounds = [*list_tiles(len(experts), config.num_experts_per_tok + self.shared, *self.down_proj.shape[1:])]
