@@ -12,7 +12,7 @@ from minidcp.kernels.experts import list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
-from minidcp.models.weights import WHOLE, Shard, Weights, deinterleave_rope_rows
+from minidcp.models.weights import WHOLE, Shard, Weights
 from minidcp.parallel.group import Group
 
 GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes: 8 elements of bf16
@@ -50,9 +50,12 @@ class Linear:
         return cls(*parts[: 1 if shard.dim == 1 and shard.index > 0 else 2])
 
     def reorder_rope(self, num_heads: int, rope_dim: int) -> "Linear":
-        """The same with each head's last `rope_dim` outputs as halves instead of pairs."""
-        parts = [x for x in (self.weight, self.bias) if x is not None]
-        return Linear(*(deinterleave_rope_rows(x, num_heads, rope_dim) for x in parts))
+        """The same with each head's last `rope_dim` outputs not in pairs (0, 1, 2, 3, …) but in halves (0, 2, …, 1, 3,
+        …), which is what `kernels/kv_store.py` rotates."""
+        by_head = torch.arange(len(self.weight), device=self.weight.device).view(num_heads, -1)
+        rope = by_head[:, -rope_dim:]
+        order = torch.cat([by_head[:, :-rope_dim], rope[:, 0::2], rope[:, 1::2]], 1).flatten()
+        return Linear(self.weight[order], None if self.bias is None else self.bias[order])
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Into `out` [T, out_dim], if one is given."""
