@@ -173,13 +173,13 @@ class MLAAttention:
 
 class DecoderLayer:
     def __init__(self, blueprint: Blueprint, index: int, weights: Weights) -> None:
-        config, state, mlp = blueprint.config, blueprint.state, weights.scope("mlp")
-        self.tp, hidden, eps = state.tp, config.hidden_size, config.rms_norm_eps
+        config, mlp = blueprint.config, weights.scope("mlp")
+        self.tp, hidden, eps = blueprint.state.tp, config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, weights.scope("input_layernorm"), eps)
         self.post_attention_layernorm = RMSNorm(hidden, weights.scope("post_attention_layernorm"), eps)
         self.self_attn = MLAAttention(blueprint, weights.scope("self_attn"))
         dense = not config.is_moe_layer(index)
-        self.mlp = MLP(config, config.intermediate_size, state, mlp) if dense else MoE(config, state, mlp)
+        self.mlp = MLP(hidden, config.intermediate_size, self.tp, mlp) if dense else MoE(config, self.tp, mlp)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch

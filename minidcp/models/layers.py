@@ -12,9 +12,8 @@ from minidcp.kernels.experts import list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
-from minidcp.models.weights import WHOLE, Shard, Weights, deinterleave_rope_rows
+from minidcp.models.weights import WHOLE, Shard, Weights
 from minidcp.parallel.group import Group
-from minidcp.parallel.state import ParallelState
 
 GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes: 8 elements of bf16
 
@@ -51,9 +50,12 @@ class Linear:
         return cls(*parts[: 1 if shard.dim == 1 and shard.index > 0 else 2])
 
     def reorder_rope(self, num_heads: int, rope_dim: int) -> "Linear":
-        """The same with each head's last `rope_dim` outputs as halves instead of pairs."""
-        parts = [x for x in (self.weight, self.bias) if x is not None]
-        return Linear(*(deinterleave_rope_rows(x, num_heads, rope_dim) for x in parts))
+        """The same with each head's last `rope_dim` outputs not in pairs (0, 1, 2, 3, …) but in halves (0, 2, …, 1, 3,
+        …), which is what `kernels/kv_store.py` rotates."""
+        by_head = torch.arange(len(self.weight), device=self.weight.device).view(num_heads, -1)
+        rope = by_head[:, -rope_dim:]
+        order = torch.cat([by_head[:, :-rope_dim], rope[:, 0::2], rope[:, 1::2]], 1).flatten()
+        return Linear(self.weight[order], None if self.bias is None else self.bias[order])
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Into `out` [T, out_dim], if one is given."""
@@ -121,11 +123,8 @@ class LMHead:
 class MLP:
     """down(silu(gate(x)) · up(x)), intermediate dim sharded over TP. Gives this rank's summand."""
 
-    def __init__(
-        self, config: ModelConfig, intermediate: int, state: ParallelState, weights: Weights, align: int = GEMM_ALIGN
-    ) -> None:
-        hidden, rank, size = config.hidden_size, state.tp.rank, state.tp.size
-        rows, columns = Shard(0, rank, size, align), Shard(1, rank, size, align)
+    def __init__(self, hidden: int, intermediate: int, tp: Group, weights: Weights, align: int = GEMM_ALIGN) -> None:
+        rows, columns = Shard(0, tp.rank, tp.size, align), Shard(1, tp.rank, tp.size, align)
         gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)
         up = weights.read("up_proj.weight", intermediate, hidden, shard=rows)
         self.gate_up_proj = torch.cat([gate, up])  # [2 I / tp, hidden]
@@ -145,16 +144,16 @@ class MoE:
     """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
     whatever the routing. Gives this rank's summand. `bounds`: numbers of tokens up to which kernels are the same."""
 
-    def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
-        self.config, self.shared = config, config.n_shared_experts
-        self.gate = weights.read("gate.weight", config.n_routed_experts, config.hidden_size)
+    def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
+        self.config, self.shared, hidden = config, config.n_shared_experts, config.hidden_size
+        self.gate = weights.read("gate.weight", config.n_routed_experts, hidden)
         experts = []
         if self.shared:  # in the checkpoint they are one MLP
             together = config.moe_intermediate_size * self.shared
             scope = weights.scope("shared_experts")
-            experts += MLP(config, together, state, scope, GEMM_ALIGN * self.shared).split(self.shared)
+            experts += MLP(hidden, together, tp, scope, GEMM_ALIGN * self.shared).split(self.shared)
         for e in range(config.n_routed_experts):
-            experts += MLP(config, config.moe_intermediate_size, state, weights.scope(f"experts.{e}")).split(1)
+            experts += MLP(hidden, config.moe_intermediate_size, tp, weights.scope(f"experts.{e}")).split(1)
         self.gate_up_proj = torch.stack([gate_up for gate_up, _ in experts])  # [E, 2 I / tp, hidden]
         self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
         self.bounds = [*list_tiles(len(experts), config.num_experts_per_tok + self.shared, *self.down_proj.shape[1:])]

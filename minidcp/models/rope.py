@@ -1,5 +1,5 @@
 """Rotary position embedding with YaRN scaling: the angles. `kernels/kv_store.py` rotates, in halves. The checkpoint
-stores interleaved pairs; `weights.py` reorders the projections' rows at load: the scores are the same, bit for bit."""
+stores interleaved pairs; `layers.py` reorders the projections' rows at load: the scores are the same, bit for bit."""
 
 import math
 

@@ -165,11 +165,3 @@ def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", 
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
         raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
-
-
-def deinterleave_rope_rows(x: Tensor, num_heads: int, rope_dim: int) -> Tensor:
-    """Reorder the last `rope_dim` of each head's rows, in a weight [rows, in] or bias [rows], from pairs (0, 1, 2, 3,
-    …) to halves (0, 2, …, 1, 3, …), which is what `kernels/kv_store.py` rotates."""
-    by_head = x.unflatten(0, (num_heads, -1))
-    keep, rope = by_head.split([by_head.shape[1] - rope_dim, rope_dim], 1)
-    return torch.cat([keep, rope[:, 0::2], rope[:, 1::2]], 1).flatten(0, 1)

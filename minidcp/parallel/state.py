@@ -60,7 +60,7 @@ def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.dev
     if not dist.is_initialized():
         kind, mine = "nccl" if comm == "nccl" else "gloo", int(os.environ["RANK"])
         dist.init_process_group(kind, "env://", COLLECTIVE_TIMEOUT, world_size=tp_size, rank=mine)
-    rank, world = dist.get_rank(), dist.group.WORLD
+    world = dist.group.WORLD
     assert world is not None
 
     def wrap(group: dist.ProcessGroup) -> Group:
@@ -71,12 +71,8 @@ def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.dev
     tp = wrap(world)
     if dcp_size == tp_size:
         return ParallelState(tp, tp)
-    dcp: Group = Group()
-    for first in range(0, tp_size, dcp_size):  # every process must take part in every new_group
-        group = dist.new_group(list(range(first, first + dcp_size)), timeout=COLLECTIVE_TIMEOUT)
-        if first <= rank < first + dcp_size:
-            dcp = wrap(group)
-    return ParallelState(tp, dcp)
+    dcp, _ = dist.new_subgroups(dcp_size, timeout=COLLECTIVE_TIMEOUT)
+    return ParallelState(tp, wrap(dcp))
 
 
 def count_ranks_per_gpu(tp_size: int) -> int:
