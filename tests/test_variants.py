@@ -97,28 +97,35 @@ def store(tokens: int) -> None:
 )
 def test_experts(run: Callable[[int], None], launched: Variants) -> None:
     number, inter, hidden = run.args  # type: ignore[attr-defined]
-    check(run, [*experts.list_tiles(number, TOP_K, hidden, inter), *ladder(256)], launched)
+    bounds = [n for n in experts.list_tiles(number, TOP_K, hidden, inter) if n <= BUDGET]
+    check(run, [*bounds, *ladder(256)], launched)
 
 
-@pytest.mark.parametrize("run", [normalise, store, absorb, read_from_peers, sum_of_peers])
-def test_what_all_steps_run(run: Callable[[int], None], launched: Variants) -> None:
+@pytest.mark.parametrize("run", [normalise, sum_of_peers])
+def test_what_whole_steps_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched)
+
+
+@pytest.mark.parametrize("run", [store, absorb, read_from_peers])
+def test_what_prompts_and_decode_rows_run(run: Callable[[int], None], launched: Variants) -> None:
+    check(run, ladder(256), launched, decoding=1)
 
 
 @pytest.mark.parametrize(("run", "most"), [(merge_prefill, BUDGET), (merge_from_peers, 1024)])
 def test_what_prompts_run(run: Callable[[int], None], most: int, launched: Variants) -> None:
     """Where context is seen. Of q that is sent there are at most 1,024 tokens."""
-    check(run, [], launched, most)
+    check(run, [], launched, decoding=1, most=most)
 
 
 def test_what_sampling_runs(launched: Variants) -> None:
     check(compare_best_tokens, ladder(256), launched, most=256)
 
 
-def check(run: Callable[[int], None], more: list[int], launched: Variants, most: int = BUDGET) -> None:
-    """With what start runs: powers of two and `more`. One row of a step decodes, so its prompts have one token less."""
-    sizes = {n for n in {*more, *(1 << i for i in range(14))} if n <= BUDGET}
-    for size in sizes | {n - 1 for n in sizes if n > 1}:
+def check(
+    run: Callable[[int], None], more: list[int], launched: Variants, decoding: int = 0, most: int = BUDGET
+) -> None:
+    """With what start runs: steps of powers of two, of which so many rows decode by themselves, and `more` as it is."""
+    for size in {*more, *(max(1, (1 << i) - decoding) for i in range(14))}:
         run(size)
     at_start = set(launched)
     assert at_start

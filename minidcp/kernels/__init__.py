@@ -24,7 +24,7 @@ class GPU(NamedTuple):
 
 @cache
 def gpu() -> GPU:
-    """This process's."""
+    """The one that this process uses."""
     if triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return GPU()
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

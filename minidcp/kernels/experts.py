@@ -192,6 +192,7 @@ def gather_kernel(x, entries, rows, count, per_row, hidden, BM: tl.constexpr, BN
 
 @triton.jit
 def load_inside(pointers, inside, EVEN: tl.constexpr):
+    """0 for what is not inside; where K is a multiple of the tile's, all is."""
     return tl.load(pointers) if EVEN else tl.load(pointers, mask=inside, other=0.0)
 
 

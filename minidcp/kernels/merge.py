@@ -75,7 +75,7 @@ def merge_kernel(
 
 @triton.jit
 def add_partials(top, total, acc, parts, lses):
-    """Add tuples of parts [ROWS, DIM] and lses [ROWS] to the sums so far, scaled by exp(-top), the largest lse."""
+    """Add tuples of parts [ROWS, DIM] and lses [ROWS] to the sums so far, scaled by exp(-top), top their largest."""
     new_top = top
     for i in tl.static_range(len(lses)):
         new_top = tl.maximum(new_top, lses[i])
