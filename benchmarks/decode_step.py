@@ -108,7 +108,7 @@ class Step:
 
         def work() -> None:
             for moe in moes:
-                moe(x)
+                moe(x).sum()
 
         total = 0.0
         for moe in moes:

@@ -168,7 +168,7 @@ def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> t
     def time_all(blocking: Blocking) -> float:
         tiles = Tiles(*blocking, best[blocking, True][1], best[blocking, False][1])
         calls: list[Callable[[], object]] = [
-            lambda w=w, i=i: run_experts(x, w[0], w[1], given, i)  # type: ignore[misc]
+            lambda w=w, i=i: run_experts(x, w[0], w[1], given, i).sum()  # type: ignore[misc]
             for w, i in zip(weights, ids, strict=True)
         ]
         with patch("minidcp.kernels.experts.list_tiles", lambda *_: {tokens: tiles}):
@@ -191,11 +191,11 @@ def compare(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> 
     """All of it, with the tiles of the table, beside the twin."""
     x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
     ids = [draw_ids(shape, tokens) for _ in weights]
-    expected, actual = (f(x, *weights[0], given, ids[0]).float() for f in (run_experts_ref, run_experts))
+    expected, actual = (f(x, *weights[0], given, ids[0]).sum().float() for f in (run_experts_ref, run_experts))
     error = float((actual - expected).norm() / expected.norm())
     assert error < 1e-2, f"{shape.name}, {tokens} tokens: {error:.2e} off the twin"
     times = [
-        seconds_per_call([lambda w=w, i=i, f=f: f(x, *w, given, i) for w, i in zip(weights, ids, strict=True)])  # type: ignore[misc]
+        seconds_per_call([lambda w=w, i=i, f=f: f(x, *w, given, i).sum() for w, i in zip(weights, ids, strict=True)])  # type: ignore[misc]
         for f in (run_experts, run_experts_ref)
     ]
     print(f"{shape.name:14} {tokens:5}: {times[0] * 1e6:7.1f} µs, grouped_mm {times[1] * 1e6:7.1f}, error {error:.1e}")

@@ -44,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
 def run_experts(experts_of: int, inter: int, hidden: int, tokens: int) -> None:
     gate_up, down = empty(experts_of, 2 * inter, hidden).bfloat16(), empty(experts_of, hidden, inter).bfloat16()
     ids = empty(tokens, TOP_K, dtype=torch.int32)
-    experts.run_experts(empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids)
+    experts.run_experts(empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids).sum()
 
 
 def merge_prefill(tokens: int) -> None:
@@ -82,6 +82,7 @@ def normalise(tokens: int) -> None:
     x, weight = empty(tokens, HIDDEN).bfloat16(), empty(HIDDEN).bfloat16()
     norm.rms_norm(x, weight, 1e-6)
     norm.rms_norm(x, weight, 1e-6, x)
+    norm.rms_norm(empty(tokens, TOP_K, HIDDEN).bfloat16(), weight, 1e-6, x, empty(tokens, TOP_K))
 
 
 def store(tokens: int) -> None:

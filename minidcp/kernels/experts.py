@@ -17,9 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minidcp.kernels import gpu, launch_early, use_triton, wait_for_previous
 from minidcp.kernels.linear import add_product
+from minidcp.kernels.norm import sum_ref
 from minidcp.model_config import ModelConfig
 
-CHUNK = 16384  # choices that a program of `align_kernel` looks at together
+CHUNK, MOST_TOKENS = 4096, 2048  # choices, and tokens, that one program counts and aligns at once
 DIRECT_TOKENS = 2  # up to which every choice is a block of its own
 
 
@@ -73,10 +74,15 @@ def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
     most = min(count, num_experts + count // bm)
     entries = torch.empty(most * bm, dtype=torch.int32, device=ids.device)
     experts = torch.empty(most + 1, dtype=torch.int32, device=ids.device)
-    chunk = min(CHUNK, triton.next_power_of_2(count))
+    chunk, counts = min(CHUNK, triton.next_power_of_2(count)), None
+    if count > chunk:
+        counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
+        count_kernel[(num_experts,)](ids, counts, count, CHUNK=chunk, **launch_early())
+    tokens, top_k = ids.shape
     align_kernel[(num_experts,)](
-        ids, entries, experts, most, count, num_experts, BM=bm, EXPERTS=triton.next_power_of_2(num_experts + 1),
-        CHUNK=chunk, num_warps=4 if chunk < 4096 else 16, **launch_early(),
+        ids, counts, entries, experts, most, tokens, num_experts, BM=bm, TOP_K=top_k, CHUNK=chunk,
+        EXPERTS=triton.next_power_of_2(num_experts + 1), TOKENS=min(triton.next_power_of_2(tokens), MOST_TOKENS),
+        SLOTS=triton.next_power_of_2(top_k), num_warps=4 if chunk < 4096 else 16, **launch_early(),
     )  # fmt: skip
     return Blocks(ids, bm, most, entries, experts, sort)
 
@@ -116,67 +122,89 @@ def can_copy_boxes(*operands: Tensor) -> bool:
     return gpu().capability >= (9, 0) and all(x.shape[-1] * x.element_size() % 16 == 0 for x in operands)
 
 
-def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """[T, hidden]: Σ_i weights[t, i] · down(silu(gate(x[t])) · up(x[t])) of expert ids[t, i]. x [T, hidden], gate_up
-    [E, 2 I, hidden] and down [E, hidden, I] are contiguous, of one dtype; weights [T, K] float32, ids [T, K] int32."""
-    if not use_triton(x):
+class Parts(NamedTuple):
+    """Each token's results of its experts, [T, K, hidden], whose sum by `weights` [T, K] float32 is wanted."""
+
+    values: Tensor
+    weights: Tensor
+
+    def sum(self) -> Tensor:
+        """[T, hidden], added in float32 and in the experts' order."""
+        if not use_triton(self.values):
+            return sum_ref(self.values, self.weights)
+        tokens, top_k, hidden = self.values.shape
+        out = self.values.new_empty(tokens, hidden)
+        if tokens:
+            sum_kernel[tokens, triton.cdiv(hidden, 1024)](
+                self.values, self.weights, out, hidden, TOP_K=top_k, BN=1024, **launch_early()
+            )
+        return out
+
+
+def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Parts:
+    """down(silu(gate(x[t])) · up(x[t])) of every expert ids[t, i]. x [T, hidden], gate_up [E, 2 I, hidden] and down
+    [E, hidden, I] are contiguous, of one dtype; weights [T, K] float32, ids [T, K] int32."""
+    (tokens, top_k), (experts, hidden, inter) = ids.shape, down.shape
+    if not use_triton(x) or not tokens:
         return run_experts_ref(x, gate_up, down, weights, ids)
-    out, (tokens, hidden), (experts, _, inter) = torch.empty_like(x), x.shape, down.shape
-    if tokens:
-        table = list_tiles(experts, ids.shape[1], hidden, inter)
-        tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
-        blocks = align(ids, experts, tiles.bm, tiles.sort and can_copy_boxes(x, down))
-        h = multiply_blocks(sort_rows(x, blocks), gate_up, blocks, tiles.gate_up, gated=True)
-        parts = multiply_blocks(h, down, blocks, tiles.down, gated=False)
-        sum_kernel[tokens, triton.cdiv(hidden, 1024)](
-            parts, weights, out, hidden, TOP_K=ids.shape[1], BN=1024, **launch_early()
-        )
-    return out
+    table = list_tiles(experts, top_k, hidden, inter)
+    tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
+    blocks = align(ids, experts, tiles.bm, tiles.sort and can_copy_boxes(x, down))
+    h = multiply_blocks(sort_rows(x, blocks), gate_up, blocks, tiles.gate_up, gated=True)
+    return Parts(multiply_blocks(h, down, blocks, tiles.down, gated=False).view(tokens, top_k, hidden), weights)
 
 
-def run_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def run_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Parts:
     top_k = ids.shape[1]
     expert, order = ids.flatten().sort(stable=True)  # choices by expert
     offs = torch.searchsorted(expert, torch.arange(len(down), device=x.device), right=True).to(torch.int32)
     gate, up = F.grouped_mm(x[order // top_k], gate_up.mT, offs=offs).chunk(2, -1)
     out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs)
-    weighted = out.float() * weights.flatten()[order, None]
-    # Back in the tokens' order before summing: deterministic, unlike an atomic scatter-add.
-    by_token = torch.empty_like(weighted).index_copy_(0, order, weighted)
-    return by_token.view(-1, top_k, out.shape[-1]).sum(1).to(x.dtype)
+    return Parts(torch.empty_like(out).index_copy_(0, order, out).view(-1, top_k, out.shape[-1]), weights)
 
 
-@triton.jit(do_not_specialize=["most", "count", "experts"])
-def align_kernel(
-    ids, entries, block_expert, most, count, experts,
-    BM: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Program e lists the entries of expert e in blocks of BM, behind those of the experts before it; `count` stands
-    for none. All programs count all choices: that is cheaper than to wait for each other."""
+@triton.jit(do_not_specialize=["count"])
+def count_kernel(ids, counts, count, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+    """counts[e] = how often expert e is chosen."""
     wait_for_previous(EARLY)
-    e = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    expert = tl.arange(0, EXPERTS)
-    counts = tl.zeros([EXPERTS], tl.int32)
+    found = tl.zeros([CHUNK], tl.int32)
     for first in range(0, count, CHUNK):
-        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
-        counts += tl.histogram(chunk, EXPERTS)
-    needed = tl.where(expert < experts, (counts + BM - 1) // BM, 0)  # the padding's expert is none of ours
+        choice = first + tl.arange(0, CHUNK)
+        found += (tl.load(ids + choice, mask=choice < count, other=-1) == tl.program_id(0)).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(found, 0))
+
+
+@triton.jit(do_not_specialize=["most", "tokens", "experts"])
+def align_kernel(
+    ids, counts, entries, block_expert, most, tokens, experts, BM: tl.constexpr, TOP_K: tl.constexpr,
+    CHUNK: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program e lists the entries of expert e, one of a token at most, in blocks of BM behind those of the experts
+    before it; T · K stands for none. Choices that make one chunk are counted here."""
+    wait_for_previous(EARLY)
+    e, expert, count = tl.program_id(0), tl.arange(0, EXPERTS), tokens * TOP_K
+    if counts is None:
+        choice = tl.arange(0, CHUNK)
+        counted = tl.histogram(tl.load(ids + choice, mask=choice < count, other=EXPERTS - 1), EXPERTS)
+    else:
+        counted = tl.load(counts + expert, mask=expert < experts, other=0)
+    needed = tl.where(expert < experts, (counted + BM - 1) // BM, 0)  # the padding's expert is none of ours
     before = tl.sum(tl.where(expert < e, needed, 0), 0)
     own = tl.sum(tl.where(expert == e, needed, 0), 0)
     if e == 0:
         tl.store(block_expert + most, tl.sum(needed, 0))
-    taken = 0
-    for first in range(0, count, CHUNK):
-        chunk = tl.load(ids + first + lane, mask=first + lane < count, other=EXPERTS - 1)
-        mine = (chunk == e) & (first + lane < count)
-        place = taken + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(entries + before * BM + place, first + lane, mask=mine)
-        taken += tl.sum(mine.to(tl.int32), 0)
-    for block in range(own):
-        tl.store(block_expert + before + block, e)
-    pad = tl.arange(0, BM)
-    tl.store(entries + before * BM + taken + pad, tl.zeros([BM], tl.int32) + count, mask=taken + pad < own * BM)
+    for block in range(before, before + own):
+        tl.store(block_expert + block, e)
+        tl.store(entries + block * BM + tl.arange(0, BM), tl.zeros([BM], tl.int32) + count)
+    tl.debug_barrier()  # the same places are written again
+    slot, taken = tl.arange(0, SLOTS)[None, :], before * BM
+    for first in range(0, tokens, TOKENS):
+        token = first + tl.arange(0, TOKENS)[:, None]
+        chosen = tl.load(ids + token * TOP_K + slot, mask=(token < tokens) & (slot < TOP_K), other=-1)
+        entry = tl.max(tl.where(chosen == e, token * TOP_K + slot, -1), 1)
+        mine = (entry >= 0).to(tl.int32)
+        tl.store(entries + taken + tl.cumsum(mine, 0) - 1, entry, mask=entry >= 0)
+        taken += tl.sum(mine, 0)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheRows, ForwardBatch
+from minidcp.kernels.experts import Parts
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
@@ -182,13 +183,16 @@ class DecoderLayer:
         self.mlp = MLP(hidden, config.intermediate_size, self.tp, mlp) if dense else MoE(config, self.tp, mlp)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor | Parts, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor | Parts, Tensor]:
         """The layer's last summand and the residual stream without it, so that the next norm adds both."""
         x, residual = self.input_layernorm.add(x, residual)
         x = self.tp.all_reduce(self.self_attn(x, cos_sin, kv, batch))
         x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.tp.all_reduce(self.mlp(x)), residual
+        x = self.mlp(x)
+        if self.tp.size > 1:
+            x = self.tp.all_reduce(x.sum() if isinstance(x, Parts) else x)
+        return x, residual
 
 
 class DeepseekV2ForCausalLM:
@@ -214,8 +218,8 @@ class DeepseekV2ForCausalLM:
             if isinstance(rows, CacheRows):
                 self.attention.plan(rows)
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
-        x, residual = self.embed_tokens(token_ids), None
+        x: Tensor | Parts = self.embed_tokens(token_ids)
+        residual = None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos_sin, cache[i], batch)
-        assert residual is not None
-        return self.lm_head(self.norm.add(x[batch.sample_index], residual[batch.sample_index])[0])
+        return self.lm_head(self.norm.add(x, residual)[0][batch.sample_index])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.experts import list_tiles, route, run_experts
+from minidcp.kernels.experts import Parts, list_tiles, route, run_experts
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
@@ -28,9 +28,10 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)[0]
 
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | Parts, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normed sum of x and the residual stream, and the sum itself."""
-        return rms_norm(x, self.weight, self.eps, residual)
+        x, scales = x if isinstance(x, Parts) else (x, None)
+        return rms_norm(x, self.weight, self.eps, residual, scales)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class MLP:
 
 class MoE:
     """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
-    whatever the routing. Gives this rank's summand. `bounds`: numbers of tokens up to which kernels are the same."""
+    whatever the routing. Gives parts of this rank's summand. `bounds`: numbers of tokens up to which kernels are the
+    same."""
 
     def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
         self.config, self.shared, hidden = config, config.n_shared_experts, config.hidden_size
@@ -165,6 +167,6 @@ class MoE:
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
         return route(logits, self.config, self.shared)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Parts:
         weights, ids = self.route(x)
         return run_experts(x, self.gate_up_proj, self.down_proj, weights, ids)

@@ -72,6 +72,14 @@ OPTIONS = {
     "8x8 replicated q": dict(tp_size=8, dcp_size=8, q_proj="replicated", prefill_strategy="gather_kv"),
     "8x1": dict(tp_size=8, dcp_size=1),
 }
+if torch.cuda.device_count() >= 2:  # NCCL wants a GPU for each rank
+    OPTIONS |= {
+        "nccl 2x2": dict(tp_size=2, dcp_size=2, comm="nccl"),
+        "nccl 2x2 ag_rs, narrow": dict(
+            tp_size=2, dcp_size=2, comm="nccl", dcp_comm_backend="ag_rs", exchange_policy="narrow"
+        ),
+        "nccl 2x1": dict(tp_size=2, dcp_size=1, comm="nccl"),
+    }
 
 
 @pytest.mark.parametrize("name", OPTIONS)

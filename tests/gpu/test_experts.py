@@ -41,14 +41,14 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
         gate, up = (x[token].double() @ gate_up[e].double().T).chunk(2, -1)
         part = (torch.nn.functional.silu(gate) * up) @ down[e].double().T
         expected.index_add_(0, token, part * weights[token, choice, None].double())
-    out = run_experts(x, gate_up, down, weights, ids)
+    out = run_experts(x, gate_up, down, weights, ids).sum()
     assert relative_error(out, expected) < 1e-2
-    assert torch.equal(out, run_experts(x, gate_up, down, weights, ids))
+    assert torch.equal(out, run_experts(x, gate_up, down, weights, ids).sum())
 
     inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run_experts(inputs[0], gate_up, down, *inputs[1:])
+        captured = run_experts(inputs[0], gate_up, down, *inputs[1:]).sum()
     graph.replay()
     for place, value in zip(inputs, (x, weights, ids), strict=True):
         place.copy_(value)
@@ -66,7 +66,7 @@ def test_every_tile_of_the_table(experts: int, top_k: int, hidden: int, inter: i
     for tokens in bounds:
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
         ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.to(torch.int32)
-        out, expected = (f(x, gate_up, down, weights, ids) for f in (run_experts, run_experts_ref))
+        out, expected = (f(x, gate_up, down, weights, ids).sum() for f in (run_experts, run_experts_ref))
         assert relative_error(out, expected.double()) < 1e-2, f"{tokens} tokens"
 
 
@@ -76,7 +76,7 @@ def test_experts_in_float32() -> None:
     gate_up = torch.randn(66, 2 * 1408, 2048, device="cuda") * 2048**-0.5
     down = torch.randn(66, 2048, 1408, device="cuda") * 1408**-0.5
     ids = torch.rand(10, 66, device="cuda").topk(6).indices.to(torch.int32)
-    out = run_experts(x, gate_up, down, weights, ids)
+    out = run_experts(x, gate_up, down, weights, ids).sum()
     gate, up = torch.einsum("th,teoh->teo", x.double(), gate_up[ids.long()].double()).chunk(2, -1)
     parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
     assert relative_error(out, (parts * weights[..., None].double()).sum(1)) < 1e-5

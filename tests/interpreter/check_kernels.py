@@ -100,15 +100,20 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 100, 5120])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm(dim: int, with_residual: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("with_residual", "top_k"), [(False, None), (True, None), (True, 1), (True, 3)])
+def test_rms_norm(dim: int, with_residual: bool, top_k: int | None, dtype: torch.dtype) -> None:
+    """Of x, or of a weighted sum of `top_k` parts."""
     torch.manual_seed(0)
     x, weight = torch.randn(3, dim).to(dtype), torch.rand(dim).to(dtype) + 0.5
     residual = torch.randn(3, dim).to(dtype) if with_residual else None
+    given, scales = x, None
+    if top_k is not None:
+        given, scales = torch.randn(3, top_k, dim).to(dtype), torch.rand(3, top_k)
+        x = (given.double() * scales[..., None].double()).sum(1).to(dtype)
     total = x if residual is None else x + residual
     expected = torch.nn.functional.rms_norm(total.double(), (dim,), weight.double(), 1e-6)
     for function in (norm.rms_norm_ref, norm.rms_norm):
-        normed, kept = function(x, weight, 1e-6, residual)
+        normed, kept = function(given, weight, 1e-6, residual, scales)
         close(normed, expected, dtype)
         close(kept, total, dtype)
 
@@ -164,12 +169,12 @@ def test_experts(tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch:
     parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
     expected = (parts * weights[..., None].double()).sum(1)
     tile = experts.Tile(16, 32, 4, 3)
-    close(experts.run_experts_ref(x, gate_up, down, weights, ids), expected, dtype)
+    close(experts.run_experts_ref(x, gate_up, down, weights, ids).sum(), expected, dtype)
     if is_sorted:
         monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0)))
         monkeypatch.setattr(experts, "CHUNK", 16)
     monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, is_sorted, tile, tile)})
-    close(experts.run_experts(x, gate_up, down, weights, ids), expected, dtype)
+    close(experts.run_experts(x, gate_up, down, weights, ids).sum(), expected, dtype)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
