@@ -25,13 +25,13 @@ import triton
 from kernels import BANDWIDTH, FLOPS, normal, seconds_per_call
 from torch import Tensor
 
+from minidcp.kernels import gpu
 from minidcp.kernels.experts import (
     DIRECT_TOKENS,
     Blocks,
     Tile,
     Tiles,
     align,
-    can_copy_boxes,
     list_tiles,
     multiply_blocks,
     run_experts,
@@ -97,7 +97,7 @@ def list_candidates(shape: Shape, tokens: int) -> list[tuple[Blocking, Tile]]:
     many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (256, 64, 8, 3),
             (256, 64, 8, 4), (128, 128, 8, 2)]  # fmt: skip
     if per_expert > 60:
-        blockings = [(64, False), (128, False), (128, True)] if can_copy_boxes() else [(64, False), (128, False)]
+        blockings = [(64, False), (128, False), *([(128, True)] if gpu().capability >= (9, 0) else [])]
         return [(blocking, Tile(*tile)) for blocking, tile in product(blockings, many)]
     bms = (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64)
     return [((bm, False), Tile(*tile)) for bm, tile in product(bms, few)]

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
 
 from minidcp.config import ServeConfig
 from minidcp.engine.engine import LLMEngine
@@ -22,7 +21,6 @@ from minidcp.request import OutputDelta, SamplingParams
 from .metrics import Metrics
 
 logger = logging.getLogger("minidcp")
-T = TypeVar("T")
 Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception]
 IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
 
@@ -41,7 +39,6 @@ class AsyncEngine:
         self.metrics = Metrics(model_name)
         self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.streams: dict[str, tuple[int, Stream]] = {}
-        self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self.ids = itertools.count()
         self.stopping = False
         self.last_progress = time.monotonic()
@@ -58,6 +55,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.loop.set_default_executor(ThreadPoolExecutor(1))  # of `asyncio.to_thread`: tokenizers want one thread
         self.thread.start()
 
     def run(self) -> None:
@@ -116,10 +114,6 @@ class AsyncEngine:
         if len(self.streams) + count > most + limit:
             raise UnavailableError(f"{limit} requests are waiting already (--max-num-queued-requests)")
 
-    async def in_background(self, work: Callable[..., T], *arguments: object) -> T:
-        """What tokenizers do is slow: one thread does it, off the event loop."""
-        return await asyncio.wrap_future(self.tokenizing.submit(work, *arguments))
-
     async def generate(
         self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
     ) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
@@ -168,4 +162,3 @@ class AsyncEngine:
             self.thread.join(10)
         if self.loaded is not None:
             self.loaded.close()
-        self.tokenizing.shutdown()

@@ -151,17 +151,15 @@ def write_event(content: dict[str, Any]) -> str:
 async def unless_disconnected(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     """The answer, or ClientDisconnect (and the answer's cancellation) if the client leaves before."""
 
-    async def wait_for_leaving() -> None:
+    async def cancel_when_left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-
-    working, leaving = asyncio.ensure_future(answer), asyncio.create_task(wait_for_leaving())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
         working.cancel()
+
+    working, leaving = asyncio.ensure_future(answer), asyncio.create_task(cancel_when_left())
+    try:
+        return await working
+    except asyncio.CancelledError:
+        raise ClientDisconnect from None
+    finally:
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

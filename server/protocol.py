@@ -70,14 +70,12 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         given = {name: getattr(self, name) for name in SAMPLING} | self.count_logprobs()
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         params = SamplingParams(max_tokens=limit, **known)
-        if params.seed is None:
-            return [params] * (self.n or 1)
         return [replace(params, seed=derive_seed(params.seed, j)) for j in range(self.n or 1)]
 
 
-def derive_seed(seed: int, sample: int) -> int:
+def derive_seed(seed: int | None, sample: int) -> int | None:
     """Sample 0 has the seed itself, whatever n is; the others have hashes, so that neighbouring seeds share none."""
-    if sample == 0:
+    if seed is None or sample == 0:
         return seed
     return int.from_bytes(sha256(f"{seed} {sample}".encode()).digest()[:8], "big") & MAX_SEED
 

@@ -1,5 +1,7 @@
 """Text to token ids and back, chat templates included. Slow work: off the event loop, in one thread."""
 
+import asyncio
+
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -30,7 +32,7 @@ class Tokenization:
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, str):
-            return await self.engine.in_background(self.engine.engine.tokenize, prompt, special is not False)
+            return await asyncio.to_thread(self.engine.engine.tokenize, prompt, special is not False)
         tokenizer, ready = self.require_tokenizer("messages"), prompt.add_generation_prompt is not False
         require(tokenizer.chat_template, "messages: the checkpoint has no chat template; use /v1/completions")
         conversation = [message.for_template() for message in prompt.messages or []]
@@ -42,7 +44,7 @@ class Tokenization:
                 raise ValueError(f"messages: the chat template refuses them: {error}") from error
             return self.engine.engine.tokenize(str(text), special is True, "messages")
 
-        return await self.engine.in_background(work)
+        return await asyncio.to_thread(work)
 
     def spell(self, token: int) -> str:
         """A token's text, as log-probabilities name it."""
@@ -69,4 +71,4 @@ class Tokenization:
         tokenizer, vocab = self.require_tokenizer("tokens"), self.engine.engine.model_config.vocab_size
         bad = next((token for token in tokens if not 0 <= token < vocab), None)
         require(bad is None, f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
-        return str(await self.engine.in_background(tokenizer.decode, tokens, skip_special_tokens))
+        return str(await asyncio.to_thread(tokenizer.decode, tokens, skip_special_tokens))

@@ -13,7 +13,7 @@ from checkpoints import NUM_STEPS, Oracle, make_checkpoint
 
 from minidcp import LLM, RequestOutput, SamplingParams
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.engine import model_runner
+from minidcp.engine.model_runner import ModelRunner
 
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 EXCHANGES = list(product(("ag_rs", "a2a"), ("wide", "narrow")))
@@ -111,7 +111,7 @@ def test_prefix_cache(v2: Oracle, prefix_cache: bool) -> None:
 @pytest.mark.parametrize(("comm", "policy"), EXCHANGES)
 def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in every cache slot that no token has been written to, and NaN outputs of empty shards."""
-    allocate, decode = model_runner.make_latent_cache, ReferenceBackend.decode
+    allocate, decode = ModelRunner.make_cache, ReferenceBackend.decode
     caches = empty = 0
 
     def poisoned_cache(*args: Any) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPa
         empty += int((lse == -torch.inf).sum())
         return out.masked_fill((lse == -torch.inf)[..., None], torch.nan), lse
 
-    monkeypatch.setattr(model_runner, "make_latent_cache", poisoned_cache)
+    monkeypatch.setattr(ModelRunner, "make_cache", poisoned_cache)
     monkeypatch.setattr(ReferenceBackend, "decode", poisoned_decode)
     run(v2, 8, 8, comm, policy, max_num_batched_tokens=256)
     assert caches == 8 and empty > 0

@@ -31,7 +31,7 @@ class DecodeGraphs:
         self, forward: Forward, config: EngineConfig, state: ParallelState, tables: BlockTables, device: torch.device
     ) -> None:
         self.layout, self.rank = Interleave(config.dcp_size, config.block_size), state.dcp.rank
-        self.tables, self.device, self.spare_slot = tables, device, config.max_num_seqs
+        self.state, self.tables, self.device, self.spare_slot = state, tables, device, config.max_num_seqs
         self.sizes = ladder(config.max_num_seqs)
         # One set of input tensors: the graph of size B reads the first B rows.
         self.inputs = torch.zeros(4, config.max_num_seqs, dtype=torch.int32, device=device)
@@ -61,9 +61,8 @@ class DecodeGraphs:
             pool = pool or graph.pool()
             self.steps[size] = graph, logits, tokens, state.received_bytes - before
 
-    def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor, int]:
-        """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next, and how many
-        bytes this rank receives from others for them."""
+    def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Run a pure decode step; logits [num_decode, vocab] and their best tokens, valid until the next."""
         d, layout = plan.num_decode, self.layout
         size = self.sizes[bisect.bisect_left(self.sizes, d)]
         starts, slots = (np.array(x, dtype=np.int64) for x in (plan.starts, plan.slots))
@@ -77,4 +76,5 @@ class DecodeGraphs:
         self.block_table[:d, :width].copy_(new["table"])
         graph, logits, tokens, received = self.steps[size]
         graph.replay()
-        return logits[:d], tokens[:d], received
+        self.state.tp.received_bytes += received  # of both groups; they do not see it
+        return logits[:d], tokens[:d]

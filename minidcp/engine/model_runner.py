@@ -2,10 +2,12 @@
 fails is `worker.py`'s; graphs are `cuda_graph.py`'s."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ from minidcp.engine.cuda_graph import DecodeGraphs
 from minidcp.engine.sampler import Sampled, Sampler
 from minidcp.engine.scheduler import MAX_SCORED
 from minidcp.kv_cache.interleave import Interleave
-from minidcp.kv_cache.latent_cache import make_latent_cache
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
 from minidcp.models.layers import MoE
@@ -45,12 +46,11 @@ class PendingResult:
     """A step that the device may still be working on; `wait` gives its result. The copy to the host is started here,
     so that nothing else has to wait for the device."""
 
-    def __init__(self, sampled: Sampled | None, begin: float | torch.cuda.Event, received_bytes: int) -> None:
+    def __init__(self, sampled: Sampled, begin: float | torch.cuda.Event, received_bytes: int) -> None:
         self.sampled, self.begin, self.received_bytes = sampled, begin, received_bytes
         if isinstance(begin, torch.cuda.Event):
             self.end = torch.cuda.Event(enable_timing=True)
-            if sampled is not None:
-                self.sampled = sampled.map(lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True))
+            self.sampled = sampled.map(lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True))
             self.end.record()
 
     def wait(self) -> StepResult:
@@ -59,8 +59,6 @@ class PendingResult:
             seconds = self.begin.elapsed_time(self.end) * 1e-3
         else:
             seconds = time.perf_counter() - self.begin
-        if self.sampled is None:
-            return StepResult([], None, seconds, self.received_bytes)
         tokens = self.sampled.tokens[: self.sampled.num_sampled].tolist()
         return StepResult(tokens, self.sampled.list_logprobs(), seconds, self.received_bytes)
 
@@ -92,7 +90,6 @@ class ModelRunner:
         self.sampler = Sampler()
         self.cache: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        self.replayed_bytes = 0  # that graphs received, which groups do not see
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Rank 0 speaks for all."""
@@ -157,8 +154,13 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
     def make_cache(self, layers: int, num_blocks: int) -> Tensor:
+        """The tensors behind the block ids. MLA stores one vector per token that all heads share: the normed latent and
+        the rotated key part. Zeroed once: kernels may read (and mask) unused slots, and NaN would come through."""
         shape = layers, num_blocks, self.config.block_size, self.model_config.latent_dim
-        return make_latent_cache(shape, self.dtype, self.device)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        memory = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)  # taken only where something is written
+        return torch.from_numpy(memory).view(self.dtype).view(shape)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the cache and capture the decode graphs over it."""
@@ -201,14 +203,13 @@ class ModelRunner:
         self.tables.update(plan)
         self.sampler.admit(plan)
         if self.graphs is not None and plan.num_decode == len(plan.slots):
-            logits, tokens, received = self.graphs.replay(plan)
-            self.replayed_bytes += received
+            logits, tokens = self.graphs.replay(plan)
             slots = self.graphs.inputs[2, : plan.num_decode]
         else:
             batch = self.build_batch(plan)
             logits, tokens = self.forward(batch)
             slots = batch.sample_slots
-        sampled = None
+        sampled = Sampled(tokens[:0])
         if plan.sampling or plan.scored:
             if self.sampler.reads_logits(plan):
                 self.state.begin_step()  # these collectives are in no graph
@@ -219,4 +220,4 @@ class ModelRunner:
             if len(tokens) and not self.sampler.takes_best(plan):
                 # Rank 0 decides for all: two ranks that round differently must not go separate ways.
                 self.last_tokens[slots] = self.state.tp.all_gather(tokens)[:, 0]
-        return PendingResult(sampled, begin, self.state.received_bytes + self.replayed_bytes)
+        return PendingResult(sampled, begin, self.state.received_bytes)

@@ -17,8 +17,8 @@ class Sampled:
     the W that are `wanted`: (index, how many of the most likely)."""
 
     tokens: Tensor  # [S + K]
-    num_sampled: int
-    wanted: list[tuple[int, int]]
+    num_sampled: int = 0
+    wanted: Sequence[tuple[int, int]] = ()
     logprobs: tuple[Tensor, ...] = ()  # of the tokens [W]; ids and values of the most likely [W, most], best first
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sampled":

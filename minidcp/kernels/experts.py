@@ -117,11 +117,6 @@ def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated
     return out
 
 
-def can_copy_boxes(*operands: Tensor) -> bool:
-    """Whether the GPU has a tensor memory accelerator, and rows begin where it wants them to."""
-    return gpu().capability >= (9, 0) and all(x.shape[-1] * x.element_size() % 16 == 0 for x in operands)
-
-
 class Parts(NamedTuple):
     """Each token's results of its experts, [T, K, hidden], whose sum by `weights` [T, K] float32 is wanted."""
 
@@ -149,7 +144,9 @@ def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
         return run_experts_ref(x, gate_up, down, weights, ids)
     table = list_tiles(experts, top_k, hidden, inter)
     tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])
-    blocks = align(ids, experts, tiles.bm, tiles.sort and can_copy_boxes(x, down))
+    # Hopper's tensor memory accelerator copies boxes of rows that begin at multiples of 16 bytes.
+    can_copy_boxes = gpu().capability >= (9, 0) and all(n * x.element_size() % 16 == 0 for n in (hidden, inter))
+    blocks = align(ids, experts, tiles.bm, tiles.sort and can_copy_boxes)
     h = multiply_blocks(sort_rows(x, blocks), gate_up, blocks, tiles.gate_up, gated=True)
     return Parts(multiply_blocks(h, down, blocks, tiles.down, gated=False).view(tokens, top_k, hidden), weights)
 

@@ -143,8 +143,7 @@ class MLP:
 
 class MoE:
     """Routed and shared experts, every expert's intermediate dim sharded over TP, so that all ranks do the same work
-    whatever the routing. Gives parts of this rank's summand. `bounds`: numbers of tokens up to which kernels are the
-    same."""
+    whatever the routing. Gives parts of this rank's summand. `bounds`: numbers of tokens where kernels change."""
 
     def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
         self.config, self.shared, hidden = config, config.n_shared_experts, config.hidden_size

@@ -14,7 +14,7 @@ class Group:
     the contract says they are the same tensor. Inputs are never changed. This class is the group of one rank."""
 
     rank, size = 0, 1
-    received_bytes = 0  # from other ranks, since the start; what a CUDA graph replays is counted once
+    received_bytes = 0  # from other ranks, since the start
 
     def begin_step(self) -> None:
         """To be called by every rank before a step's (and a CUDA graph's) first collective."""
