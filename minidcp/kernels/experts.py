@@ -129,10 +129,9 @@ class Parts(NamedTuple):
             return sum_ref(self.values, self.weights)
         tokens, top_k, hidden = self.values.shape
         out = self.values.new_empty(tokens, hidden)
-        if tokens:
-            sum_kernel[tokens, triton.cdiv(hidden, 1024)](
-                self.values, self.weights, out, hidden, TOP_K=top_k, BN=1024, **launch_early()
-            )
+        sum_kernel[tokens, triton.cdiv(hidden, 1024)](
+            self.values, self.weights, out, hidden, TOP_K=top_k, BN=1024, **launch_early()
+        )
         return out
 
 
@@ -287,13 +286,12 @@ def route(logits: Tensor, config: ModelConfig, shared: int) -> tuple[Tensor, Ten
     top_k = c.num_experts_per_tok + shared
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
-    if tokens:
-        route_kernel[(tokens,)](
-            logits, weights, ids, experts, c.routed_scaling_factor, shared, top_k,
-            EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(top_k), GROUPS=c.n_group,
-            TOP_GROUPS=c.topk_group, NORM=c.norm_topk_prob and c.num_experts_per_tok > 1,
-            num_warps=1, **launch_early(),
-        )  # fmt: skip
+    route_kernel[(tokens,)](
+        logits, weights, ids, experts, c.routed_scaling_factor, shared, top_k,
+        EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(top_k), GROUPS=c.n_group,
+        TOP_GROUPS=c.topk_group, NORM=c.norm_topk_prob and c.num_experts_per_tok > 1,
+        num_warps=1, **launch_early(),
+    )  # fmt: skip
     return weights, ids
 
 

@@ -29,12 +29,11 @@ def store_latents(
     half = (width - latent) // 2
     assert cache.is_contiguous() and kv.stride(1) == q_pe.stride(2) == 1 and cos_sin.is_contiguous()
     out = torch.empty(tokens, width, dtype=kv.dtype, device=kv.device)
-    if tokens:
-        store_kernel[(tokens,)](
-            kv, q_pe, norm_weight, cos_sin, cache, slot_mapping, out, kv.stride(0), *q_pe.stride()[:2], heads, latent,
-            half, eps, LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(half),
-            HEADS=triton.next_power_of_2(heads), **launch_early(),
-        )  # fmt: skip
+    store_kernel[(tokens,)](
+        kv, q_pe, norm_weight, cos_sin, cache, slot_mapping, out, kv.stride(0), *q_pe.stride()[:2], heads, latent,
+        half, eps, LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(half),
+        HEADS=triton.next_power_of_2(heads), **launch_early(),
+    )  # fmt: skip
     return out
 
 

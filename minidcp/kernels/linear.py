@@ -26,11 +26,10 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
     else:
         block, columns = 16 if tokens <= 16 else 32, max(16, min(triton.next_power_of_2(dim_in), 512))
         rows = 64 if columns <= 128 else 16
-    if tokens:
-        multiply_kernel[(triton.cdiv(dim_out, rows), heads, triton.cdiv(tokens, block))](
-            x, weight, out, tokens, dim_out, dim_in, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
-            BM=block, BN=rows, BK=columns, **launch_early(), num_warps=2 if rows * columns <= 4096 else 4,
-        )  # fmt: skip
+    multiply_kernel[(triton.cdiv(dim_out, rows), heads, triton.cdiv(tokens, block))](
+        x, weight, out, tokens, dim_out, dim_in, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
+        BM=block, BN=rows, BK=columns, **launch_early(), num_warps=2 if rows * columns <= 4096 else 4,
+    )  # fmt: skip
     return out
 
 

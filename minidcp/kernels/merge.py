@@ -23,14 +23,13 @@ def merge_partials(
     assert outs.stride(3) == 1
     out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device)
-    if tokens:
-        width = triton.next_power_of_2(dim)
-        rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads) // 1024))
-        merge_kernel[(triton.cdiv(tokens * heads, rows),)](
-            outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
-            ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)), ONLY=-1 if only is None else only,
-            num_warps=max(1, rows * width * outs.element_size() // 1024),
-        )  # fmt: skip
+    width = triton.next_power_of_2(dim)
+    rows = max(1, min(1024 // width, triton.next_power_of_2(tokens * heads) // 1024))
+    merge_kernel[(triton.cdiv(tokens * heads, rows),)](
+        outs, lses, out, lse, *outs.stride()[:3], *lses.stride(), size, tokens, heads, dim,
+        ROWS=rows, DIM=width, CHUNK=min(8, triton.next_power_of_2(size)), ONLY=-1 if only is None else only,
+        num_warps=max(1, rows * width * outs.element_size() // 1024),
+    )  # fmt: skip
     return out, lse
 
 

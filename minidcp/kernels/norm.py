@@ -21,13 +21,12 @@ def rms_norm(
     assert x.stride(-1) == 1
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(out)
-    if tokens:
-        width = triton.next_power_of_2(dim)
-        rms_norm_kernel[(tokens,)](
-            x, residual, scales, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), dim,
-            eps, TOP_K=1 if scales is None else x.shape[1], DIM=width, num_warps=4 if width <= 2048 else 8,
-            **launch_early(),
-        )  # fmt: skip
+    width = triton.next_power_of_2(dim)
+    rms_norm_kernel[(tokens,)](
+        x, residual, scales, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), dim,
+        eps, TOP_K=1 if scales is None else x.shape[1], DIM=width, num_warps=4 if width <= 2048 else 8,
+        **launch_early(),
+    )  # fmt: skip
     return out, total
 
 

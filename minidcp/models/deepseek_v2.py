@@ -1,5 +1,5 @@
 """DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it. Prefill attends in MHA form,
-decode absorbed; `MLAAttention` shows both. Kernels are in `kernels/`, who holds which token: `kv_cache/interleave.py`."""
+decode absorbed; `MLAAttention` shows both. Kernels are in `kernels/`, who holds a token in `kv_cache/interleave.py`."""
 
 from dataclasses import dataclass
 
