@@ -22,10 +22,10 @@ def rms_norm(
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(out)
     width = triton.next_power_of_2(dim)
+    warps = 16 if scales is not None else 4 if width <= 2048 else 8
     rms_norm_kernel[(tokens,)](
         x, residual, scales, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), dim,
-        eps, TOP_K=1 if scales is None else x.shape[1], DIM=width, num_warps=4 if width <= 2048 else 8,
-        **launch_early(),
+        eps, TOP_K=1 if scales is None else x.shape[1], DIM=width, num_warps=warps, **launch_early(),
     )  # fmt: skip
     return out, total
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidcp.kernels.experts import list_tiles, route, route_ref, run_experts, run_experts_ref
 from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.norm import rms_norm
 from minidcp.model_config import ModelConfig
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +29,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("hidden", "inter"), [(256, 96), (2048, 1408), (200, 40)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40, 130, 700, 3000])
 def test_experts(tokens: int, hidden: int, inter: int) -> None:
-    """Some experts are popular, some have no tokens. The same bits again, and in a graph with other inputs before."""
+    """Some experts are popular, some have no tokens. The same bits again, summed by the norm that follows, and in a
+    graph with other inputs before."""
     torch.manual_seed(tokens)
     count, top_k = 18, 6
     gate_up, down = normal(count, 2 * inter, hidden) * hidden**-0.5, normal(count, hidden, inter) * inter**-0.5
@@ -44,6 +46,10 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     out = run_experts(x, gate_up, down, weights, ids).sum()
     assert relative_error(out, expected) < 1e-2
     assert torch.equal(out, run_experts(x, gate_up, down, weights, ids).sum())
+
+    scale, residual, parts = normal(hidden), normal(tokens, hidden), run_experts(x, gate_up, down, weights, ids)
+    together = rms_norm(parts.values, scale, 1e-6, residual, parts.weights)
+    assert all(map(torch.equal, together, rms_norm(out, scale, 1e-6, residual)))
 
     inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
     graph = torch.cuda.CUDAGraph()

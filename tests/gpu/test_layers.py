@@ -9,6 +9,7 @@ from checkpoints import Oracle
 from minidcp.batch import Admission, CacheRows, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.engine.model_runner import ModelRunner
+from minidcp.kernels.experts import Parts
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
@@ -61,7 +62,9 @@ def test_layers(checkpoint: Oracle) -> None:
                 own = x.to(runner.device, runner.dtype)
                 cos_sin = runner.model.cos_sin[batch.positions]
                 attended = layer.self_attn(own, cos_sin, runner.cache[i], batch)
-                outputs.append((attended.float().cpu(), layer.mlp(own).float().cpu()))
+                mlp = layer.mlp(own)
+                mlp = mlp.sum() if isinstance(mlp, Parts) else mlp
+                outputs.append((attended.float().cpu(), mlp.float().cpu()))
             for name, expected, actual in zip(("attention", "mlp"), *outputs, strict=True):
                 error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
                 # A token whose two best experts are as good as equal may take the other one in bf16.
