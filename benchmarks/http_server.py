@@ -1,6 +1,8 @@
-"""What the HTTP server costs by itself: tokens/s through it at many streams, with an engine that yields at once.
+"""What the HTTP server costs by itself: tokens/s through it at many streams, with an engine that yields at once, or
+after as long as a GPU's step takes.
 
     python benchmarks/http_server.py --streams 256 --tokens 256
+    python benchmarks/http_server.py --streams 512 --tokens 100 --step-ms 5
 
 Server and client are one process each, so two cores are what it needs. The last line is JSON.
 """
@@ -30,6 +32,7 @@ class InstantEngine:
     config: EngineConfig = field(default_factory=lambda: EngineConfig("instant", max_num_seqs=4096))
     tokenizer: None = None
     max_model_len: int = 1 << 20
+    step_seconds: float = 0.0
     observe: object = None
     left: dict[str, int] = field(default_factory=dict)
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
@@ -45,6 +48,7 @@ class InstantEngine:
     def validate(self, tokens: list[int], params: SamplingParams) -> None: ...
 
     def step(self) -> list[OutputDelta]:
+        time.sleep(self.step_seconds)
         deltas = []
         for request_id in list(self.left):
             self.left[request_id] -= 1
@@ -64,11 +68,11 @@ class InstantEngine:
     def close(self) -> None: ...
 
 
-def serve(ready: Connection) -> None:
+def serve(ready: Connection, step_seconds: float) -> None:
     from minidcp_server.app import create_app, listen
     from minidcp_server.async_engine import AsyncEngine
 
-    engine: Any = InstantEngine()
+    engine: Any = InstantEngine(step_seconds=step_seconds)
     app = create_app(AsyncEngine(lambda: engine, ServeConfig(), "instant"))
     listening = listen("127.0.0.1", 0)
     ready.send(listening.getsockname()[1])
@@ -96,9 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256, help="clients at once")
     parser.add_argument("--tokens", type=int, default=256, help="of each")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="how long the engine waits in each step")
     args = parser.parse_args()
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(theirs, args.step_ms * 1e-3), daemon=True
+    )
     process.start()
     port = ours.recv()
     asyncio.run(run(port, 8, 8))

@@ -52,6 +52,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sys.setswitchinterval(1e-4)  # the engine's threads need the interpreter briefly, the loop at times all the time
         engine.start()
         yield
         await asyncio.to_thread(engine.close)
