@@ -173,8 +173,34 @@ def test_experts(tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch:
     if is_sorted:
         monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0)))
         monkeypatch.setattr(experts, "CHUNK", 16)
+        monkeypatch.setattr(experts, "MOST_TOKENS", 8)
     monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, is_sorted, tile, tile)})
     close(experts.run_experts(x, gate_up, down, weights, ids).sum(), expected, dtype)
+
+
+@pytest.mark.parametrize("chunk", [16, 4096])
+def test_align(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice once, in blocks of its expert and in order; a choice made twice, as where logits are NaN, may be
+    missing, but what stands in its place is none."""
+    monkeypatch.setattr(experts, "CHUNK", chunk)
+    monkeypatch.setattr(experts, "MOST_TOKENS", 8)
+    torch.manual_seed(0)
+    for tokens, count, bm in ((3, 5, 16), (21, 9, 4), (64, 6, 16)):
+        ids = torch.rand(tokens, count).topk(3).indices.to(torch.int32)
+        for twice in (False, True):
+            if twice:
+                ids[::2, 1] = ids[::2, 0]
+            blocks = experts.align(ids, count, bm)
+            assert blocks.entries is not None and blocks.experts is not None
+            used = int(blocks.experts[-1])
+            entries = blocks.entries.view(-1, bm)[:used]
+            there = entries < ids.numel()
+            assert (entries >= 0).all() and (entries[~there] == ids.numel()).all()
+            by_block = blocks.experts[:used, None].expand(-1, bm)[there]
+            assert (ids.flatten()[entries[there].long()] == by_block).all()
+            assert (entries[there].diff()[by_block.diff() == 0] > 0).all()
+            expected = len({(t, int(e)) for t, row in enumerate(ids) for e in row})
+            assert len(entries[there].unique()) == int(there.sum()) == expected
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
