@@ -2,7 +2,6 @@
 a dict, in an event or in the answer. `protocol.py` has the requests."""
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
@@ -10,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
 from minidcp.engine.executor import EngineDeadError
@@ -145,7 +145,7 @@ class Chat(Generation):
 
 def write_event(content: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {to_json(content).decode()}\n\n"
 
 
 async def unless_disconnected(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
