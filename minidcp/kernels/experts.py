@@ -137,9 +137,9 @@ class Parts(NamedTuple):
 
 def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Parts:
     """down(silu(gate(x[t])) · up(x[t])) of every expert ids[t, i]. x [T, hidden], gate_up [E, 2 I, hidden] and down
-    [E, hidden, I] are contiguous, of one dtype; weights [T, K] float32, ids [T, K] int32."""
+    [E, hidden, I] are contiguous, of one dtype; weights [T, K] float32, ids [T, K] int32; T > 0."""
     (tokens, top_k), (experts, hidden, inter) = ids.shape, down.shape
-    if not use_triton(x) or not tokens:
+    if not use_triton(x):
         return run_experts_ref(x, gate_up, down, weights, ids)
     table = list_tiles(experts, top_k, hidden, inter)
     tiles = next((tiles for most, tiles in table.items() if tokens <= most), [*table.values()][-1])

@@ -1,4 +1,4 @@
-"""GPU tests: `pytest -m gpu tests/gpu` on one Hopper GPU. Many ranks share it under MPS."""
+"""GPU tests: `pytest -m gpu tests/gpu` on one Hopper GPU or two. Many ranks share them under MPS."""
 
 from __future__ import annotations
 
