@@ -13,7 +13,7 @@
 ARG PYTHON_VERSION=3.12
 
 # FlashAttention-3, compiled for DeepSeek's head dims, is one shared object of vLLM's wheel. It is built against one
-# release of torch: change both versions together. minidcp/attention/fa3.py finds it without the rest of vLLM.
+# release of torch: change both versions together. minidcp/kernels/fa3.py finds it without the rest of vLLM.
 FROM python:${PYTHON_VERSION}-slim-bookworm AS fa3
 ARG VLLM_VERSION=0.24.0
 WORKDIR /fa3

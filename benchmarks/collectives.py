@@ -1,12 +1,10 @@
-"""Latency of the collectives that DCP uses, from 2 KiB to 8 MiB per rank: eager, and in CUDA graphs.
+"""Latency of the collectives that DCP uses, from 2 KiB to 8 MiB per rank: eager and in CUDA graphs.
 
-    python benchmarks/collectives.py --ranks 8                          # symmetric memory and NCCL, a GPU per rank
-    python benchmarks/collectives.py --ranks 8 --comm symmetric         # ranks may share GPUs (start MPS first)
-    python benchmarks/collectives.py --ranks 4 --device cpu             # Gloo: semantics, not speed
+    python benchmarks/collectives.py --ranks 8                   # symmetric memory and NCCL
+    python benchmarks/collectives.py --ranks 8 --comm symmetric  # ranks may share GPUs
+    python benchmarks/collectives.py --ranks 4 --device cpu      # Gloo: semantics, not speed
 
-A size is what a rank gives to all-gather and gets from reduce-scatter; all-to-all and p2p (the merge of partial
-attention, head dim 512) take N times as much and get as much. Where ranks share a GPU all of it moves within one
-memory, and the output says so. The last line is JSON.
+Start MPS first where ranks share GPUs. NCCL needs a GPU per rank. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,39 +20,49 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import time_graph
 from torch import Tensor
 
-from minidcp.parallel.exchange import EXCHANGES
+from minidcp.parallel.exchange import PeerToPeer
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import init_process_state
+from minidcp.parallel.symmetric import SymmetricGroup
 
+# In bytes. A size is what a rank gives to all-gather and gets from reduce-scatter. All-to-all and
+# p2p (the merge of partial attention with head dim 512) take N times as much and return as much.
 SIZES = [2 << (10 + 2 * i) for i in range(7)]  # 2 KiB to 8 MiB
-DIM, CALLS, REPEATS = 512, 8, 15
+HEAD_DIM = 512
+CALLS = 8  # per measurement
+REPEATS = 15
+
+Times = dict[tuple[str, str, int], list[float]]  # by collective, comm and size: seconds
 
 
 def list_calls(group: Group, size: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The collectives on bf16 tensors (fp32 on CPUs) for messages of `size` bytes."""
+    """The collectives on bf16 tensors (fp32 on CPUs) of `size` bytes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = max(1, size // (DIM * dtype.itemsize))
+    tokens = max(1, size // (HEAD_DIM * dtype.itemsize))
     width = size // dtype.itemsize // tokens
 
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    one, many = make(tokens, width), make(tokens, group.size, width)
+    own = make(tokens, width)
+    by_rank = make(tokens, group.size, width)
     calls: dict[str, Callable[[], object]] = {
-        "all_gather": lambda: group.all_gather(one),
-        "reduce_scatter": lambda: group.reduce_scatter(many),
-        "all_to_all": lambda: group.all_to_all(many),
+        "all_gather": lambda: group.all_gather(own),
+        "reduce_scatter": lambda: group.reduce_scatter(by_rank),
+        "all_to_all": lambda: group.all_to_all(by_rank),
     }
-    if type(group).__name__ == "SymmetricGroup":
+    if isinstance(group, SymmetricGroup):
+        exchange = PeerToPeer(group)
         lse = torch.randn(tokens, group.size, device=device)
-        calls["p2p"] = lambda: EXCHANGES["p2p"](many, lse, group)
+        calls["p2p"] = lambda: exchange.merge(by_rank, lse)
     return calls
 
 
 def measure_eager(call: Callable[[], object], group: Group, device: torch.device) -> float:
-    """Median seconds of one call among CALLS, launched one after another."""
+    """Median seconds of a call when CALLS of them are launched one after another."""
     times = []
     for _ in range(REPEATS):
         group.begin_step()
@@ -65,46 +74,39 @@ def measure_eager(call: Callable[[], object], group: Group, device: torch.device
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times)[REPEATS // 2] / CALLS
+    return statistics.median(times) / CALLS
 
 
 def measure_graph(call: Callable[[], object], group: Group) -> float:
-    """Median seconds of one call within a graph of CALLS."""
+    """Median seconds of a call within a graph of CALLS of them."""
 
     def step() -> None:
         group.begin_step()
         for _ in range(CALLS):
             call()
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        group.begin_step()  # no rank's clock runs while another is late
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)) * 1e-3)
-    return sorted(times)[REPEATS // 2] / CALLS
+    # The ranks meet before each replay, so that no rank's clock runs while another one is late.
+    return time_graph(step, REPEATS, before=group.begin_step) / CALLS
 
 
 def run_rank(rank: int, args: argparse.Namespace, port: int, comm: str, results: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    """Measure everything as one rank. Rank 0 writes the times to `results`."""
+    os.environ["RANK"] = str(rank)
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(args.ranks)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    group = init_process_state(args.ranks, 1, comm, device).tp
+
+    group = init_process_state(args.ranks, 1, comm, "none", device).tp
     for size in args.sizes:
         for name, call in list_calls(group, size, device).items():
-            call()  # kernels are compiled
+            call()  # compiles its kernels
             seconds = [measure_eager(call, group, device)]
             if device.type == "cuda":
                 seconds.append(measure_graph(call, group))
@@ -114,42 +116,83 @@ def run_rank(rank: int, args: argparse.Namespace, port: int, comm: str, results:
     os._exit(0)
 
 
-def describe(args: argparse.Namespace) -> str:
-    if args.device == "cpu":
-        return f"{args.ranks} ranks as processes on one CPU: semantics, not speed"
-    gpus = torch.cuda.device_count()
-    shared = "" if gpus >= args.ranks else ": they SHARE memory, so this is no measurement of NVLink"
-    return f"{args.ranks} ranks on {gpus} × {torch.cuda.get_device_name()}{shared}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=8, help="how many")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where")
-    parser.add_argument("--comm", help="symmetric or nccl; default: both where every rank has a GPU; gloo on CPUs")
-    parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")], default=SIZES, help="bytes")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is none here; --device cpu shows semantics")
-    alone = args.device == "cuda" and torch.cuda.device_count() >= args.ranks
-    default = "gloo" if args.device == "cpu" else "symmetric,nccl" if alone else "symmetric"
-    times: dict[tuple[str, str, int], list[float]] = {}
-    for comm in (args.comm or default).split(","):
+def measure(args: argparse.Namespace) -> Times:
+    times: Times = {}
+    for comm in args.comm.split(","):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with mp.Manager() as manager:
             shared = manager.dict()
             mp.spawn(run_rank, (args, store.port, comm, shared), nprocs=args.ranks)
-            times |= dict(shared)
+            times.update(shared)
+    return times
+
+
+def describe(args: argparse.Namespace) -> str:
+    if args.device == "cpu":
+        return f"{args.ranks} ranks as processes on one CPU: semantics, not speed"
+    num_gpus = torch.cuda.device_count()
+    text = f"{args.ranks} ranks on {num_gpus} × {torch.cuda.get_device_name()}"
+    if num_gpus < args.ranks:
+        text += ": they SHARE memory, so this is no measurement of NVLink"
+    return text
+
+
+def print_table(times: Times, sizes: list[int]) -> None:
+    """Print the times in Markdown, in µs."""
     columns = sorted({(name, comm) for name, comm, _ in times})
+    titles = " | ".join(f"{name}, {comm}" for name, comm in columns)
+    print(f"| bytes | {titles} |")
+    print("|---" * (len(columns) + 1) + "|")
+    for size in sizes:
+        cells = []
+        for name, comm in columns:
+            seconds = times[name, comm, size]
+            cells.append(" / ".join(f"{t * 1e6:.1f}" for t in seconds))
+        print(f"| {size:,} | {' | '.join(cells)} |")
+
+
+def choose_comm(args: argparse.Namespace) -> str:
+    if args.device == "cpu":
+        return "gloo"
+    if torch.cuda.device_count() >= args.ranks:
+        return "symmetric,nccl"
+    return "symmetric"
+
+
+def parse_args() -> argparse.Namespace:
+    def parse_sizes(text: str) -> list[int]:
+        return [int(size) for size in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=8, help="number of ranks")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="device of the ranks")
+    add(
+        "--comm",
+        help="symmetric, nccl or both, separated by a comma; default: gloo on CPUs, "
+        "both on GPUs if every rank has one, otherwise symmetric",
+    )
+    add("--sizes", type=parse_sizes, default=SIZES, help="sizes in bytes, separated by commas")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here; --device cpu shows semantics")
+    args.comm = args.comm or choose_comm(args)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    times = measure(args)
     where = describe(args)
     print(f"µs, eager / in a graph; {where}\n")
-    print("| bytes | " + " | ".join(f"{name}, {comm}" for name, comm in columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for size in args.sizes:
-        cells = [" / ".join(f"{t * 1e6:.1f}" for t in times[name, comm, size]) for name, comm in columns]
-        print(f"| {size:,} | " + " | ".join(cells) + " |")
-    result = {f"{name} {comm} {size}": [t * 1e6 for t in value] for (name, comm, size), value in times.items()}
-    print(json.dumps({"where": where, "us": result}))
+    print_table(times, args.sizes)
+
+    microseconds = {}
+    for (name, comm, size), seconds in times.items():
+        microseconds[f"{name} {comm} {size}"] = [t * 1e6 for t in seconds]
+    print(json.dumps({"where": where, "us": microseconds}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Decode speed of the whole engine: tokens/s, with the prompts' time and without, and the share outside the model.
+"""Decode speed of the whole engine, and the share of the time that is spent outside the model.
 
-    python benchmarks/decode.py examples/demo-model --device cpu --ranks threads --tp-size 8 --dcp-size 8
+    python benchmarks/decode.py examples/demo-model --device cpu --ranks threads -tp 8 -dcp 8
 
-Every batch ends with a line of JSON.
+Tokens/s are printed with and without the time of the prompts. Each batch ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from minidcp.request import SamplingParams
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_engine_flags(parser)
-    parser.add_argument("--batch", default="8", help="requests that decode together; several by commas")
-    parser.add_argument("--input-len", type=int, default=64, help="prompt tokens of each")
+    parser.add_argument(
+        "--batch",
+        default="8",
+        help="batch sizes, separated by commas: requests that decode together",
+    )
+    parser.add_argument("--input-len", type=int, default=64, help="prompt tokens per request")
     parser.add_argument("--output-len", type=int, default=64, help="decode steps to measure")
     args = parser.parse_args()
+
     engine = LLMEngine(engine_config(args))
     try:
         for batch in args.batch.split(","):
@@ -31,44 +38,58 @@ def main() -> None:
         engine.close()
 
 
-def measure(engine: LLMEngine, batch: int, input_len: int, output_len: int) -> None:
-    length = output_len + 2
-    params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
-    vocab, begin = engine.model_config.vocab_size, time.perf_counter()
+def add_requests(engine: LLMEngine, batch: int, input_len: int, max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    vocab_size = engine.model_config.vocab_size
     for i in range(batch):
-        prompt = [(i * 7919 + j * 104729) % vocab for j in range(input_len)]
+        prompt = [(i * 7919 + j * 104729) % vocab_size for j in range(input_len)]
         engine.add_request(str(i), prompt, params)
-    started: set[str] = set()
-    while len(started) < batch:  # prefill, and the first decode steps
-        started |= {delta.request_id for delta in engine.step()}
 
-    tokens, steps, inside = engine.stats.generated_tokens, engine.stats.steps, engine.stats.step_seconds
+
+def measure(engine: LLMEngine, batch: int, input_len: int, output_len: int) -> None:
+    """Decode one batch and print its speed."""
+    max_tokens = output_len + 2
+    prefill_start = time.perf_counter()
+    add_requests(engine, batch, input_len, max_tokens)
+
+    # Prefill and the first decode steps, until every request has a token.
+    started: set[str] = set()
+    while len(started) < batch:
+        started.update(delta.request_id for delta in engine.step())
+
+    stats = engine.stats
+    tokens_before = stats.generated_tokens
+    steps_before = stats.steps
+    model_seconds_before = stats.step_seconds
     start = time.perf_counter()
     while engine.has_work:
         engine.step()
     end = time.perf_counter()
-    seconds = end - start
-    tokens = engine.stats.generated_tokens - tokens
-    steps = engine.stats.steps - steps
-    outside = 1 - (engine.stats.step_seconds - inside) / seconds
 
-    c = engine.config
+    seconds = end - start
+    tokens = stats.generated_tokens - tokens_before
+    steps = stats.steps - steps_before
+    share_outside = 1 - (stats.step_seconds - model_seconds_before) / seconds
+    rate = tokens / seconds
+    rate_with_prompts = batch * max_tokens / (end - prefill_start)
+    step_ms = seconds / steps * 1e3
+
+    config = engine.config
     result = {
-        "tp_size": c.tp_size,
-        "dcp_size": c.dcp_size,
-        "dcp_comm_backend": c.dcp_comm_backend,
+        "tp_size": config.tp_size,
+        "dcp_size": config.dcp_size,
+        "dcp_comm_backend": config.dcp_comm_backend,
         "batch": batch,
-        "tokens_per_second": round(tokens / seconds, 1),
-        "tokens_per_second_with_prompts": round(batch * length / (end - begin), 1),
-        "step_ms": round(seconds / steps * 1e3, 2),
-        "share_outside_model": round(outside, 4),
+        "tokens_per_second": round(rate, 1),
+        "tokens_per_second_with_prompts": round(rate_with_prompts, 1),
+        "step_ms": round(step_ms, 2),
+        "share_outside_model": round(share_outside, 4),
     }
-    print(f"tp {c.tp_size}, dcp {c.dcp_size} ({c.dcp_comm_backend}), batch {batch}, ranks as {c.ranks}:")
-    print(
-        f"  {tokens / seconds:8.1f} tokens/s in all; {result['tokens_per_second_with_prompts']} with the prompts' time"
-    )
-    print(f"  {seconds / steps * 1e3:8.2f} ms per step")
-    print(f"  {outside:8.2%} of the time outside the model")
+    ranks = f"tp {config.tp_size}, dcp {config.dcp_size} ({config.dcp_comm_backend})"
+    print(f"{ranks}, batch {batch}, ranks as {config.ranks}:")
+    print(f"  {rate:8.1f} tokens/s; {rate_with_prompts:.1f} with the time of the prompts")
+    print(f"  {step_ms:8.2f} ms per step")
+    print(f"  {share_outside:8.2%} of the time outside the model")
     print(json.dumps(result))
 
 

@@ -1,10 +1,11 @@
-"""Routed experts on a GPU: the tiles of minidcp/kernels/tiles.json are searched here, and what they reach is compared
-with `grouped_mm` and with the floor. Products with other weights for few tokens are compared with cuBLAS.
+"""Routed experts on a GPU: find the tiles of minidcp/kernels/tiles.json and measure them.
 
     python benchmarks/experts.py --write minidcp/kernels/tiles.json
 
-Each figure is that of a call within a CUDA graph that goes through several layers' weights, so that the L2 cache does
-not hold them. Kernels are compiled beforehand, by as many processes as there are CPUs. The last line is JSON.
+The experts are compared with `grouped_mm` and with the floor, and other products for few tokens
+with cuBLAS. Each figure is the time of a call within a CUDA graph that goes through the weights of
+several layers, so that the L2 cache does not hold them. Kernels are compiled beforehand, by one
+process per CPU. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,51 +15,26 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 import triton
-from kernels import BANDWIDTH, FLOPS, normal, seconds_per_call
+from tile_candidates import SHAPES, Blocking, Shape, fits, list_candidates
+from timing import BANDWIDTH, FLOPS, normal, time_each
 from torch import Tensor
 
-from minidcp.kernels import gpu
-from minidcp.kernels.experts import (
-    DIRECT_TOKENS,
-    Blocks,
-    Tile,
-    Tiles,
-    align,
-    list_tiles,
-    multiply_blocks,
-    run_experts,
-    run_experts_ref,
-)
+from minidcp.kernels.align import Blocks, align
+from minidcp.kernels.experts import multiply_blocks, run_experts, run_experts_ref
 from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, Tile, Tiles, list_tiles
 
-LAYERS = 4  # whose weights a graph goes through
+NUM_LAYERS = 4  # whose weights a graph goes through
 
-
-@dataclass(frozen=True)
-class Shape:
-    """`experts` with shared ones, of which a token takes `top_k`; `inter` is a rank's share of an expert."""
-
-    name: str
-    experts: int
-    top_k: int
-    hidden: int
-    inter: int
-    shared: int = 2
-
-    @property
-    def key(self) -> str:
-        return f"{self.experts}x{self.hidden}x{self.inter}"
-
-
-SHAPES = Shape("V2-Lite", 66, 8, 2048, 1408), Shape("V2, rank of 8", 162, 8, 5120, 192)
 PRODUCTS = {  # heads, outputs, inputs
     "V2-Lite q|kv": (1, 3648, 2048),
     "V2-Lite o": (1, 2048, 2048),
@@ -72,138 +48,188 @@ PRODUCTS = {  # heads, outputs, inputs
     "V2-Lite head": (1, 102400, 2048),
 }
 
-
-Blocking = tuple[int, bool]  # block size, and whether tokens are sorted beforehand
-
-
-def list_candidates(shape: Shape, tokens: int) -> list[tuple[Blocking, Tile]]:
-    """Blockings and tiles worth a try for so many tokens."""
-    if tokens <= DIRECT_TOKENS:
-        vectors = [
-            (4, 1024, 4),
-            (4, 512, 4),
-            (2, 1024, 4),
-            (4, 2048, 8),
-            (2, 2048, 4),
-            (8, 1024, 4),
-            (8, 512, 4),
-            (16, 256, 4),
-        ]
-        rows = [((1, False), Tile(bn, bk, warps, 1)) for bn, bk, warps in vectors]
-        return [*rows, ((16, False), Tile(64, 128, 4, 4)), ((16, False), Tile(64, 256, 4, 3))]
-    per_expert = tokens * shape.top_k / shape.experts
-    few = [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4),
-           (128, 64, 8, 4), (128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 3)]  # fmt: skip
-    many = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (256, 64, 8, 3),
-            (256, 64, 8, 4), (128, 128, 8, 2)]  # fmt: skip
-    if per_expert > 60:
-        blockings = [(64, False), (128, False), *([(128, True)] if gpu().capability >= (9, 0) else [])]
-        return [(blocking, Tile(*tile)) for blocking, tile in product(blockings, many)]
-    bms = (16,) if per_expert < 3 else (16, 32) if per_expert < 10 else (16, 32, 64)
-    return [((bm, False), Tile(*tile)) for bm, tile in product(bms, few)]
+LayerWeights = tuple[Tensor, Tensor]  # gate_up and down of all experts
+Table = dict[str, dict[str, Tiles]]  # by shape and number of tokens, as in tiles.json
 
 
-def fits(bm: int, tile: Tile, gated: bool) -> bool:
-    """Whether the stages fit into shared memory, where tensor cores use it."""
-    return bm == 1 or tile.stages * tile.bk * (bm + tile.bn * (2 if gated else 1)) * 2 <= 220 << 10
-
-
-def make_weights(shape: Shape, experts: int) -> tuple[Tensor, Tensor]:
-    gate_up = normal(experts, 2 * shape.inter, shape.hidden).mul_(0.02)
-    return gate_up, normal(experts, shape.hidden, shape.inter).mul_(0.02)
+def make_weights(shape: Shape, num_experts: int) -> LayerWeights:
+    gate_up = normal(num_experts, 2 * shape.inter, shape.hidden).mul_(0.02)
+    down = normal(num_experts, shape.hidden, shape.inter).mul_(0.02)
+    return gate_up, down
 
 
 def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Tensor:
-    """What the product takes: rows by token or entry, or by place in the blocks."""
-    count = len(blocks.ids) if gated else blocks.ids.numel()
-    count = blocks.most * blocks.bm if blocks.sorted else count
-    return normal(count, shape.hidden if gated else shape.inter)
+    """The input of a product: rows by token or by choice, or by their place in sorted blocks."""
+    num_rows = len(blocks.ids) if gated else blocks.ids.numel()
+    if blocks.is_sorted:
+        num_rows = blocks.max_blocks * blocks.bm
+    return normal(num_rows, shape.hidden if gated else shape.inter)
 
 
-def compile_tile(job: tuple[Shape, bool, Blocking, Tile, bool]) -> None:
-    """In a process of its own: leaves the kernel in Triton's cache."""
-    shape, direct, blocking, tile, gated = job
-    weights = make_weights(shape, 2)
-    ids = torch.tensor([[0, 1]] * (1 if direct else 4), dtype=torch.int32, device="cuda")
+Job = tuple[Shape, bool, Blocking, Tile, bool]  # shape, is_direct, blocking, tile, gated
+
+
+def list_jobs(batches: list[int]) -> list[Job]:
+    """All kernels that the search will run."""
+    jobs: set[Job] = set()
+    for shape, tokens in product(SHAPES, batches):
+        for blocking, tile in list_candidates(shape, tokens):
+            for gated in (True, False):
+                if fits(blocking, tile, gated):
+                    jobs.add((shape, tokens <= MAX_DIRECT_TOKENS, blocking, tile, gated))
+    return sorted(jobs, key=str)
+
+
+def compile_tile(job: Job) -> None:
+    """Compile a kernel in this process. It stays in Triton's cache on the disk."""
+    shape, is_direct, blocking, tile, gated = job
+    gate_up, down = make_weights(shape, 2)
+    num_tokens = 1 if is_direct else 4
+    ids = torch.tensor([[0, 1]] * num_tokens, dtype=torch.int32, device="cuda")
     blocks = align(ids, 2, *blocking)
+    rows = make_rows(shape, blocks, gated)
     try:
-        multiply_blocks(make_rows(shape, blocks, gated), weights[0 if gated else 1], blocks, tile, gated)
+        multiply_blocks(rows, gate_up if gated else down, blocks, tile, gated)
     except triton.runtime.errors.OutOfResources:
         return
 
 
 def draw_ids(shape: Shape, tokens: int) -> Tensor:
-    """[T, K] for each token other experts, the shared ones last."""
-    routed = shape.experts - shape.shared
-    ids = torch.rand(tokens, routed, device="cuda").topk(shape.top_k - shape.shared).indices
-    always = torch.arange(routed, shape.experts, device="cuda").expand(tokens, -1)
-    return torch.cat([ids, always], 1).to(torch.int32)
+    """Random experts of each token, [T, K], with the shared ones last."""
+    num_routed = shape.experts - shape.shared
+    scores = torch.rand(tokens, num_routed, device="cuda")
+    routed = scores.topk(shape.top_k - shape.shared).indices
+    shared = torch.arange(num_routed, shape.experts, device="cuda").expand(tokens, -1)
+    return torch.cat([routed, shared], 1).to(torch.int32)
 
 
-def time_or_none(calls: list[Callable[[], object]]) -> float | None:
-    try:
-        return seconds_per_call(calls)
-    except triton.runtime.errors.OutOfResources:
-        return None
+class Search:
+    """The search for the fastest tiles of one shape and number of tokens."""
+
+    def __init__(self, shape: Shape, tokens: int, weights: list[LayerWeights]) -> None:
+        self.shape = shape
+        self.tokens = tokens
+        self.weights = weights
+        self.ids = [draw_ids(shape, tokens) for _ in weights]
+        # The best tile and its seconds, by blocking and product.
+        self.best: dict[tuple[Blocking, bool], tuple[float, Tile]] = {}
+
+    def time_product(self, blocking: Blocking, tile: Tile, gated: bool) -> float | None:
+        """Seconds of one product, or None if the GPU cannot run the kernel."""
+        blocks_by_layer = [align(ids, self.shape.experts, *blocking) for ids in self.ids]
+        rows = make_rows(self.shape, blocks_by_layer[0], gated)
+        calls: list[Callable[[], object]] = []
+        for (gate_up, down), blocks in zip(self.weights, blocks_by_layer, strict=True):
+            weight = gate_up if gated else down
+            calls.append(partial(multiply_blocks, rows, weight, blocks, tile, gated))
+        try:
+            return time_each(calls)
+        except triton.runtime.errors.OutOfResources:
+            return None
+
+    def find_best_tiles(self) -> None:
+        """Find the fastest tile of each product, for each blocking."""
+        for blocking, tile in list_candidates(self.shape, self.tokens):
+            for gated in (True, False):
+                if not fits(blocking, tile, gated):
+                    continue
+                seconds = self.time_product(blocking, tile, gated)
+                if seconds is None:
+                    continue
+                fastest = self.best.get((blocking, gated))
+                if fastest is None or seconds < fastest[0]:
+                    self.best[blocking, gated] = (seconds, tile)
+
+    def make_tiles(self, blocking: Blocking) -> Tiles:
+        _, gate_up = self.best[blocking, True]
+        _, down = self.best[blocking, False]
+        return Tiles(blocking.bm, blocking.sort, gate_up, down)
+
+    def time_all(self, blocking: Blocking) -> float:
+        """Seconds of the whole layer, from the choices to the sum over experts."""
+        tiles = self.make_tiles(blocking)
+        with patch("minidcp.kernels.tiles.list_tiles", lambda *_: {self.tokens: tiles}):
+            return time_layers(run_experts, self.shape, self.tokens, self.weights, self.ids)
+
+    def compute_floor(self) -> float:
+        shape = self.shape
+        num_used = sum(len(ids.unique()) for ids in self.ids) / len(self.ids)
+        expert_bytes = 3 * shape.inter * shape.hidden * 2
+        # Two bytes per weight and two FLOPs per weight and choice are the same number.
+        flops = self.tokens * shape.top_k * expert_bytes
+        return max(num_used * expert_bytes / BANDWIDTH, flops / FLOPS)
+
+    def run(self) -> tuple[Tiles, float]:
+        """Find the fastest tiles and print their times. Returns them and the floor."""
+        self.find_best_tiles()
+        blockings = [blocking for blocking, gated in self.best if gated]
+        times = {
+            blocking: self.time_all(blocking)
+            for blocking in blockings
+            if (blocking, False) in self.best
+        }
+        chosen = min(times, key=lambda blocking: times[blocking])
+        gate_up_seconds, gate_up = self.best[chosen, True]
+        down_seconds, down = self.best[chosen, False]
+        floor = self.compute_floor()
+
+        layers = []
+        for blocking, seconds in times.items():
+            name = f"{blocking.bm} sorted" if blocking.sort else f"{blocking.bm}"
+            layers.append(f"{name}: {seconds * 1e6:.0f}")
+        print(
+            f"{self.shape.name:14} {self.tokens:5}: bm {chosen.bm:3}, "
+            f"gate|up {gate_up_seconds * 1e6:7.1f} µs {tuple(gate_up)}, "
+            f"down {down_seconds * 1e6:7.1f} {tuple(down)}, "
+            f"both {(gate_up_seconds + down_seconds) / floor:.2f} floors of {floor * 1e6:.1f}; "
+            f"whole layer by bm: {', '.join(layers)}",
+            flush=True,
+        )
+        return self.make_tiles(chosen), floor
 
 
-def search(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> tuple[Tiles, dict[str, object]]:
-    """The fastest tiles for a batch, and what they reach beside grouped_mm and the floor."""
+def time_layers(
+    run: Callable[..., Any],
+    shape: Shape,
+    tokens: int,
+    weights: list[LayerWeights],
+    ids: list[Tensor],
+) -> float:
+    """Seconds of `run` (`run_experts`, or its torch definition) for one layer, with the sum."""
+    x = normal(tokens, shape.hidden)
+    given = torch.rand(tokens, shape.top_k, device="cuda")
+    calls: list[Callable[[], object]] = []
+    for (gate_up, down), layer_ids in zip(weights, ids, strict=True):
+        calls.append(partial(sum_experts, run, x, gate_up, down, given, layer_ids))
+    return time_each(calls)
+
+
+def sum_experts(run: Callable[..., Any], *args: Tensor) -> Tensor:
+    total: Tensor = run(*args).sum()
+    return total
+
+
+def compare(shape: Shape, tokens: int, weights: list[LayerWeights]) -> dict[str, float]:
+    """Compare whole layers, with the tiles of the table, with the torch definition."""
+    x = normal(tokens, shape.hidden)
+    given = torch.rand(tokens, shape.top_k, device="cuda")
     ids = [draw_ids(shape, tokens) for _ in weights]
-    best: dict[tuple[Blocking, bool], tuple[float, Tile]] = {}
-    for (blocking, tile), gated in product(list_candidates(shape, tokens), (True, False)):
-        if not fits(blocking[0], tile, gated):
-            continue
-        blocks = [align(i, shape.experts, *blocking) for i in ids]
-        rows, which = make_rows(shape, blocks[0], gated), 0 if gated else 1
-        calls: list[Callable[[], object]] = [
-            lambda x=rows, w=w[which], b=b, t=tile, g=gated: multiply_blocks(x, w, b, t, g)  # type: ignore[misc]
-            for w, b in zip(weights, blocks, strict=True)
-        ]
-        seconds = time_or_none(calls)
-        if seconds is not None and seconds < best.get((blocking, gated), (1.0, tile))[0]:
-            best[blocking, gated] = seconds, tile
-    x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
-
-    def time_all(blocking: Blocking) -> float:
-        tiles = Tiles(*blocking, best[blocking, True][1], best[blocking, False][1])
-        calls: list[Callable[[], object]] = [
-            lambda w=w, i=i: run_experts(x, w[0], w[1], given, i).sum()  # type: ignore[misc]
-            for w, i in zip(weights, ids, strict=True)
-        ]
-        with patch("minidcp.kernels.experts.list_tiles", lambda *_: {tokens: tiles}):
-            return seconds_per_call(calls)
-
-    times = {blocking: time_all(blocking) for blocking, gated in best if gated and (blocking, False) in best}
-    chosen = min(times, key=lambda blocking: times[blocking])
-    parts = best[chosen, True], best[chosen, False]
-    used = sum(len(i.unique()) for i in ids) / len(ids)
-    per_expert = 3 * shape.inter * shape.hidden * 2
-    floor = max(used * per_expert / BANDWIDTH, tokens * shape.top_k * per_expert / FLOPS)
-    in_all = ", ".join(f"{bm}{' sorted' * sort}: {times[bm, sort] * 1e6:.0f}" for bm, sort in times)
-    print(f"{shape.name:14} {tokens:5}: bm {chosen[0]:3}, gate|up {parts[0][0] * 1e6:7.1f} µs {tuple(parts[0][1])}, "
-          f"down {parts[1][0] * 1e6:7.1f} {tuple(parts[1][1])}, both {sum(p[0] for p in parts) / floor:.2f} floors "
-          f"of {floor * 1e6:.1f}; all by bm: {in_all}", flush=True)  # fmt: skip
-    return Tiles(*chosen, parts[0][1], parts[1][1]), {"shape": shape.name, "batch": tokens, "floor_us": floor * 1e6}
-
-
-def compare(shape: Shape, tokens: int, weights: list[tuple[Tensor, Tensor]]) -> dict[str, object]:
-    """All of it, with the tiles of the table, beside the twin."""
-    x, given = normal(tokens, shape.hidden), torch.rand(tokens, shape.top_k, device="cuda")
-    ids = [draw_ids(shape, tokens) for _ in weights]
-    expected, actual = (f(x, *weights[0], given, ids[0]).sum().float() for f in (run_experts_ref, run_experts))
+    expected = sum_experts(run_experts_ref, x, *weights[0], given, ids[0]).float()
+    actual = sum_experts(run_experts, x, *weights[0], given, ids[0]).float()
     error = float((actual - expected).norm() / expected.norm())
-    assert error < 1e-2, f"{shape.name}, {tokens} tokens: {error:.2e} off the twin"
-    times = [
-        seconds_per_call([lambda w=w, i=i, f=f: f(x, *w, given, i).sum() for w, i in zip(weights, ids, strict=True)])  # type: ignore[misc]
-        for f in (run_experts, run_experts_ref)
-    ]
-    print(f"{shape.name:14} {tokens:5}: {times[0] * 1e6:7.1f} µs, grouped_mm {times[1] * 1e6:7.1f}, error {error:.1e}")
-    return {"shape": shape.name, "batch": tokens, "us": times[0] * 1e6, "grouped_us": times[1] * 1e6}
+    assert error < 1e-2, f"{shape.name}, {tokens} tokens: {error:.2e} off the torch definition"
+
+    seconds = time_layers(run_experts, shape, tokens, weights, ids)
+    grouped_seconds = time_layers(run_experts_ref, shape, tokens, weights, ids)
+    print(
+        f"{shape.name:14} {tokens:5}: {seconds * 1e6:7.1f} µs, "
+        f"grouped_mm {grouped_seconds * 1e6:7.1f}, error {error:.1e}"
+    )
+    return {"us": seconds * 1e6, "grouped_us": grouped_seconds * 1e6}
 
 
-def format_table(table: dict[str, dict[str, Tiles]]) -> str:
-    """JSON with a line for each batch."""
+def format_table(table: Table) -> str:
+    """tiles.json, with a line for each number of tokens."""
     shapes = []
     for shape, rows in table.items():
         lines = ",\n".join(f'  "{tokens}": {json.dumps(tiles)}' for tokens, tiles in rows.items())
@@ -212,49 +238,74 @@ def format_table(table: dict[str, dict[str, Tiles]]) -> str:
 
 
 def compare_product(name: str, tokens: int) -> None:
+    """Compare a product with other weights with cuBLAS, and print the times."""
     heads, dim_out, dim_in = PRODUCTS[name]
-    copies = max(2, min(32, (1 << 28) // (heads * dim_out * dim_in * 2)))
-    weights, x = [normal(heads, dim_out, dim_in) for _ in range(copies)], normal(tokens, heads, dim_in)
-    dtype = torch.float32 if "router" in name else torch.bfloat16
+    weight_bytes = heads * dim_out * dim_in * 2
+    num_copies = max(2, min(32, (1 << 28) // weight_bytes))
+    weights = [normal(heads, dim_out, dim_in) for _ in range(num_copies)]
     if name == "W_UK":
-        weights = [w.mT.contiguous().mT for w in weights]
+        weights = [weight.mT.contiguous().mT for weight in weights]
+    x = normal(tokens, heads, dim_in)
+    dtype = torch.float32 if "router" in name else torch.bfloat16
     out = torch.empty(tokens, heads, dim_out, dtype=dtype, device="cuda")
-    ours = seconds_per_call([lambda w=w: multiply_by_head(x, w, out) for w in weights])  # type: ignore[misc]
-    rows = x.transpose(0, 1)
-    theirs = seconds_per_call([lambda w=w: F.linear(x[:, 0], w[0]) if heads == 1 else rows @ w.mT for w in weights])  # type: ignore[misc]
+
+    seconds = time_each([partial(multiply_by_head, x, weight, out) for weight in weights])
+    if heads == 1:
+        cublas_calls = [partial(F.linear, x[:, 0], weight[0]) for weight in weights]
+    else:
+        cublas_calls = [partial(torch.bmm, x.transpose(0, 1), weight.mT) for weight in weights]
+    cublas_seconds = time_each(cublas_calls)
     floor = weights[0].nbytes / BANDWIDTH
-    print(f"{name:16} {tokens:4}: {ours * 1e6:6.1f} µs, cuBLAS {theirs * 1e6:6.1f}, floor {floor * 1e6:6.1f}")
+    print(
+        f"{name:16} {tokens:4}: {seconds * 1e6:6.1f} µs, cuBLAS {cublas_seconds * 1e6:6.1f}, "
+        f"floor {floor * 1e6:6.1f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,2,4,8,16,32,64,128,256,384,512,1024,2048,4096,8192,16384", help="tokens")
-    parser.add_argument("--write", type=Path, help="where to write the tiles that win")
-    parser.add_argument("--products", default="1,2,4,8,16", help="tokens; none: leave the other products out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--batch",
+        default="1,2,4,8,16,32,64,128,256,384,512,1024,2048,4096,8192,16384",
+        help="numbers of tokens, separated by commas",
+    )
+    parser.add_argument("--write", type=Path, help="write the fastest tiles to this file")
+    parser.add_argument(
+        "--products",
+        default="1,2,4,8,16",
+        help="numbers of tokens for the other products; an empty text leaves these out",
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
+
     torch.manual_seed(0)
-    batches = [int(b) for b in args.batch.split(",")]
-    jobs = {
-        (shape, batch <= DIRECT_TOKENS, blocking, tile, gated)
-        for shape, batch in product(SHAPES, batches)
-        for (blocking, tile), gated in product(list_candidates(shape, batch), (True, False))
-        if fits(blocking[0], tile, gated)
-    }
+    batches = [int(tokens) for tokens in args.batch.split(",")]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(compile_tile, sorted(jobs, key=str), chunksize=1)
-    results, table = [], {}
+        pool.map(compile_tile, list_jobs(batches), chunksize=1)
+
+    table: Table = {}
+    results = []
     for shape in SHAPES:
-        weights = [make_weights(shape, shape.experts) for _ in range(LAYERS)]
-        found = {batch: search(shape, batch, weights) for batch in batches}
-        table[shape.key] = {str(batch): tiles for batch, (tiles, _) in found.items()}
+        weights = [make_weights(shape, shape.experts) for _ in range(NUM_LAYERS)]
+        table[shape.key] = {}
+        floors = {}
+        for tokens in batches:
+            tiles, floors[tokens] = Search(shape, tokens, weights).run()
+            table[shape.key][f"{tokens}"] = tiles
         if args.write:
             args.write.write_text(format_table(table))
             list_tiles.cache_clear()
-        results += [found[batch][1] | compare(shape, batch, weights) for batch in batches]
-    for name, tokens in product(PRODUCTS, [int(t) for t in args.products.split(",") if t]):
-        compare_product(name, tokens)
+        for tokens in batches:
+            result = {"shape": shape.name, "batch": tokens, "floor_us": floors[tokens] * 1e6}
+            results.append({**result, **compare(shape, tokens, weights)})
+
+    for name in PRODUCTS:
+        for tokens in args.products.split(","):
+            if tokens:
+                compare_product(name, int(tokens))
     print(json.dumps({"tiles": table, "results": results}))
 
 

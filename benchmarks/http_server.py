@@ -1,10 +1,10 @@
-"""What the HTTP server costs by itself: tokens/s through it at many streams, with an engine that yields at once, or
-after as long as a GPU's step takes.
+"""The cost of the HTTP server itself: tokens/s through many streams, without a model behind it.
 
     python benchmarks/http_server.py --streams 256 --tokens 256
     python benchmarks/http_server.py --streams 512 --tokens 100 --step-ms 5
 
-Server and client are one process each, so two cores are what it needs. The last line is JSON.
+The engine gives every request a token at once, or after --step-ms as a GPU would. Server and client
+are one process each, so the benchmark needs two CPU cores. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from minidcp.request import FinishReason, OutputDelta, SamplingParams
 
 @dataclass
 class InstantEngine:
-    """As much of LLMEngine as the server uses; every step gives every request a token."""
+    """The part of LLMEngine that the server uses. Every step gives every request a token."""
 
     config: EngineConfig = field(default_factory=lambda: EngineConfig("instant", max_num_seqs=4096))
     tokenizer: None = None
     max_model_len: int = 1 << 20
     step_seconds: float = 0.0
-    observe: object = None
-    left: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)  # tokens to come, by request
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
     executor: Any = field(default_factory=lambda: SimpleNamespace(check=lambda: None))
 
@@ -52,10 +51,11 @@ class InstantEngine:
         deltas = []
         for request_id in list(self.left):
             self.left[request_id] -= 1
-            reason = None if self.left[request_id] else FinishReason.LENGTH
-            deltas.append(OutputDelta(request_id, " word", (5,), reason))
-            if reason is not None:
+            reason = None
+            if self.left[request_id] == 0:
+                reason = FinishReason.LENGTH
                 del self.left[request_id]
+            deltas.append(OutputDelta(request_id, " word", (5,), reason))
         return deltas
 
     def abort(self, *request_ids: str) -> None:
@@ -69,52 +69,78 @@ class InstantEngine:
 
 
 def serve(ready: Connection, step_seconds: float) -> None:
-    from minidcp_server.app import create_app, listen
+    """Run the server in this process, and send its port through `ready`."""
+    # Imported here, so that the client's process does not load the server.
+    from minidcp_server.app import create_app
     from minidcp_server.async_engine import AsyncEngine
+    from minidcp_server.serve import listen
 
     engine: Any = InstantEngine(step_seconds=step_seconds)
-    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), "instant"))
-    listening = listen("127.0.0.1", 0)
-    ready.send(listening.getsockname()[1])
-    uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listening])
+    app = create_app(AsyncEngine(lambda _: engine, ServeConfig(), "instant"))
+    socket = listen("127.0.0.1", 0)
+    ready.send(socket.getsockname()[1])
+    uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[socket])
 
 
 async def stream(port: int, tokens: int) -> tuple[int, int]:
-    """Events of a completion, and bytes."""
+    """Stream one completion. Returns the numbers of events and of bytes that were received."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": tokens, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
-    writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": tokens, "stream": True})
+    lines = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: x",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        "Content-Type: application/json",
+    ]
+    head = "\r\n".join(lines)
+    writer.write(f"{head}\r\n\r\n{body}".encode())
     received = await reader.read(-1)
     writer.close()
     return received.count(b"data: {"), len(received)
 
 
 async def run(port: int, streams: int, tokens: int) -> tuple[float, int, int]:
+    """Stream completions at the same time. Returns seconds, events and bytes of all of them."""
     start = time.perf_counter()
     results = await asyncio.gather(*(stream(port, tokens) for _ in range(streams)))
-    return time.perf_counter() - start, sum(r[0] for r in results), sum(r[1] for r in results)
+    seconds = time.perf_counter() - start
+    num_events = sum(events for events, _ in results)
+    num_bytes = sum(size for _, size in results)
+    return seconds, num_events, num_bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=256, help="clients at once")
-    parser.add_argument("--tokens", type=int, default=256, help="of each")
-    parser.add_argument("--step-ms", type=float, default=0.0, help="how long the engine waits in each step")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, default=256, help="number of streams at a time")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per stream")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="time of an engine step")
     args = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
+
+    own_end, server_end = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(theirs, args.step_ms * 1e-3), daemon=True
+        target=serve, args=(server_end, args.step_ms * 1e-3), daemon=True
     )
     process.start()
-    port = ours.recv()
-    asyncio.run(run(port, 8, 8))
-    seconds, events, size = asyncio.run(run(port, args.streams, args.tokens))
+    port = own_end.recv()
+    asyncio.run(run(port, 8, 8))  # warm-up
+    seconds, num_events, num_bytes = asyncio.run(run(port, args.streams, args.tokens))
     process.terminate()
-    assert events == args.streams * args.tokens, f"{events} events"
-    result = {"streams": args.streams, "tokens_per_second": events / seconds, "us_per_token": seconds / events * 1e6}
-    print(f"{args.streams} streams of {args.tokens} tokens: {events / seconds:,.0f} tokens/s, "
-          f"{seconds / events * 1e6:.0f} µs and {size / events:.0f} bytes a token")  # fmt: skip
+
+    assert num_events == args.streams * args.tokens, f"{num_events} events"
+    tokens_per_second = num_events / seconds
+    us_per_token = seconds / num_events * 1e6
+    print(
+        f"{args.streams} streams of {args.tokens} tokens: {tokens_per_second:,.0f} tokens/s, "
+        f"{us_per_token:.0f} µs and {num_bytes / num_events:.0f} bytes per token"
+    )
+    result = {
+        "streams": args.streams,
+        "tokens_per_second": tokens_per_second,
+        "us_per_token": us_per_token,
+    }
     print(json.dumps(result))
 
 

@@ -1,6 +1,7 @@
-"""Times of single steps, measured on one rank, and an engine's executor that runs no step but takes as long.
+"""Measured times of single steps on one rank, and an executor that only pretends to take as long.
 
-Scheduler and block manager are then the real ones, and only the clock is simulated; see `serving_emulated.py`.
+With that executor, scheduler and block manager are the real ones and only the clock is simulated.
+Read `serving_emulated.py` next.
 """
 
 from __future__ import annotations
@@ -8,32 +9,34 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from minidcp.batch import Admission, StepPlan
-from minidcp.config import EngineConfig
+from minidcp.batch import Admission, StepPlan, StepResult
 from minidcp.engine.executor import Executor
-from minidcp.engine.model_runner import ModelRunner, StepResult
-from minidcp.engine.worker import Command, Ready
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState
 from minidcp.request import SamplingParams
+from minidcp.resolve import ResolvedConfig
+from minidcp.worker.model_runner import ModelRunner
+from minidcp.worker.worker import Command, Ready
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of steps, each the mean of several that were launched one after another.
+    """Seconds of steps. Each is the mean of several steps that were launched one after another.
 
     Attributes:
-        kv_bytes: what the rank's cache may take, as the engine measures it.
-        decode: [batch, seconds at contexts[0], at contexts[1]] of pure decode steps.
-        prefill: [tokens, seconds] of new prompts.
-        context: [new tokens, cached tokens, seconds that seeing these adds].
+        kv_bytes: the memory that the rank's cache may take, as the engine measures it.
+        contexts: the two context lengths at which decode was measured.
+        decode: [batch, seconds at contexts[0], seconds at contexts[1]] of pure decode steps.
+        prefill: [tokens, seconds] of prompts without context.
+        context: [new tokens, cached tokens, seconds that this context adds to the step].
         beside: [decode rows, seconds that they add to a step with prompts].
     """
 
@@ -46,28 +49,48 @@ class StepTimes:
     beside: list[list[float]]
 
     def estimate(self, plan: StepPlan) -> float:
-        """Seconds of any step: straight lines between the measured points and over the mean context. Cached context
-        that prompts see counts by pairs of tokens."""
-        d = plan.num_decode
-        if d == len(plan.slots):
-            batch, *times = np.array(self.decode).T
-            low, high = (float(np.interp(d, batch, column)) for column in times)
-            first, second = self.contexts
-            return low + (high - low) * (sum(plan.starts) / d - first) / (second - first)
-        chunks = list(zip(plan.lengths[d:], plan.starts[d:], strict=True))
-        new, cached, extra = self.context
-        seen = sum(length * start for length, start in chunks) / (new * cached) * extra
-        prefill, beside = np.array(self.prefill).T, np.array([[0, 0], *self.beside]).T
-        tokens = sum(length for length, _ in chunks)
-        return float(np.interp(tokens, *prefill)) + seen + float(np.interp(d, *beside))
+        """Estimate the seconds of any step, by linear interpolation between the measured ones."""
+        if plan.num_decode == len(plan.slots):
+            return self.estimate_decode(plan)
+        return self.estimate_mixed(plan)
+
+    def estimate_decode(self, plan: StepPlan) -> float:
+        """A pure decode step: interpolate the batch size and the mean context length."""
+        num_decode = plan.num_decode
+        batches, short_seconds, long_seconds = np.array(self.decode).T
+        at_short = float(np.interp(num_decode, batches, short_seconds))
+        at_long = float(np.interp(num_decode, batches, long_seconds))
+        short, long = self.contexts
+        mean_context = sum(plan.starts) / num_decode
+        return at_short + (at_long - at_short) * (mean_context - short) / (long - short)
+
+    def estimate_mixed(self, plan: StepPlan) -> float:
+        """A step with prompts: add up new tokens, their cached context, and the decode rows.
+
+        The time of the context is proportional to the number of (new token, cached token) pairs.
+        """
+        lengths = plan.lengths[plan.num_decode :]
+        starts = plan.starts[plan.num_decode :]
+        prefill_tokens, prefill_seconds = np.array(self.prefill).T
+        new_seconds = float(np.interp(sum(lengths), prefill_tokens, prefill_seconds))
+
+        new, cached, seconds = self.context
+        num_pairs = sum(length * start for length, start in zip(lengths, starts, strict=True))
+        context_seconds = num_pairs / (new * cached) * seconds
+
+        rows, row_seconds = np.array([[0, 0], *self.beside]).T
+        decode_seconds = float(np.interp(plan.num_decode, rows, row_seconds))
+        return new_seconds + context_seconds + decode_seconds
 
 
 class SimulatedExecutor(Executor):
-    """No rank at all. Steps run one after another on a clock of their own; every token is 0."""
+    """An executor without ranks. Steps take time on a simulated clock, and every token is 0."""
 
-    def __init__(self, times: StepTimes, config: EngineConfig, model_config: ModelConfig) -> None:
-        self.times, self.clock, self.free_at = times, 0.0, 0.0
-        self.steps: deque[tuple[float, StepResult]] = deque()  # those in flight, and when they end
+    def __init__(self, times: StepTimes, config: ResolvedConfig, model_config: ModelConfig) -> None:
+        self.times = times
+        self.clock = 0.0
+        self.free_at = 0.0  # when the last submitted step ends
+        self.steps: deque[tuple[float, StepResult]] = deque()  # in flight: when they end, results
 
     def now(self) -> float:
         return self.clock
@@ -76,10 +99,12 @@ class SimulatedExecutor(Executor):
         return [Ready(self.times.kv_bytes)]
 
     def submit(self, command: Command) -> None:
-        if isinstance(command, StepPlan):
-            seconds = self.times.estimate(command)
-            self.free_at = max(self.free_at, self.clock) + seconds
-            self.steps.append((self.free_at, StepResult([0] * len(command.sampling), None, seconds)))
+        if not isinstance(command, StepPlan):
+            return
+        seconds = self.times.estimate(command)
+        self.free_at = max(self.free_at, self.clock) + seconds
+        tokens = [0] * len(command.sampling)
+        self.steps.append((self.free_at, StepResult(tokens, None, seconds)))
 
     def collect(self) -> StepResult:
         self.clock, result = self.steps.popleft()
@@ -93,37 +118,54 @@ class SimulatedExecutor(Executor):
 
 
 class Meter:
-    """Times steps of a rank whose cache has `num_blocks`, which are used again where a batch needs more."""
+    """Times steps of a rank with a cache of `num_blocks`.
+
+    A batch that needs more blocks than that uses some of them several times.
+    """
 
     def __init__(self, runner: ModelRunner, num_blocks: int, repeats: int) -> None:
-        self.runner, self.num_blocks, self.repeats = runner, num_blocks, repeats
-        self.vocab = runner.model_config.vocab_size
+        self.runner = runner
+        self.num_blocks = num_blocks
+        self.repeats = repeats
+        self.vocab_size = runner.model_config.vocab_size
 
-    def plan(self, rows: int, context: int, prompts: list[tuple[int, int]]) -> StepPlan:
-        """`rows` decode at `context`; `prompts` have (new, cached) tokens."""
-        plan, block = StepPlan(num_decode=rows), 0
-        for slot, (length, start) in enumerate([(1, context)] * rows + prompts):
+    def make_plan(self, rows: int, context: int, prompts: Sequence[tuple[int, int]]) -> StepPlan:
+        """A step: `rows` rows decode at `context`, and prompts have (new, cached) tokens."""
+        plan = StepPlan(num_decode=rows)
+        next_block = 0
+        all_rows = [(1, context)] * rows + list(prompts)
+        for slot, (length, start) in enumerate(all_rows):
             count = self.runner.interleave.num_blocks(start + length)
-            plan.new_blocks += [(slot, i, (block + i) % self.num_blocks) for i in range(count)]
-            block += count
+            for index in range(count):
+                plan.new_blocks.append((slot, index, (next_block + index) % self.num_blocks))
+            next_block += count
             plan.slots.append(slot)
             plan.starts.append(start)
             plan.lengths.append(length)
             plan.sampling.append(slot)
             plan.admitted.append(Admission(slot, GREEDY))
-            plan.tokens += random.choices(range(self.vocab), k=length if slot >= rows else 0)
+            if slot >= rows:
+                plan.tokens += random.choices(range(self.vocab_size), k=length)
         return plan
 
-    def seconds(self, rows: int, context: int, *prompts: tuple[int, int]) -> float:
-        plan, start, pending = self.plan(rows, context, [*prompts]), 0.0, []
-        for i in range(self.repeats + 1):
-            if i < 2:  # the first step compiles kernels
-                self.synchronize()
-                start = time.perf_counter()
-            self.runner.last_tokens.random_(self.vocab)  # rows with equal tokens would go to the same experts
-            pending.append(self.runner.execute(plan))  # which copies to the host, and so must live
+    def measure(
+        self, rows: int = 0, context: int = 0, prompts: Sequence[tuple[int, int]] = ()
+    ) -> float:
+        """Mean seconds of such a step, after an uncounted one in which kernels are compiled."""
+        plan = self.make_plan(rows, context, prompts)
+        pending = []  # the steps copy their results to the host, so these must stay alive
+        pending.append(self.run(plan))
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            pending.append(self.run(plan))
         self.synchronize()
         return (time.perf_counter() - start) / self.repeats
+
+    def run(self, plan: StepPlan) -> object:
+        # Random tokens, because rows with equal tokens would all go to the same experts.
+        self.runner.last_tokens.random_(self.vocab_size)
+        return self.runner.execute(plan)
 
     def synchronize(self) -> None:
         if self.runner.device.type == "cuda":
@@ -132,29 +174,73 @@ class Meter:
 
 @torch.inference_mode()
 def measure(
-    config: EngineConfig, model_config: ModelConfig, state: ParallelState, contexts: list[int], batches: list[int],
+    config: ResolvedConfig,
+    model_config: ModelConfig,
+    state: ParallelState,
+    contexts: list[int],
+    batches: list[int],
     repeats: int,
-) -> StepTimes:  # fmt: skip
-    """The step times of one rank: decode of `batches` at two `contexts`, the shorter of which is a prompt's length."""
+) -> StepTimes:
+    """Measure the step times of one rank.
+
+    Decode of `batches` is measured at two `contexts`. The shorter one is the length of a prompt.
+    """
     runner = ModelRunner(config, model_config, state, torch.device(config.device))
-    layout, budget, most = runner.interleave, config.max_num_batched_tokens or 0, config.max_num_seqs
-    kv_bytes, token_bytes = runner.measure_kv_bytes(), model_config.latent_dim * runner.dtype.itemsize
-    num_blocks = kv_bytes // (model_config.num_hidden_layers * config.block_size * token_bytes)
-    num_blocks = min(num_blocks, most * layout.num_blocks(contexts[1] + 1))
+    kv_bytes = runner.measure_kv_bytes()
+    num_blocks = count_blocks(runner, kv_bytes, contexts[1])
     runner.allocate_cache(num_blocks)
     assert runner.cache is not None
     runner.cache.normal_()
-    meter, prompt = Meter(runner, num_blocks, repeats), contexts[0]
+    meter = Meter(runner, num_blocks, repeats)
 
-    fitting = num_blocks // layout.num_blocks(prompt)  # no batch will ever be larger: one point beyond is enough
-    sizes = [b for i, b in enumerate(batches) if i == 0 or batches[i - 1] < fitting]
-    decode = [[b, *(meter.seconds(b, context) for context in contexts)] for b in sizes]
-    half, middle, prefill = max(1, min(budget, prompt) // 2), sum(contexts) // 2, []
-    for tokens in sorted({max(1, budget // n) for n in (1, 2, 4, 16, 128)}):
-        whole, rest = divmod(tokens, prompt)
-        prefill.append([tokens, meter.seconds(0, 0, *[(prompt, 0)] * whole, *[(rest, 0)] * (rest > 0))])
-    alone = meter.seconds(0, 0, (half, 0))
-    context = [half, half, max(0.0, meter.seconds(0, 0, (half, half)) - alone)]
-    rows = sorted({min(b, most - 1, budget - half) for b in sizes} - {0})
-    beside = [[b, max(0.0, meter.seconds(b, middle, (half, 0)) - alone)] for b in rows]
+    prompt_length = contexts[0]
+    # The cache never holds more requests than this, so one measured batch beyond it is enough.
+    max_batch = num_blocks // runner.interleave.num_blocks(prompt_length)
+    sizes = []
+    for index, batch in enumerate(batches):
+        if index == 0 or batches[index - 1] < max_batch:
+            sizes.append(batch)
+    decode = []
+    for batch in sizes:
+        seconds = [meter.measure(batch, context) for context in contexts]
+        decode.append([batch, *seconds])
+
+    budget = config.max_num_batched_tokens
+    prefill = measure_prefill(meter, budget, prompt_length)
+
+    # Half a budget of new tokens: alone, on as many cached tokens, and beside decode rows.
+    half = max(1, min(budget, prompt_length) // 2)
+    alone = meter.measure(prompts=[(half, 0)])
+    with_context = meter.measure(prompts=[(half, half)])
+    context = [half, half, max(0.0, with_context - alone)]
+
+    mean_context = sum(contexts) // 2
+    most_rows = min(config.max_num_seqs - 1, budget - half)
+    beside = []
+    for rows in sorted({min(batch, most_rows) for batch in sizes}):
+        if rows > 0:
+            with_decode = meter.measure(rows, mean_context, [(half, 0)])
+            beside.append([rows, max(0.0, with_decode - alone)])
     return StepTimes(kv_bytes, config.dtype, contexts, decode, prefill, context, beside)
+
+
+def count_blocks(runner: ModelRunner, kv_bytes: int, longest: int) -> int:
+    """The blocks that fit into `kv_bytes`, at most those that `longest` tokens a request need."""
+    config = runner.config
+    model_config = runner.model_config
+    token_bytes = model_config.latent_dim * runner.dtype.itemsize
+    block_bytes = model_config.num_hidden_layers * config.block_size * token_bytes
+    num_usable = config.max_num_seqs * runner.interleave.num_blocks(longest + 1)
+    return min(kv_bytes // block_bytes, num_usable)
+
+
+def measure_prefill(meter: Meter, budget: int, prompt_length: int) -> list[list[float]]:
+    """[tokens, seconds] of steps whose prompts take the whole budget, or a fraction of it."""
+    prefill = []
+    for tokens in sorted({max(1, budget // divisor) for divisor in (1, 2, 4, 16, 128)}):
+        num_whole, rest = divmod(tokens, prompt_length)
+        prompts = [(prompt_length, 0)] * num_whole
+        if rest > 0:
+            prompts.append((rest, 0))
+        prefill.append([tokens, meter.measure(prompts=prompts)])
+    return prefill

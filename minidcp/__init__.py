@@ -1,8 +1,16 @@
-"""minidcp: DeepSeek-V2 decoding with tensor and decode context parallelism. Start with `models/deepseek_v2.py`."""
+"""minidcp: DeepSeek-V2 decoding with tensor and decode context parallelism.
+Start reading with `config.py`; `docs/architecture.md` has the whole order."""
 
 from minidcp.config import EngineConfig
 from minidcp.llm import LLM
 from minidcp.request import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]

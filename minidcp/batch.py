@@ -1,7 +1,8 @@
-"""What one step is: a StepPlan of integers, and the ForwardBatch of tensors each rank makes of it. The plan is
-the same for every rank; only `ForwardBatch.build` knows that they hold different tokens. Next: `attention/base.py`."""
+"""One step, in two forms. The scheduler makes a `StepPlan` of integers, the same for every rank.
+Each rank turns it into a `ForwardBatch` of tensors; only there does it matter that ranks hold
+different tokens. Next: `parallel/group.py`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,31 +11,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidcp.kv_cache.interleave import Interleave
-from minidcp.model_config import ModelConfig
-from minidcp.request import SamplingParams
+from minidcp.request import SamplingParams, TokenLogprobs
 
 Array = NDArray[np.int64]
-Partial = tuple[Tensor, Tensor]  # attention over a part of the context: outputs, and their log-sum-exps
-Narrow = Callable[[int], bool]  # whether so many rows are exchanged narrow
+
+# Attention over a part of the context: outputs [T, H, D], and their log-sum-exps [T, H].
+Partial = tuple[Tensor, Tensor]
+
+# Tells whether a batch of that many rows is exchanged narrow; see `parallel/exchange.py`.
+ExchangesNarrow = Callable[[int], bool]
+
+# How many prompt tokens of one step can have their log-probabilities taken: logits are large.
+MAX_SCORED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What the workers must know of a request, from the first step that it has a slot in."""
+    """What the workers must know about a request from its first step on.
+
+    A request slot is a number below max_num_seqs that a running request owns. The workers keep
+    what they know about a request by its slot: block table, last token, sampling parameters.
+    """
 
     slot: int
     params: SamplingParams
     seed: int = 0
     num_prompt: int = 0
-    stop_ids: tuple[int, ...] = ()  # not to be chosen before params.min_tokens
+    stop_ids: tuple[int, ...] = ()  # tokens that may not be chosen before params.min_tokens
     history: tuple[int, ...] = ()  # prompt and output so far, if penalties count them
 
 
 @dataclass
 class StepPlan:
-    """One step in integers. Rows [0, num_decode) decode one token each, the others prefill a chunk. Row i computes
-    positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i]. A decode row's token is the one its
-    slot sampled last, which only the workers may know yet; the prefill rows' are in `tokens`, in order."""
+    """One step in integers. It is all that crosses from the driver to the ranks.
+
+    Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i].
+    Rows [0, num_decode) decode one token each, the rows after them prefill a chunk. The token of a
+    decode row is the one that was sampled last for its slot. Only the workers may know it yet. The
+    tokens of the prefill rows are in `tokens`, one row after the other.
+    """
 
     num_decode: int = 0
     slots: list[int] = field(default_factory=list)
@@ -44,31 +59,49 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
     admitted: list[Admission] = field(default_factory=list)
     sampling: list[int] = field(default_factory=list)  # rows whose last token gets a successor
-    # (row, how many tokens before its last, their known successor) whose log-probabilities are wanted
+    # Prompt tokens whose log-probabilities are wanted: (row, k, the known next token) stands for
+    # the logits of the token that comes k places before the row's last.
     scored: list[tuple[int, int, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What rank 0 reports about a step: one token per sampling row, in the order of the rows."""
+
+    tokens: list[int]
+    # One entry per sampled token and then one per scored token; None if the step wanted none.
+    logprobs: list[TokenLogprobs | None] | None = None
+    seconds: float = 0.0  # time of the step on rank 0, without waiting for it to begin
+    received_bytes: int = 0  # received by rank 0 from other ranks since the start
+
+
 class BlockTables:
-    """Block ids by slot on the host: [max_num_seqs, width], kept up to date by each plan's new blocks."""
+    """Block ids by request slot, on the host: [max_num_seqs, width]. Every plan updates them."""
 
     def __init__(self, max_num_seqs: int, width: int) -> None:
         self.table: Array = np.zeros((max_num_seqs, width), dtype=np.int64)
 
     def update(self, plan: StepPlan) -> None:
-        if plan.new_blocks:
-            slot, index, block = np.array(plan.new_blocks, dtype=np.int64).T
-            self.table[slot, index] = block
+        if not plan.new_blocks:
+            return
+        slot, index, block = np.array(plan.new_blocks, dtype=np.int64).T
+        self.table[slot, index] = block
 
     def map_slots(self, slots: Array, positions: Array, layout: Interleave, rank: int) -> Array:
-        """Rank `rank`'s cache rows for these positions of requests in `slots`; -1 where another stores the token."""
-        local = layout.local_slot(positions)
-        rows = layout.cache_slot(self.table[slots, local // layout.block_size], local)
-        return np.where(layout.owner_of(positions) == rank, rows, -1)
+        """Cache rows of rank `rank` for these positions of the requests in `slots`.
+
+        The result is -1 where another rank stores the token.
+        """
+        local_slots = layout.local_slot(positions)
+        blocks = self.table[slots, local_slots // layout.block_size]
+        cache_rows = layout.cache_row(blocks, local_slots)
+        is_own = layout.owner_of(positions) == rank
+        return np.where(is_own, cache_rows, -1)
 
 
 @dataclass(frozen=True)
 class Varlen:
-    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and likewise for k."""
+    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and so for k."""
 
     cu_seqlens_q: Tensor  # [B + 1] int32
     cu_seqlens_k: Tensor  # [B + 1] int32
@@ -76,167 +109,145 @@ class Varlen:
     lens_k: list[int]
     causal: bool
 
+    @classmethod
+    def among_themselves(cls, cu_seqlens: Tensor, lens: list[int]) -> "Varlen":
+        """Sequences of `lens` tokens, each of which sees the tokens before it and itself."""
+        return cls(cu_seqlens, cu_seqlens, lens, lens, causal=True)
+
 
 @dataclass
 class CacheRows:
-    """Absorbed queries over this rank's shard: row i sees the first local_lens[i] tokens of blocks block_table[i]."""
+    """B absorbed queries over this rank's shard of the cache.
+
+    Query i sees the first local_lens[i] tokens in the blocks block_table[i].
+    """
 
     block_table: Tensor  # [B, W] int32
     local_lens: Tensor  # [B] int32
-    narrow: bool  # exchange raw q and projected outputs (see models/deepseek_v2.py)
-    tokens: slice | None = None  # which of the prefill rows' tokens these rows are
-    prepared: object = None  # what the attention back-end's `plan` made for these rows
+    narrow: bool  # how the queries and their results cross to other ranks
+    tokens: slice | None = None  # which tokens of the prefill rows these are; None: decode rows
+    prepared: object = None  # what the attention back-end's `prepare` made for these rows
 
 
 @dataclass(frozen=True)
 class ContextPiece:
-    """A run of the prefill rows' cached context, gathered from all ranks at once. Every rank sends its cache rows
-    `slots` (equally many, so a request's last may be unused); token j of the packed piece is what `owner[j]` sent as
-    row `row[j]`. The new tokens `tokens` (of the prefill rows') see it; `varlen` pairs their sequences with its."""
+    """A piece of the prefill rows' cached context, gathered from all ranks at once.
 
-    slots: Tensor  # [S] int32
-    row: Tensor  # [P] int32
+    Every rank sends its cache rows `cache_rows`. Each sends equally many, so the last one of a
+    request may be unused. Token j of the packed piece is the one that rank owner[j] sent at place
+    sent_index[j]. The prefill rows' tokens in `tokens` see the piece. `varlen` says which of these
+    tokens see which part of it.
+    """
+
+    cache_rows: Tensor  # [S] int32
+    sent_index: Tensor  # [P] int32
     owner: Tensor  # [P] int32
     tokens: slice
     varlen: Varlen
 
 
 @dataclass(frozen=True)
-class ContextPolicy:
-    """Which of two exact ways prefill takes to its cached context. Gathering the KV sends every rank the latents, which
-    it decompresses for its own heads; gathering the q lets the ranks attend where the latents are, absorbed, as decode
-    does. `auto` takes what rates of an H100 make faster: few new tokens on a long context are better sent to it."""
-
-    config: ModelConfig
-    num_heads: int  # of this rank
-    layout: Interleave
-    strategy: str = "auto"  # or gather_kv, gather_q
-    workspace: int = 8192  # tokens of context that are gathered at once
-    gathered_q: int = 1024  # new tokens whose q, of all heads of the group, is: half a megabyte each until merged
-
-    def gathers_q(self, new: Array, cached: Array) -> bool:
-        """For rows with so many new tokens and so much context; the same on every rank."""
-        if self.strategy != "auto":
-            return self.strategy == "gather_q"
-        c, peers = self.config, self.layout.size - 1
-        link, rate = 350e9 / 2, 400e12 / 2  # bf16 values a second, multiply-adds a second
-        widths = c.qk_head_dim + c.v_head_dim  # of a head: in MHA form, and what crosses if narrow
-        seen = float(new @ cached) * self.num_heads  # pairs of new and cached tokens
-        some = np.flatnonzero(cached)
-        total, sent = float(cached.sum()), float(new[some[0] : some[-1] + 1].sum())
-        project = self.num_heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank / rate  # a token
-        send_q, send_kv = peers * self.num_heads * (widths + 2) / link, peers * c.latent_dim / self.layout.size / link
-        absorbed = seen * (c.latent_dim + c.kv_lora_rank) / rate
-        return absorbed + sent * (project + send_q) < total * (project + send_kv) + seen * widths / rate
-
-
-@dataclass(frozen=True)
 class ForwardBatch:
-    """One step's tensors on one rank, all int32: T tokens, the first `num_decode` of them decode rows."""
+    """The tensors of one step on one rank; all of them int32. T tokens, the decode rows first."""
 
     num_decode: int
     prefill_tokens: Tensor  # [T - num_decode]
     positions: Tensor  # [T]
     slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
-    decode_slots: Tensor  # [num_decode] whose last sampled tokens are the decode rows'
-    sample_index: Tensor | slice  # [S + K] tokens whose logits are needed: S get a successor, K have one
-    sample_slots: Tensor  # [S]
+    decode_slots: Tensor  # [num_decode] the request slots of the decode rows
+    # [S + K] tokens whose logits are needed: S get a successor, K have one and are scored.
+    sample_index: Tensor | slice
+    sample_slots: Tensor  # [S] the request slots that get a token
     decode: CacheRows | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
-    context: Sequence[CacheRows | ContextPiece] = ()  # what they find in the cache
+    context: Sequence[CacheRows | ContextPiece] = ()  # what the new tokens find in the cache
 
     @classmethod
     def build(
-        cls, plan: StepPlan, tables: BlockTables, policy: ContextPolicy, rank: int, narrow: Narrow, device: torch.device
+        cls,
+        plan: StepPlan,
+        tables: BlockTables,
+        layout: Interleave,
+        rank: int,
+        exchanges_narrow: ExchangesNarrow,
+        device: torch.device,
+        context: Sequence[CacheRows | ContextPiece] = (),
     ) -> "ForwardBatch":
-        layout, d = policy.layout, plan.num_decode
-        slots, starts, lengths = (np.array(x, dtype=np.int64) for x in (plan.slots, plan.starts, plan.lengths))
+        """The batch of DCP rank `rank`. `context` comes from `attention/context.py`."""
+        num_decode = plan.num_decode
+        slots = np.array(plan.slots, dtype=np.int64)
+        starts = np.array(plan.starts, dtype=np.int64)
+        lengths = np.array(plan.lengths, dtype=np.int64)
         positions = np.repeat(starts, lengths) + ranges(lengths)
-        ends = np.cumsum(lengths)
-        sampling = np.array(plan.sampling, dtype=np.int64)
-        scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
+
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
             "slot_mapping": tables.map_slots(np.repeat(slots, lengths), positions, layout, rank),
-            "decode_slots": slots[:d],
-            "sample_index": np.concatenate([ends[sampling], ends[scored[:, 0]] - scored[:, 1]]) - 1,
-            "sample_slots": slots[sampling],
+            "decode_slots": slots[:num_decode],
+            "sample_index": find_wanted_tokens(plan, np.cumsum(lengths)),
+            "sample_slots": np.array([plan.slots[row] for row in plan.sampling], dtype=np.int64),
         }
-        chunks, cached = lengths[d:], starts[d:]
-        if d:
-            arrays["table"] = tables.table[slots[:d], : layout.num_blocks(int(starts[:d].max()) + 1)]
-            arrays["lens"] = layout.local_len(starts[:d] + 1, rank)
-        if len(chunks):
-            arrays["cu_chunks"] = offsets(chunks)
-        t = upload(arrays, device)
-        decode = CacheRows(t.pop("table"), t.pop("lens"), narrow(d)) if d else None
-        new = chunks.tolist()
-        prefill = Varlen(t["cu_chunks"], t.pop("cu_chunks"), new, new, causal=True) if new else None
-        context: list[CacheRows | ContextPiece] = []
-        if cached.any():
-            args = chunks, cached, tables.table[slots[d:]], policy, device
-            context += spread_q(*args, rank, narrow) if policy.gathers_q(chunks, cached) else cut_context(*args)
-        return cls(num_decode=d, decode=decode, prefill=prefill, context=context, **t)
+        if num_decode > 0:
+            decode_starts = starts[:num_decode]
+            width = layout.num_blocks(int(decode_starts.max()) + 1)
+            arrays["block_table"] = tables.table[slots[:num_decode], :width]
+            arrays["local_lens"] = layout.local_len(decode_starts + 1, rank)
+        chunk_lens = lengths[num_decode:]
+        if len(chunk_lens) > 0:
+            arrays["cu_seqlens"] = offsets(chunk_lens)
+
+        tensors = upload(arrays, device)
+        decode = None
+        if num_decode > 0:
+            narrow = exchanges_narrow(num_decode)
+            decode = CacheRows(tensors["block_table"], tensors["local_lens"], narrow)
+        prefill = None
+        if len(chunk_lens) > 0:
+            prefill = Varlen.among_themselves(tensors["cu_seqlens"], chunk_lens.tolist())
+        return cls(
+            num_decode=num_decode,
+            prefill_tokens=tensors["prefill_tokens"],
+            positions=tensors["positions"],
+            slot_mapping=tensors["slot_mapping"],
+            decode_slots=tensors["decode_slots"],
+            sample_index=tensors["sample_index"],
+            sample_slots=tensors["sample_slots"],
+            decode=decode,
+            prefill=prefill,
+            context=context,
+        )
+
+
+def find_wanted_tokens(plan: StepPlan, row_ends: Array) -> Array:
+    """Which tokens of the step have their logits taken: [S + K], first those with a successor.
+
+    row_ends[i] is the number of the token after row i's last one.
+    """
+    sampling = np.array(plan.sampling, dtype=np.int64)
+    sampled_tokens = row_ends[sampling] - 1
+    scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
+    row, tokens_before_last, _ = scored.T
+    scored_tokens = row_ends[row] - 1 - tokens_before_last
+    return np.concatenate([sampled_tokens, scored_tokens])
 
 
 def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
     """The arrays as int32 tensors on the device, in one copy that the host does not wait for."""
-    packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays.values()]).astype(np.int32))
+    flat = np.concatenate([array.ravel() for array in arrays.values()])
+    packed = torch.from_numpy(flat.astype(np.int32))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = packed.split([a.size for a in arrays.values()])
-    return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
-
-def spread_q(
-    chunks: Array, cached: Array, table: Array, policy: ContextPolicy, device: torch.device, rank: int, narrow: Narrow
-) -> Iterator[CacheRows]:
-    """The new tokens from the first row with context to the last, at most `policy.gathered_q` at once."""
-    row = np.repeat(np.arange(len(chunks)), chunks)
-    some = np.flatnonzero(cached[row])
-    begin, row = int(some[0]), row[some[0] : some[-1] + 1]  # rows without context may lie between
-    lens = policy.layout.local_len(cached, rank)[row]
-    c = upload({"table": table[:, : policy.layout.num_blocks(int(cached.max()))], "row": row, "lens": lens}, device)
-    parts = c["table"][c["row"]].split(policy.gathered_q), c["lens"].split(policy.gathered_q)
-    for own_table, own_lens in zip(*parts, strict=True):
-        yield CacheRows(own_table, own_lens, narrow(len(row)), slice(begin, begin + len(own_lens)))
-        begin += len(own_lens)
-
-
-def cut_context(
-    chunks: Array, cached: Array, table: Array, policy: ContextPolicy, device: torch.device
-) -> Iterator[ContextPiece]:
-    """Cut the context of rows with `chunks` new and `cached` old tokens into pieces of at most `policy.workspace`
-    tokens, each beginning at a multiple of N in its row. Shards' lengths differ by one; every rank sends as many as the
-    longest, rank 0's. The one row too many lies in a block that the request owns, and no index points at it."""
-    layout, n = policy.layout, policy.layout.size
-    begins = offsets(-(-cached // n) * n)  # of the rows, each padded to a multiple of N
-    step = max(policy.workspace // n, 1) * n
-    for first in range(0, int(begins[-1]), step):
-        start = np.clip(first - begins[:-1], 0, cached)  # [start, end) of each row is in this piece
-        end = np.clip(first + step - begins[:-1], 0, cached)
-        some = np.flatnonzero(end > start)
-        rows = np.arange(some[0], some[-1] + 1)  # one run; rows without context may lie between
-        start, lens_k, lens_q = start[rows], (end - start)[rows], chunks[rows]
-        shard_lens = layout.local_len(lens_k, 0)
-        local = np.repeat(layout.local_slot(start), shard_lens) + ranges(shard_lens)
-        offset = ranges(lens_k)
-        arrays = {
-            "slots": layout.cache_slot(table[np.repeat(rows, shard_lens), local // layout.block_size], local),
-            "row": np.repeat(offsets(shard_lens)[:-1], lens_k) + layout.local_slot(offset),
-            "owner": layout.owner_of(offset),
-            "cu_q": offsets(lens_q),
-            "cu_k": offsets(lens_k),
-        }
-        t = upload(arrays, device)
-        varlen = Varlen(t.pop("cu_q"), t.pop("cu_k"), lens_q.tolist(), lens_k.tolist(), causal=False)
-        token = int(chunks[: rows[0]].sum())
-        yield ContextPiece(tokens=slice(token, token + int(lens_q.sum())), varlen=varlen, **t)
+    parts = packed.split([array.size for array in arrays.values()])
+    return {
+        name: part.view(array.shape)
+        for (name, array), part in zip(arrays.items(), parts, strict=True)
+    }
 
 
 def offsets(lengths: Array) -> Array:
-    """[0, l0, l0 + l1, …]: where each of the packed sequences begins, and the end."""
+    """[0, l0, l0 + l1, …]: where each of the packed sequences begins, and where the last ends."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
 
 

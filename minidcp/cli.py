@@ -1,117 +1,264 @@
-"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …` and `minidcp plan MODEL --gpu …`."""
+"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …` and
+`minidcp plan MODEL --gpu …`."""
 
 import argparse
 import json
 import logging
+import re
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.engine.executor import EngineDeadError
+from minidcp.hardware import GPUS
 from minidcp.llm import LLM
-from minidcp.plan import GPUS, Plan, describe, draw, find_gpu, parse_counts
+from minidcp.plan import Deployment, find_gpu
+from minidcp.plan_report import describe, draw
 from minidcp.request import SamplingParams
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """A flag per option."""
-    for field, kinds in options.options():
+    """Add a flag for each option, with its aliases."""
+    for field, types in options.options():
         names = [flag(field.name), *field.metadata["aliases"]]
-        value: dict[str, Any] = {"type": kinds[0], "choices": (kinds[0] is str and field.metadata["choices"]) or None}
-        if kinds[0] is bool:
-            value = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(*names, dest=field.name, default=field.default, help=field.metadata["help"], **value)
+        value_type = types[0]
+        kwargs: dict[str, Any] = {}
+        if value_type is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs["type"] = value_type
+        # The choices of numbers are left to EngineConfig to check.
+        if value_type is str and field.metadata["choices"]:
+            kwargs["choices"] = field.metadata["choices"]
+
+        help_text = field.metadata["help"]
+        parser.add_argument(
+            *names, dest=field.name, default=field.default, help=help_text, **kwargs
+        )
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The model, a flag per field of EngineConfig, and what users of SGLang type."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name")
-    parser.add_argument("--model-path", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    """Add the model, a flag for each field of EngineConfig, and what users of SGLang type."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint directory or Hugging Face name"
+    )
+    parser.add_argument(
+        "--model-path",
+        "--model",
+        dest="model_flag",
+        metavar="MODEL",
+        help="the model, given as a flag",
+    )
     add_flags(parser, EngineConfig)
-    # SGLang's spellings that are not simply another name.
-    add_meaning = partial(parser.add_argument, action="store_const", default=argparse.SUPPRESS)
-    add_meaning("--enable-symm-mem", dest="comm", const="symmetric", help="--comm symmetric")
-    add_meaning("--disable-radix-cache", dest="prefix_cache", const=False, help="--no-prefix-cache")
-    add_meaning("--disable-cuda-graph", "--enforce-eager", dest="cuda_graph", const=False, help="--no-cuda-graph")
-    parser.add_argument("--trust-remote-code", action="store_true", help="ignored: no remote code is ever run")
+
+    # These flags of SGLang and vLLM are not another name of ours: each sets one of ours to a value.
+    add_constant_flag(parser, "--enable-symm-mem", dest="comm", value="symmetric")
+    add_constant_flag(parser, "--disable-radix-cache", dest="prefix_cache", value=False)
+    add_constant_flag(
+        parser, "--disable-cuda-graph", "--enforce-eager", dest="cuda_graph", value=False
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="accepted and ignored: remote code is never run",
+    )
+
+
+def add_constant_flag(
+    parser: argparse.ArgumentParser, *names: str, dest: str, value: str | bool
+) -> None:
+    """Add a flag without a value that sets the option `dest` to `value`."""
+    equivalent = f"{flag(dest)} {value}"
+    if value is False:
+        equivalent = f"--no-{flag(dest).removeprefix('--')}"
+    parser.add_argument(
+        *names,
+        dest=dest,
+        action="store_const",
+        const=value,
+        default=argparse.SUPPRESS,
+        help=f"the same as {equivalent}",
+    )
 
 
 def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
-    given = {model for model in (args.model, args.model_flag) if model}
-    require(given, "MODEL is missing: a checkpoint directory or a Hugging Face name")
-    require(len(given) == 1, f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}")
-    return EngineConfig(given.pop(), **{f.name: getattr(args, f.name) for f, _ in EngineConfig.options()} | changes)
+    """The EngineConfig that was typed, with `changes` made to it. Raises ValueError."""
+    models = {model for model in (args.model, args.model_flag) if model}
+    require(models, "MODEL is missing: a checkpoint directory or a Hugging Face name")
+    require(
+        len(models) == 1,
+        f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}",
+    )
+    values = read_options(args, EngineConfig)
+    values.update(changes)
+    return EngineConfig(models.pop(), **values)
+
+
+def read_options(args: argparse.Namespace, options: type[Options]) -> dict[str, Any]:
+    return {field.name: getattr(args, field.name) for field, _ in options.options()}
 
 
 def serve(args: argparse.Namespace) -> int:
     try:
-        from minidcp_server.app import serve as run  # the engine runs where no web framework is installed
+        # Imported here, because the other commands run where no web framework is installed.
+        from minidcp_server.serve import serve as run_server
     except ImportError as error:
-        raise ValueError(f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})") from None
-    options = {f.name: getattr(args, f.name) for f, _ in ServeConfig.options()}
-    return int(run(engine_config(args), ServeConfig(**options)))
+        raise ValueError(
+            f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})"
+        ) from None
+    serve_config = ServeConfig(**read_options(args, ServeConfig))
+    return int(run_server(engine_config(args), serve_config))
 
 
 def generate(args: argparse.Namespace) -> int:
-    params = SamplingParams(args.max_tokens, temperature=args.temperature, seed=args.seed, ignore_eos=args.ignore_eos)
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+    )
     with LLM(**asdict(engine_config(args))) as llm:
         start = time.perf_counter()
         outputs = llm.generate(args.prompt, params, use_tqdm=True)
         seconds = time.perf_counter() - start
+
+    num_tokens = 0
     for output in outputs:
-        print(f"{output.prompt}{output.outputs[0].text}")
-    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
-    print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+        completion = output.outputs[0]
+        num_tokens += len(completion.token_ids)
+        print(f"{output.prompt}{completion.text}")
+    tokens_per_s = num_tokens / seconds
+    print(f"{num_tokens} tokens in {seconds:.2f} s: {tokens_per_s:.1f} tokens/s", file=sys.stderr)
     return 0
 
 
 def plan(args: argparse.Namespace) -> int:
-    concurrency, sizes = (parse_counts(name, getattr(args, name)) for name in ("concurrency", "dcp_size"))
-    require(not args.plot or args.plot.endswith((".png", ".svg")), f"--plot {args.plot!r}: must end in .png or .svg")
-    plans = [Plan(engine_config(args, dcp_size=n), find_gpu(args.gpu), args.context) for n in sizes]
-    title = f"{plans[0].config.model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
-    memory, steps = [p.memory for p in plans], [p.time_step(n) for p in plans for n in concurrency]
+    concurrency = parse_counts("concurrency", args.concurrency)
+    dcp_sizes = parse_counts("dcp_size", args.dcp_size)
+    can_plot = not args.plot or args.plot.endswith((".png", ".svg"))
+    require(can_plot, f"--plot {args.plot!r}: must end in .png or .svg")
+
+    gpu = find_gpu(args.gpu)
+    configs = [engine_config(args, dcp_size=dcp_size) for dcp_size in dcp_sizes]
+    deployments = [Deployment(config, gpu, args.context) for config in configs]
+    steps = []
+    for deployment in deployments:
+        for level in concurrency:
+            steps.append(deployment.time_step(level))
+
+    model = configs[0].model
+    title = f"{model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
     if args.plot:
         draw(title, steps, args.plot)
-    result = {"title": title, "memory": memory, "steps": steps}
-    print(json.dumps(result) if args.json else describe(title, memory, steps))
+    if args.json:
+        memory = [deployment.memory for deployment in deployments]
+        print(json.dumps({"title": title, "memory": memory, "steps": steps}))
+    else:
+        print(describe(title, deployments, steps))
     return 0
+
+
+def parse_counts(name: str, text: str) -> list[int]:
+    """Read rising integers: `1,8,64`, or `1..512` for both ends and the powers of two between them.
+    `name` is the option's field, for errors."""
+    is_range = re.fullmatch(r"\d+\.\.\d+", text) is not None
+    is_list = re.fullmatch(r"\d+(,\d+)*", text) is not None
+    counts = [int(number) for number in re.findall(r"\d+", text)]
+    is_rising = (is_range or is_list) and counts[0] >= 1 and counts == sorted(counts)
+    require(is_rising, f"{flag(name)} {text!r}: must be rising integers, such as 1,8,64 or 1..512")
+    if is_range:
+        low, high = counts
+        counts += [1 << i for i in range(31) if low < 1 << i < high]
+    return sorted(set(counts))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("serve", help="serve an OpenAI-compatible HTTP API", allow_abbrev=False)
-    add_engine_flags(p)
-    add_flags(p, ServeConfig)
-    p.set_defaults(run=serve)
 
-    p = commands.add_parser("generate", help="complete prompts and print them", allow_abbrev=False)
-    add_engine_flags(p)
-    p.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    p.add_argument("--max-tokens", type=int, default=128, help="tokens to generate per prompt")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--seed", type=int, help="makes sampling repeatable")
-    p.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    p.set_defaults(run=generate)
+    serve_parser = commands.add_parser(
+        "serve", help="serve the model over an OpenAI-compatible HTTP API", allow_abbrev=False
+    )
+    add_engine_flags(serve_parser)
+    add_flags(serve_parser, ServeConfig)
+    serve_parser.set_defaults(run=serve)
 
-    p = commands.add_parser("plan", help="what fits, and how fast", allow_abbrev=False, conflict_handler="resolve")
-    add_engine_flags(p)  # --dcp-size is declared anew
-    p.add_argument("--dcp-size", "--decode-context-parallel-size", "-dcp", default="1", help="one or several: 1,2,4,8")
-    p.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or memory=…,bandwidth=…,flops=…,link=… (in bytes)")
-    p.add_argument("--context", type=int, default=4096, help="tokens of a request, in the mean while it decodes")
-    p.add_argument("--concurrency", default="1..512", help="requests at once: a range, or several by commas")
-    p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--plot", metavar="FILE", help="chart of tokens/s, .png or .svg")
-    p.set_defaults(run=plan)
+    generate_parser = commands.add_parser(
+        "generate", help="complete prompts and print the results", allow_abbrev=False
+    )
+    add_engine_flags(generate_parser)
+    add_generate_flags(generate_parser)
+    generate_parser.set_defaults(run=generate)
+
+    plan_parser = commands.add_parser(
+        "plan",
+        help="estimate from config.json alone what fits on a GPU and how fast it decodes",
+        allow_abbrev=False,
+        conflict_handler="resolve",  # add_plan_flags replaces the engine's --dcp-size
+    )
+    add_engine_flags(plan_parser)
+    add_plan_flags(plan_parser)
+    plan_parser.set_defaults(run=plan)
     return parser
 
 
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="text to complete; repeat it for several prompts",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="most tokens to generate for each prompt"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy"
+    )
+    parser.add_argument("--seed", type=int, help="seed that makes sampling repeatable")
+    parser.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="keep generating after the end-of-sequence token",
+    )
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dcp-size",
+        "--decode-context-parallel-size",
+        "-dcp",
+        default="1",
+        help="one or several DCP sizes to compare, such as 1,2,4,8",
+    )
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        help=f"{', '.join(GPUS)}, or its own rates: memory=…,bandwidth=…,flops=…,link=… "
+        "(bytes, bytes/s, FLOP/s, bytes/s)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=4096,
+        help="average length in tokens of a request while it decodes",
+    )
+    parser.add_argument(
+        "--concurrency",
+        default="1..512",
+        help="requests at once: a list such as 1,8,64, or a range of powers of two such as 1..512",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw tokens/s over concurrency, as .png or .svg"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 if the engine ended by itself, 2 for a user's error."""
+    """Run a command. Exit codes: 0, 1 if the engine died, 2 for an error of the user, 130 for
+    Ctrl-C."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:

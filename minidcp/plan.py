@@ -1,174 +1,383 @@
-"""What a deployment would hold and how fast it would decode, from config.json alone. Memory is counted as the engine
-counts it; a step takes its floor and what measured ones took beyond theirs. Prompts are left out."""
+"""Estimates from config.json alone what fits on a deployment's GPUs and how fast it would decode.
+
+It counts memory the way the engine does. A decode step is a sum of parts, each estimated as its
+roofline floor corrected by costs fitted to measured steps. Prompts are not modelled."""
 
 import math
-import re
-from collections import Counter
-from dataclasses import replace
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.config import EngineConfig, flag, require
-from minidcp.engine.engine import fit
-from minidcp.engine.model_runner import GRAPH_BYTES
+from minidcp.config import EngineConfig, require
+from minidcp.hardware import GPUS
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
+from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
 from minidcp.models.weights import RecordingSource, Weights, find_model
-from minidcp.parallel.exchange import exchange_a2a
 from minidcp.parallel.state import build_thread_states
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
+from minidcp.resolve import Machine, ResolvedConfig, resolve
+from minidcp.worker.model_runner import GRAPH_BYTES
 
-# Bytes that CUDA reports; bytes/s of a copy, bf16 FLOP/s, bytes/s from peers. Measured on H100 and H200 but for the
-# link; the others are shares of their data sheets (2.0 TB/s, 312 TFLOP/s, 300 GB/s and 8.0, 2250, 900).
-GPUS = {
-    "h100": dict(memory=79.1 * 2**30, bandwidth=3.0e12, flops=790e12, link=350e9),
-    "h200": dict(memory=139.8 * 2**30, bandwidth=4.3e12, flops=790e12, link=350e9),
-    "a100": dict(memory=79.1 * 2**30, bandwidth=1.7e12, flops=270e12, link=240e9),
-    "b200": dict(memory=178.3 * 2**30, bandwidth=6.8e12, flops=1.7e15, link=700e9),
-}
-# What the parts of a decode step take: a multiple of their floors, µs a layer, and µs a layer and row. Fitted to a rank
-# of V2 on an H200 in README and benchmarks/NOTES.md; each of a layer's collectives is the README's p2p kernel alone.
+# Estimates. A process holds its CUDA context and kernels. A prefill step holds about this many
+# tensors of [tokens, hidden size] beside the outputs of the experts.
+PROCESS_BYTES = 1200 << 20
+PREFILL_TENSORS = 8
+
+FLOAT32_BYTES = 4
+
+
+class Cost(NamedTuple):
+    """How long a part of a step takes, given its floor:
+    floor × times_floor + calls × (us_per_call + us_per_row × rows)."""
+
+    times_floor: float
+    us_per_call: float
+    us_per_row: float
+
+
+# Fitted to one rank of DeepSeek-V2 on an H200, as measured in docs/benchmarks.md. The cost of a
+# collective is that of the p2p kernel, run alone.
 COSTS = {
-    "attention": (1.84, 14.0, 0.0),
-    "experts": (1.0, 16.0, 0.16),  # with the router and the shared ones
-    "projections": (1.3, 25.0, 0.0),  # with absorption, W_UV, dense MLPs and the head
-    "exchange": (1.0, 4.0, 0.0),  # all-reduces, q gather, exchange of outputs
-    "rest": (0.0, 3.0, 0.03),
+    "attention": Cost(times_floor=1.84, us_per_call=14.0, us_per_row=0.0),
+    "experts": Cost(times_floor=1.0, us_per_call=16.0, us_per_row=0.16),
+    "projections": Cost(times_floor=1.3, us_per_call=25.0, us_per_row=0.0),
+    "exchange": Cost(times_floor=1.0, us_per_call=4.0, us_per_row=0.0),
+    "rest": Cost(times_floor=0.0, us_per_call=3.0, us_per_row=0.03),
 }
-KINDS = (".mlp.experts.", ".mlp.shared_experts.", ".mlp.gate.", ".kv_b_proj.", ".embed_tokens.")  # of weights
-# Estimates: a process with its kernels; tensors as wide as the hidden dim, beside the experts' outputs, in a prefill.
-PROCESS_BYTES, PREFILL_WIDTHS = 1200 << 20, 8
+
+
+class Floor(NamedTuple):
+    """The least time that a part of a step can take, over all layers."""
+
+    seconds: float
+    calls: int  # layers that have this part; for the exchange, collectives
+
+
+class Traffic(NamedTuple):
+    """What one rank receives from its peers in one decode step."""
+
+    received_bytes: float
+    collectives: int
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """How many weight values one rank holds. Kinds differ in how a decode step reads them."""
+
+    routed_experts: int
+    shared_experts: int
+    router: int
+    kv_b_proj: int  # W_UK and W_UV
+    embedding: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+# A part of the weight's name tells its kind.
+NAME_PARTS = {
+    ".mlp.experts.": "routed_experts",
+    ".mlp.shared_experts.": "shared_experts",
+    ".mlp.gate.": "router",
+    ".kv_b_proj.": "kv_b_proj",
+    ".embed_tokens.": "embedding",
+}
+
+
+class Deployment:
+    """One rank of a deployment whose requests are `context` tokens long on average.
+
+    `gpu` has the rates that `hardware.GPUS` lists. Raises ValueError, saying why, if the weights or
+    one such request do not fit."""
+
+    def __init__(self, config: EngineConfig, gpu: dict[str, float], context: int) -> None:
+        path = find_model(config.model, ("config.json",))
+        self.model_config = ModelConfig.from_hf(path)
+        self.config = resolve_for_gpus(replace(config, model=str(path)), self.model_config)
+        self.layout = Interleave(config.dcp_size, config.block_size)
+        self.itemsize = get_itemsize(self.config)
+        self.gpu = gpu
+        self.context = context
+        self.check_context()
+
+        self.weights = count_weights(self.config, self.model_config)
+        self.weight_bytes = count_weight_bytes(self.weights, self.config, self.model_config)
+        max_blocks = self.count_max_blocks()
+        num_blocks = config.num_blocks
+        if num_blocks is None:
+            num_blocks = min(max_blocks, self.count_usable_blocks())
+        self.check_fit(num_blocks, max_blocks)
+        self.memory = self.describe_memory(num_blocks)
+
+    def check_context(self) -> None:
+        longest = self.config.max_model_len
+        require(
+            1 <= self.context <= longest,
+            f"--context {self.context}: must be in 1..{longest}, which a request can have",
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that one block takes on this rank, in all layers."""
+        values_per_layer = self.config.block_size * self.model_config.latent_dim
+        return self.model_config.num_hidden_layers * values_per_layer * self.itemsize
+
+    def count_max_blocks(self) -> int:
+        """How many blocks fit beside everything else. Not positive if the weights do not fit."""
+        usable_bytes = int(self.gpu["memory"] * self.config.gpu_memory_utilization)
+        other_bytes = count_bytes_beside_cache(self.config, self.model_config)
+        return (usable_bytes - other_bytes - self.weight_bytes) // self.block_bytes
+
+    def count_usable_blocks(self) -> int:
+        """How many blocks --max-num-seqs requests of the greatest length would fill."""
+        return self.config.max_num_seqs * self.layout.num_blocks(self.config.max_model_len)
+
+    def check_fit(self, num_blocks: int, max_blocks: int) -> None:
+        weights = f"--tp-size {self.config.tp_size}: {self.weight_bytes / 1e9:.1f} GB of weights"
+        hint = "raise it, or --gpu-memory-utilization"
+        require(max_blocks > 0, f"{weights} leave no room for KV; {hint}")
+        require(num_blocks <= max_blocks, f"--num-blocks {num_blocks}: {max_blocks} fit")
+
+        capacity = num_blocks * self.layout.tokens_per_block
+        require(
+            self.context <= capacity,
+            f"--context {self.context}: the KV cache holds {capacity} tokens; raise --dcp-size",
+        )
+
+    def describe_memory(self, num_blocks: int) -> dict[str, int]:
+        """Bytes are of this rank. Tokens and requests are those of the whole cache, which the ranks
+        of a DCP group hold together."""
+        capacity = num_blocks * self.layout.tokens_per_block
+        requests_in_cache = num_blocks // self.layout.num_blocks(self.context)
+        return {
+            "dcp_size": self.config.dcp_size,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes": num_blocks * self.block_bytes,
+            "capacity": capacity,
+            "longest_context": min(capacity, self.config.max_model_len),
+            "most_requests": min(requests_in_cache, self.config.max_num_seqs),
+        }
+
+    def time_step(self, concurrency: int) -> dict[str, Any]:
+        """Estimate a decode step while clients keep `concurrency` requests open. Requests that do
+        not fit wait and are not part of the step."""
+        rows = min(concurrency, self.memory["most_requests"])
+        traffic = self.count_received(rows)
+        floors = {
+            "attention": self.bound_attention(rows),
+            "experts": self.bound_experts(rows),
+            "projections": self.bound_projections(rows),
+            "exchange": Floor(traffic.received_bytes / self.gpu["link"], traffic.collectives),
+            "rest": Floor(0.0, self.model_config.num_hidden_layers),
+        }
+        parts_ms = {}
+        for part, floor in floors.items():
+            cost = COSTS[part]
+            us_per_call = cost.us_per_call + cost.us_per_row * rows
+            floor_ms = 1e3 * floor.seconds
+            parts_ms[part] = floor_ms * cost.times_floor + 1e-3 * floor.calls * us_per_call
+
+        step_ms = sum(parts_ms.values())
+        return {
+            "dcp_size": self.config.dcp_size,
+            "concurrency": concurrency,
+            "running": rows,
+            "received_bytes": traffic.received_bytes,
+            "parts_ms": parts_ms,
+            "step_ms": step_ms,
+            "floor_ms": 1e3 * sum(floor.seconds for floor in floors.values()),
+            "tokens_per_s": 1e3 * rows / step_ms,
+        }
+
+    def bound_time(self, values_read: float, products: float) -> float:
+        """Seconds to read the values or to do the multiply-adds, whichever takes longer."""
+        read_seconds = values_read * self.itemsize / self.gpu["bandwidth"]
+        return max(read_seconds, 2 * products / self.gpu["flops"])
+
+    def bound_attention(self, rows: int) -> Floor:
+        """Absorbed attention of all heads of the DCP group over this rank's shard of the cache."""
+        layers = self.model_config.num_hidden_layers
+        latent_dim = self.model_config.latent_dim
+        tokens_read = layers * rows * self.context / self.config.dcp_size
+
+        num_heads = self.model_config.num_attention_heads
+        group_heads = num_heads * self.config.dcp_size // self.config.tp_size
+        products_per_token = (latent_dim + self.model_config.kv_lora_rank) * group_heads
+        seconds = self.bound_time(tokens_read * latent_dim, tokens_read * products_per_token)
+        return Floor(seconds, layers)
+
+    def bound_experts(self, rows: int) -> Floor:
+        """Routed experts, shared experts and the router. Every expert is as likely as any other to
+        be chosen."""
+        routed = self.weights.routed_experts
+        always_read = self.weights.shared_experts + self.weights.router
+        num_experts = max(1, self.model_config.n_routed_experts)
+        chosen_share = self.model_config.num_experts_per_tok / num_experts
+
+        touched_share = 1 - (1 - chosen_share) ** rows
+        values_read = routed * touched_share + always_read
+        products = rows * (routed * chosen_share + always_read)
+
+        layers = range(self.model_config.num_hidden_layers)
+        moe_layers = [layer for layer in layers if self.model_config.is_moe_layer(layer)]
+        return Floor(self.bound_time(values_read, products), len(moe_layers))
+
+    def bound_projections(self, rows: int) -> Floor:
+        """Projections around attention with absorption and W_UV, dense MLPs and the head."""
+        kv_b_proj = self.weights.kv_b_proj
+        uses_group_heads = self.config.replicates_q or self.config.exchanges_narrow(rows)
+        if self.config.needs_group_heads and not uses_group_heads:
+            kv_b_proj //= self.config.dcp_size  # this rank's heads only
+
+        values = self.weights.others + kv_b_proj
+        if self.model_config.tie_word_embeddings:
+            values += self.weights.embedding  # it is the head, too
+        return Floor(self.bound_time(values, rows * values), self.model_config.num_hidden_layers)
+
+    def count_received(self, rows: int) -> Traffic:
+        """What this rank receives in a decode step of `rows` requests: two all-reduces per layer
+        over the TP group, and the q gather and the exchange of outputs over the DCP group."""
+        all_reduce_bytes = self.count_all_reduce_bytes(rows)
+        dcp_bytes = self.count_dcp_bytes(rows)
+
+        collectives_per_layer = 0
+        if self.config.tp_size > 1:
+            collectives_per_layer += 2
+        if self.config.dcp_size > 1:
+            collectives_per_layer += 1
+            if self.config.dcp_comm_backend == "ag_rs":
+                collectives_per_layer += 1  # the LSEs go before the outputs
+            if not self.config.replicates_q:
+                collectives_per_layer += 1
+
+        layers = self.model_config.num_hidden_layers
+        received_bytes = layers * (2 * all_reduce_bytes + dcp_bytes)
+        return Traffic(received_bytes, layers * collectives_per_layer)
+
+    def count_all_reduce_bytes(self, rows: int) -> float:
+        """Bytes that this rank receives in one all-reduce of [rows, hidden size]."""
+        tp_size = self.config.tp_size
+        input_bytes = rows * self.model_config.hidden_size * self.itemsize
+        reads_whole_inputs = self.config.comm != "nccl" and input_bytes <= ONE_SHOT_BYTES
+        if reads_whole_inputs:
+            return input_bytes * (tp_size - 1)
+        # Reduce-scatter and all-gather: this rank's share, twice, from each peer.
+        return input_bytes * (tp_size - 1) * (2 / tp_size)
+
+    def count_dcp_bytes(self, rows: int) -> int:
+        """Bytes of q, outputs and LSEs that this rank receives from its DCP group in one layer."""
+        dcp_size = self.config.dcp_size
+        if self.config.exchanges_narrow(rows):
+            q_dim = self.model_config.qk_head_dim
+            out_dim = self.model_config.v_head_dim
+        else:
+            q_dim = self.model_config.latent_dim
+            out_dim = self.model_config.kv_lora_rank
+
+        bytes_per_head = out_dim * self.itemsize
+        if not self.config.replicates_q:
+            bytes_per_head += q_dim * self.itemsize
+        if self.config.dcp_comm_backend == "ag_rs":
+            # Peers send their LSEs of all the group's heads, not only of ours.
+            bytes_per_head += FLOAT32_BYTES * dcp_size
+        else:
+            bytes_per_head += FLOAT32_BYTES
+
+        own_heads = self.model_config.num_attention_heads // self.config.tp_size
+        return rows * (dcp_size - 1) * own_heads * bytes_per_head
+
+
+def resolve_for_gpus(config: EngineConfig, model_config: ModelConfig) -> ResolvedConfig:
+    """Resolve for a machine with one GPU per rank where all GPUs are peers."""
+    machine = Machine(num_gpus=config.tp_size, capability=(9, 0), has_peer_access=True)
+    # How ranks are started changes nothing here, and torchrun may not be running.
+    config = replace(config, device="cuda", ranks="auto")
+    return resolve(config, model_config, machine, report=ignore_report)
+
+
+def ignore_report(level: int, text: str) -> None:
+    """Nothing is started, so nobody needs to hear what was chosen."""
+
+
+def get_itemsize(config: ResolvedConfig) -> int:
+    """Bytes of one weight or cached value."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype.itemsize
+
+
+def count_weights(config: ResolvedConfig, model_config: ModelConfig) -> WeightCounts:
+    """Count what rank 0 holds: build the model on tensors without storage."""
+    source = RecordingSource()
+    states, _ = build_thread_states(config.tp_size, config.dcp_size)
+    attention = ReferenceBackend(model_config.softmax_scale)
+    DeepseekV2ForCausalLM(model_config, config, states[0], attention, Weights(source))
+
+    counts = {field.name: 0 for field in fields(WeightCounts)}
+    for name, size in source.sizes.items():
+        counts[find_kind(name)] += size
+    return WeightCounts(**counts)
+
+
+def count_weight_bytes(
+    weights: WeightCounts, config: ResolvedConfig, model_config: ModelConfig
+) -> int:
+    """Bytes of the weights and of the rotary table, which is float32 in any case."""
+    rotary_values = config.max_model_len * model_config.qk_rope_head_dim
+    return weights.total * get_itemsize(config) + rotary_values * FLOAT32_BYTES
+
+
+def find_kind(name: str) -> str:
+    """The field of WeightCounts that a weight counts towards."""
+    for part, kind in NAME_PARTS.items():
+        if part in name:
+            return kind
+    return "others"
+
+
+def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) -> int:
+    """Memory of a rank that is neither weights nor cache: CUDA graphs, the process, the tensors of
+    the largest step, and symmetric buffers."""
+    expert_outputs = model_config.num_experts_per_tok + model_config.n_shared_experts
+    values_per_token = (expert_outputs + PREFILL_TENSORS) * model_config.hidden_size
+    step_bytes = config.max_num_batched_tokens * values_per_token * get_itemsize(config)
+    return GRAPH_BYTES + PROCESS_BYTES + step_bytes + count_symmetric_bytes(config)
+
+
+def count_symmetric_bytes(config: ResolvedConfig) -> int:
+    """Two halves of a buffer for the TP group, and for the DCP group where it is another group."""
+    if config.comm == "nccl":
+        return 0
+    num_groups = 0
+    if config.tp_size > 1:
+        num_groups += 1
+    if 1 < config.dcp_size < config.tp_size:
+        num_groups += 1
+    return num_groups * 2 * HALF_BYTES
 
 
 def find_gpu(text: str) -> dict[str, float]:
-    """A name of GPUS, or a GPU's numbers, or a name and some numbers."""
+    """The rates of a GPU: a name in GPUS, all of its numbers, or a name and the numbers that differ
+    from it, as in `h200,link=1e11`."""
     gpu: dict[str, float] = {}
     try:
-        for name, _, number in (item.partition("=") for item in text.split(",")):
-            gpu |= {name: float(number)} if number else GPUS[name]
+        for item in text.split(","):
+            name, _, number = item.partition("=")
+            if number:
+                gpu[name] = float(number)
+            else:
+                gpu.update(GPUS[name])
     except (KeyError, ValueError):
         gpu = {}
-    ok = gpu.keys() == GPUS["h100"].keys() and all(0 < number < math.inf for number in gpu.values())
-    require(ok, f"--gpu {text!r}: give {', '.join(GPUS)}, or all of memory=80e9,bandwidth=3e12,flops=790e12,link=350e9")
+    is_complete = gpu.keys() == GPUS["h100"].keys()
+    is_possible = all(0 < number < math.inf for number in gpu.values())
+    require(
+        is_complete and is_possible,
+        f"--gpu {text!r}: give {', '.join(GPUS)}, "
+        "or all of memory=80e9,bandwidth=3e12,flops=790e12,link=350e9",
+    )
     return gpu
-
-
-def parse_counts(name: str, text: str) -> list[int]:
-    """Integers by commas, or 1..512 for the powers of two in it and its ends; `name` is the option's."""
-    counts = [int(number) for number in re.findall(r"\d+", text)]
-    right = re.fullmatch(r"\d+(\.\.\d+|(,\d+)*)", text) and counts[0] >= 1 and counts == sorted(counts)
-    require(right, f"{flag(name)} {text!r}: must be rising integers, such as 1,8,64 or 1..512")
-    return sorted({*counts, *(1 << i for i in range(31) if ".." in text and counts[0] < 1 << i < counts[1])})
-
-
-class Plan:
-    """One rank, and requests of `context` tokens in the mean. Raises ValueError, saying why, if they do not fit."""
-
-    def __init__(self, config: EngineConfig, gpu: dict[str, float], context: int) -> None:
-        c = self.model = ModelConfig.from_hf(find_model(config.model, ("config.json",)))
-        config = self.config = fit(replace(config, device="cuda"), c)
-        self.gpu, self.context, self.itemsize = gpu, context, int(getattr(torch, config.dtype).itemsize)
-        tp, dcp, max_len, budget = config.tp_size, config.dcp_size, config.max_model_len, config.max_num_batched_tokens
-        assert max_len is not None and budget is not None
-        require(1 <= context <= max_len, f"--context {context}: must be in 1..{max_len}, which a request can have")
-        layout, source, states = Interleave(dcp, config.block_size), RecordingSource(), build_thread_states(tp, dcp)[0]
-        heads = config.needs_group_heads, config.replicates_q
-        blueprint = Blueprint(c, states[0], ReferenceBackend(1.0), exchange_a2a, *heads)
-        DeepseekV2ForCausalLM(blueprint, Weights(source), max_len)
-        self.values: Counter[str] = Counter()
-        for name, count in source.sizes.items():
-            self.values[next((kind for kind in KINDS if kind in name), "others")] += count
-        weight_bytes = self.values.total() * self.itemsize + max_len * c.qk_rope_head_dim * 4  # rotary: float32
-        widths = c.num_experts_per_tok + c.n_shared_experts + PREFILL_WIDTHS
-        buffers = 2 * HALF_BYTES * ((tp > 1) + (1 < dcp < tp)) * (config.comm != "nccl")
-        other = GRAPH_BYTES + PROCESS_BYTES + budget * widths * c.hidden_size * self.itemsize + buffers
-        room = int(gpu["memory"] * config.gpu_memory_utilization) - other - weight_bytes
-        block_bytes = c.num_hidden_layers * config.block_size * c.latent_dim * self.itemsize
-        most, weights = room // block_bytes, f"--tp-size {tp}: {weight_bytes / 1e9:.1f} GB of weights"
-        require(most > 0, f"{weights} leave no room for KV; raise it, or --gpu-memory-utilization")
-        blocks = config.num_blocks or min(most, config.max_num_seqs * layout.num_blocks(max_len))
-        require(blocks <= most, f"--num-blocks {blocks}: {most} fit")
-        capacity = blocks * layout.tokens_per_block
-        require(context <= capacity, f"--context {context}: the KV cache holds {capacity} tokens; raise --dcp-size")
-        requests = min(blocks // layout.num_blocks(context), config.max_num_seqs)
-        self.memory = {"dcp_size": dcp, "weight_bytes": weight_bytes, "kv_bytes": blocks * block_bytes}
-        self.memory |= {"capacity": capacity, "longest_context": min(capacity, max_len), "most_requests": requests}
-
-    def count_received(self, rows: int) -> tuple[float, int]:
-        """In a decode step: bytes that this rank receives from others, and collectives."""
-        c, tp, dcp, layers = self.model, self.config.tp_size, self.config.dcp_size, self.model.num_hidden_layers
-        replicated, ag_rs = self.config.replicates_q, self.config.dcp_comm_backend == "ag_rs"
-        x = rows * c.hidden_size * self.itemsize
-        reduced = x * (tp - 1) * (1 if x <= ONE_SHOT_BYTES and self.config.comm != "nccl" else 2 / tp)
-        q, out = (c.qk_head_dim, c.v_head_dim) if self.config.exchanges_narrow(rows) else (c.latent_dim, c.kv_lora_rank)
-        by_head = (out + q * (not replicated)) * self.itemsize + 4 * (dcp if ag_rs else 1)
-        received = rows * (dcp - 1) * c.num_attention_heads // tp * by_head
-        return layers * (2 * reduced + received), layers * (2 * (tp > 1) + (dcp > 1) * (2 + ag_rs - replicated))
-
-    def time_step(self, concurrency: int) -> dict[str, Any]:
-        """A decode step of so many requests, as far as they fit."""
-        c, config, layers = self.model, self.config, self.model.num_hidden_layers
-        experts, shared, router, kv_b, embedding = (self.values[kind] for kind in KINDS)
-        rows = min(concurrency, self.memory["most_requests"])
-
-        def bound(read: float, products: float) -> float:
-            return max(read * self.itemsize / self.gpu["bandwidth"], 2 * products / self.gpu["flops"])
-
-        seen = layers * rows * self.context / config.dcp_size  # by all heads of the group
-        width = (c.latent_dim + c.kv_lora_rank) * c.num_attention_heads * config.dcp_size // config.tp_size
-        chosen, every = c.num_experts_per_tok / max(1, c.n_routed_experts), shared + router
-        touched = experts * (1 - (1 - chosen) ** rows) + every  # if each is as likely to be chosen
-        if config.needs_group_heads and not config.exchanges_narrow(rows) and not config.replicates_q:
-            kv_b //= config.dcp_size
-        others = self.values["others"] + kv_b + embedding * c.tie_word_embeddings
-        received, collectives = self.count_received(rows)
-        floors = {
-            "attention": (bound(seen * c.latent_dim, seen * width), layers),
-            "experts": (bound(touched, rows * (experts * chosen + every)), sum(map(c.is_moe_layer, range(layers)))),
-            "projections": (bound(others, rows * others), layers),
-            "exchange": (received / self.gpu["link"], collectives),
-            "rest": (0.0, layers),
-        }
-        parts = {}
-        for (part, (seconds, count)), (times_floor, us, us_by_row) in zip(floors.items(), COSTS.values(), strict=True):
-            parts[part] = 1e3 * seconds * times_floor + 1e-3 * count * (us + us_by_row * rows)
-        step, floor = sum(parts.values()), 1e3 * sum(seconds for seconds, _ in floors.values())
-        counts = {"dcp_size": config.dcp_size, "concurrency": concurrency, "running": rows, "received_bytes": received}
-        return counts | {"parts_ms": parts, "step_ms": step, "floor_ms": floor, "tokens_per_s": 1e3 * rows / step}
-
-
-def describe(title: str, memory: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    """Markdown: a table of what `Plan.memory` says, and one of `Plan.time_step`; bytes in GB."""
-    lines = [title]
-    for rows in (memory, [step | {f"{part}_ms": ms for part, ms in step["parts_ms"].items()} for step in steps]):
-        units = {name: 1e9 if name.endswith("_bytes") else 1 for name in rows[0] if name != "parts_ms"}
-        heads = [name.replace("_bytes", "_GB").replace("_", " ") for name in units]
-        cells = [[row[name] if unit == 1 else row[name] / unit for name, unit in units.items()] for row in rows]
-        texts = [[f"{x:,.2f}" if isinstance(x, float) else f"{x:,}" for x in row] for row in cells]
-        lines.append("\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *texts)))
-    return "\n\n".join(lines)
-
-
-def draw(title: str, steps: list[dict[str, Any]], file: str) -> None:
-    """A chart of tokens/s over concurrency, in the format of the file's suffix."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"--plot {file}: needs matplotlib: pip install 'minidcp[bench]' ({error})") from None
-    figure = Figure(figsize=(9, 5), constrained_layout=True)
-    axis = figure.subplots()
-    for dcp, some in groupby(steps, lambda step: step["dcp_size"]):
-        levels, rates = zip(*((s["concurrency"], s["tokens_per_s"]) for s in some), strict=True)
-        axis.semilogx(levels, rates, base=2, marker="o", label=f"dcp {dcp}")
-    axis.set(xlabel="concurrent requests", ylabel="output tokens per second, estimated")
-    axis.set(title=title, xticks=levels, xticklabels=levels)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise ValueError(f"--plot {file}: cannot be written ({error})") from None

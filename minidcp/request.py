@@ -1,4 +1,5 @@
-"""What a user asks for and gets, and what the scheduler knows of it in between; no torch. Next: `batch.py`."""
+"""A request: what the user asks for, what the scheduler keeps track of, and what comes back. Plain
+Python, without torch. Next: `resolve.py`."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -8,12 +9,7 @@ from typing import Any
 from minidcp.config import require
 
 MAX_SEED = 2**63 - 1
-ABOVE_ZERO = math.ulp(0.0)  # the least number that is
-
-
-def number(default: float | None, least: float, most: float, what: str) -> Any:
-    """A field of SamplingParams: a number in [least, most], `what` in words."""
-    return field(default=default, metadata={"range": (least, most), "what": what})
+SMALLEST_POSITIVE = math.ulp(0.0)  # the smallest float above 0
 
 
 class FinishReason(StrEnum):
@@ -22,105 +18,155 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the client left or the engine stopped
 
 
+def number(default: float | None, minimum: float, maximum: float, allowed: str) -> Any:
+    """A numeric field of SamplingParams. `allowed` says in error messages what its range is."""
+    return field(default=default, metadata={"range": (minimum, maximum), "allowed": allowed})
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are
-    off. With a `seed` a request gives the same tokens whatever runs beside it. `max_tokens` None means up to the
-    model's context length. `logprobs` k gives the sampled token's log-probability and the k most likely ones, as the
-    model has them: before temperature, penalties and biases. Before `min_tokens` nothing stops a completion. Raises
-    ValueError, naming the value, if one is out of range."""
+    """How tokens are chosen and when a completion ends.
 
+    With a `seed`, a request gets the same tokens regardless of what runs beside it.
+    Log-probabilities are the model's own: before temperature, penalties and biases.
+    Raises ValueError, which names the field and its value, if a value is out of range.
+    """
+
+    # None: up to the model's context length
     max_tokens: int | None = number(16, 1, math.inf, "at least 1")
+    # neither stop tokens nor stop strings end a completion until it is longer than this
     min_tokens: int = number(0, 0, math.inf, "at least 0 and at most max_tokens")
+
+    # 0 always takes the most likely token
     temperature: float = number(1.0, 0, 100, "in [0, 100]")
     top_k: int = number(0, -1, MAX_SEED, "-1 or 0 (off), or at least 1")
-    top_p: float = number(1.0, ABOVE_ZERO, 1, "in (0, 1]")
+    # 1 is off
+    top_p: float = number(1.0, SMALLEST_POSITIVE, 1, "in (0, 1]")
+    # 0 is off
     min_p: float = number(0.0, 0, 1, "in [0, 1]")
     presence_penalty: float = number(0.0, -2, 2, "in [-2, 2]")
     frequency_penalty: float = number(0.0, -2, 2, "in [-2, 2]")
-    repetition_penalty: float = number(1.0, ABOVE_ZERO, 10, "in (0, 10]")
-    logit_bias: dict[int, float] = field(default_factory=dict)  # added to these tokens' logits
+    repetition_penalty: float = number(1.0, SMALLEST_POSITIVE, 10, "in (0, 10]")
+    # what is added to the logits of these token ids
+    logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = number(None, -MAX_SEED, MAX_SEED, "a 64-bit integer")
+
     stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
+
+    # k: the log-probability of each sampled token, and of the k most likely tokens in its place
     logprobs: int | None = number(None, 0, math.inf, "at least 0")
-    # The same for the prompt's tokens, given what stands before them.
+    # the same for every prompt token but the first
     prompt_logprobs: int | None = number(None, 0, math.inf, "at least 0")
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, tuple(given) if isinstance(given, tuple | list) else (given,))
+        object.__setattr__(self, "stop", as_tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
+
         for f in fields(self):
-            if f.metadata:
-                self.check(f.name, fits(getattr(self, f.name), f.type, *f.metadata["range"]), f.metadata["what"])
-        self.check("min_tokens", self.min_tokens <= (self.max_tokens or math.inf), "at least 0 and at most max_tokens")
-        fit = all(fits(token, int, 0) and fits(bias, float, -100, 100) for token, bias in self.logit_bias.items())
-        self.check("logit_bias", fit, "biases in [-100, 100] by token id")
-        self.check("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty strings")
-        self.check("stop_token_ids", all(fits(token, int, 0) for token in self.stop_token_ids), "token ids")
+            if "range" in f.metadata:
+                minimum, maximum = f.metadata["range"]
+                is_valid = is_number(getattr(self, f.name), f.type, minimum, maximum)
+                self.check(f.name, is_valid, f.metadata["allowed"])
 
-    def check(self, name: str, ok: bool, what: str) -> None:
-        require(ok, f"{name} {getattr(self, name)!r}: must be {what}")
+        min_fits_max = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self.check("min_tokens", min_fits_max, "at least 0 and at most max_tokens")
+
+        biases_are_valid = all(
+            is_number(token, int, 0) and is_number(bias, float, -100, 100)
+            for token, bias in self.logit_bias.items()
+        )
+        self.check("logit_bias", biases_are_valid, "biases in [-100, 100] by token id")
+
+        stops_are_valid = all(isinstance(text, str) and text for text in self.stop)
+        self.check("stop", stops_are_valid, "non-empty strings")
+
+        ids_are_valid = all(is_number(token, int, 0) for token in self.stop_token_ids)
+        self.check("stop_token_ids", ids_are_valid, "token ids")
+
+    def check(self, name: str, is_valid: bool, allowed: str) -> None:
+        require(is_valid, f"{name} {getattr(self, name)!r}: must be {allowed}")
+
+    def may_stop_after(self, num_outputs: int) -> bool:
+        """The rule of min_tokens: whether a completion may end with its `num_outputs`-th token."""
+        return num_outputs > self.min_tokens
 
     @property
-    def is_adjusted(self) -> bool:
-        """Whether single logits are shifted before a token is chosen."""
-        return self.is_penalised or self.min_tokens > 0 or bool(self.logit_bias)
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
 
     @property
-    def is_penalised(self) -> bool:
-        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+    def rules_out_tokens(self) -> bool:
+        """Whether unlikely tokens are never sampled."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits of single tokens are changed before one is chosen."""
+        return self.has_penalties or self.min_tokens > 0 or bool(self.logit_bias)
 
 
-def fits(value: Any, kind: Any, least: float, most: float = math.inf) -> bool:
-    """Whether it is of that type, where an int does for a float and a bool for neither, and in [least, most]."""
-    of_kind = isinstance(value, (kind, int)) and not isinstance(value, bool)
-    return of_kind and (value is None or least <= value <= most)
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    return (value,)
+
+
+def is_number(value: Any, kind: Any, minimum: float, maximum: float = math.inf) -> bool:
+    """Whether the value has the type `kind` and lies in [minimum, maximum].
+
+    An int passes for a float, a bool does not pass for either. None is in every range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (kind, int)):
+        return False
+    return value is None or minimum <= value <= maximum
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the sampled token, and of the most likely ones in order."""
+    """Log-probabilities at one position: of the token there, and of the most likely ones."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), the most likely first
 
 
 @dataclass
 class CompletionOutput:
-    """One completion. `logprobs` has an entry per token where they were asked for, else it is None."""
-
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None = None  # an entry per token; None if not asked for
 
 
 @dataclass
 class RequestOutput:
-    """A finished request. `cached_tokens` of its prompt came from the prefix cache."""
+    """A finished request."""
 
     request_id: str
-    prompt: str | None
+    prompt: str | None  # None if it was given as token ids
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # by prompt token; None for the first
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    # an entry per prompt token, None for the first; None if not asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one step added to a request. `text` may be empty: a token can end inside a character."""
+    """What one step added to a request."""
 
     request_id: str
-    text: str
+    text: str  # may be empty: a token can end inside a character
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = None  # None: it goes on
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
@@ -128,25 +174,36 @@ class OutputDelta:
 
 @dataclass(eq=False)
 class Request:
-    """A request as the scheduler sees it. Of `tokens`, positions [0, num_computed) have their latents in the cache or
-    in a step already planned. `num_in_flight` sampled tokens (0 or 1) are planned and not yet known here."""
+    """A request as the scheduler sees it: waiting, running or finished."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
     seed: int
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # tokens that end it: stop tokens and end-of-sequence tokens
+
+    # The prompt and the output tokens known so far. Positions [0, num_computed) have their latents
+    # in the cache, or in a step that is already scheduled.
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    # How many tokens were known when it was admitted. It is prefilling until these are computed.
     prefill_end: int = 0
+    # Tokens that scheduled steps will sample and that are not in `tokens` yet: 0 or 1.
     num_in_flight: int = 0
-    slot: int = -1  # from 0 on while it is running
+
+    # The request slot: this request's row in the workers' tables while it runs, else -1.
+    # Not to be confused with a slot of the KV cache, which holds one token.
+    slot: int = -1
     blocks: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
-    num_published: int = 0  # blocks that the prefix cache knows, or knows the like of
-    cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # if asked for
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, in order
+    # How many of its blocks have been offered to the prefix cache. The cache knows their content,
+    # either from these very blocks or from equal ones that another request published before.
+    num_published: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first admitted
+
+    # An entry per prompt token if they were asked for, else empty.
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -160,5 +217,8 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Tokens known when it was admitted are not computed yet (after a preemption, sampled ones too)."""
+        """Whether tokens known at its admission are not computed yet.
+
+        After a preemption these include tokens that were sampled before it.
+        """
         return self.num_computed < self.prefill_end

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server, imported as `minidcp_server`. `app.py` has the endpoints."""
+"""The OpenAI-compatible server, imported as `minidcp_server`. Start reading at `app.py`."""

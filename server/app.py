@@ -1,108 +1,115 @@
-"""The HTTP endpoints. Bodies are in `protocol.py`, what generates is in `generation.py`."""
+"""The HTTP endpoints. `protocol.py` has the bodies, `generation.py` what completions and chats do,
+`errors.py` the errors. `serve.py` runs the application."""
 
 import asyncio
-import json
-import reprlib
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from functools import partial
-from os import environ
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from openai.types.chat import ChatCompletion
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from minidcp import __version__
-from minidcp.config import EngineConfig, ServeConfig
-from minidcp.engine.engine import LLMEngine
-from minidcp.engine.executor import EngineDeadError, is_driver
 from minidcp.request import SamplingParams
 
 from . import protocol
-from .async_engine import AsyncEngine, UnavailableError
-from .generation import Chat, Generation
+from .async_engine import AsyncEngine
+from .errors import ErrorResponse, add_error_handlers
+from .generation import ChatGeneration, CompletionGeneration
 from .middleware import Gate
-from .tokenization import Tokenization
+from .tokenization import TokenizerService
 
-Responses = dict[int | str, dict[str, Any]]  # of an OpenAPI operation
-ERRORS: Responses = {code: {"model": protocol.ErrorResponse} for code in ("4XX", "5XX")}
-
-
-def documented(answer: type[Any]) -> Responses:
-    """The OpenAPI entry of an endpoint that answers whole or as a stream of events."""
-    data = {"type": "string", "description": "a chunk or an error, as JSON; in the last event [DONE]"}
-    event = {"type": "object", "description": "one of the events", "properties": {"data": data}, "required": ["data"]}
-    return {200: {"model": answer, "content": {"text/event-stream": {"schema": event}}}}
+OpenApiResponses = dict[int | str, dict[str, Any]]  # by status code
+ERROR_RESPONSES: OpenApiResponses = {
+    "4XX": {"model": ErrorResponse},
+    "5XX": {"model": ErrorResponse},
+}
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:
-    """The application; its lifespan starts and closes the engine's thread."""
+    """The application. Its lifespan starts and closes the engine's thread."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sys.setswitchinterval(1e-4)  # the engine's threads need the interpreter briefly, the loop at times all the time
+        # A busy event loop would keep the interpreter for 5 ms at a time (Python's default). The
+        # engine's threads need it only briefly, but soon.
+        sys.setswitchinterval(1e-4)
         engine.start()
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="minidcp", version=__version__, lifespan=lifespan, responses=ERRORS)
+    app = FastAPI(
+        title="minidcp", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES
+    )
     app.add_middleware(Gate, config=engine.config)
     add_error_handlers(app)
-    spelling, name = Tokenization(engine), engine.model_name
 
-    def check_model(body: protocol.Body) -> None:
-        if body.model is not None and body.model != name:
-            raise HTTPException(404, f"model {body.model!r} does not exist; this server has {name!r}")
+    tokenizer_service = TokenizerService(engine)
+    add_generation_routes(app, engine, tokenizer_service)
+    add_model_routes(app, engine)
+    add_tokenizer_routes(app, engine, tokenizer_service)
+    add_health_routes(app, engine)
+    add_monitoring_routes(app, engine)
+    return app
 
-    @app.post("/v1/completions", responses=documented(protocol.Completion))
+
+def add_generation_routes(
+    app: FastAPI, engine: AsyncEngine, tokenizer_service: TokenizerService
+) -> None:
+    @app.post("/v1/completions", responses=describe_answer(protocol.Completion))
     async def complete(body: protocol.CompletionRequest, request: Request) -> Response:
-        check_model(body)
-        return await Generation(engine, spelling, body).answer(request)
+        check_model(body.model, engine)
+        return await CompletionGeneration(engine, tokenizer_service, body).answer(request)
 
-    @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
+    @app.post("/v1/chat/completions", responses=describe_answer(ChatCompletion))
     async def complete_chat(body: protocol.ChatRequest, request: Request) -> Response:
-        check_model(body)
-        return await Chat(engine, spelling, body).answer(request)
+        check_model(body.model, engine)
+        return await ChatGeneration(engine, tokenizer_service, body).answer(request)
 
+
+def add_model_routes(app: FastAPI, engine: AsyncEngine) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await model(name)]}
+        return {"object": "list", "data": [describe_model(engine)]}
 
     @app.get("/v1/models/{model_name:path}")
     async def model(model_name: str) -> dict[str, Any]:
-        check_model(protocol.Body(model=model_name))
-        card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minidcp"}
-        return card | {"root": engine.engine.config.model, "max_model_len": engine.engine.max_model_len}
+        check_model(model_name, engine)
+        return describe_model(engine)
 
+
+def add_tokenizer_routes(
+    app: FastAPI, engine: AsyncEngine, tokenizer_service: TokenizerService
+) -> None:
     @app.post("/tokenize")
     async def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeResponse:
-        check_model(body)
-        return await spelling.tokenize(body)
+        check_model(body.model, engine)
+        return await tokenizer_service.tokenize(body)
 
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> dict[str, str]:
-        check_model(body)
-        return {"prompt": await spelling.detokenize(body.tokens)}
+        check_model(body.model, engine)
+        return {"prompt": await tokenizer_service.detokenize(body.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        tokenizer = spelling.require_tokenizer("tokenizer_info")
-        names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        info = {"tokenizer_class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "special_tokens": names}
-        return info | {"has_chat_template": tokenizer.chat_template is not None}
+        tokenizer = tokenizer_service.require_tokenizer("tokenizer_info")
+        special_tokens = tokenizer.special_tokens_map
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": len(tokenizer),
+            "special_tokens": {name: str(token) for name, token in special_tokens.items()},
+            "has_chat_template": tokenizer.chat_template is not None,
+        }
 
+
+def add_health_routes(app: FastAPI, engine: AsyncEngine) -> None:
     @app.get("/health", response_class=Response)
     async def health() -> Response:
         engine.check_health()
@@ -111,9 +118,10 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     @app.get("/health_generate", response_class=Response)
     async def health_generate() -> Response:
         """Generates a token, on all ranks."""
+        prompt = [0]
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        engine.engine.validate([0], params)
-        async for _ in engine.generate([([0], params)]):
+        engine.validate(prompt, params)
+        async for _ in engine.generate([(prompt, params)]):
             pass
         return Response()
 
@@ -121,111 +129,55 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
+
+def add_monitoring_routes(app: FastAPI, engine: AsyncEngine) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        # Always the plain format: in the other one, scrapers turn the colons of names into underscores.
-        return Response(generate_latest(engine.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        # Always the plain text format: in the OpenMetrics format, scrapers turn the colons of names
+        # into underscores.
+        return Response(
+            generate_latest(engine.metrics.registry),
+            media_type="text/plain; version=0.0.4; charset=utf-8",
+        )
 
     @app.get("/load")
     async def load() -> dict[str, Any]:
-        return engine.metrics.describe_load(engine.engine, name)
+        return engine.describe_load()
 
     @app.get("/", response_class=FileResponse)
     async def status_page() -> Path:
         return Path(__file__).with_name("page.html")
 
-    return app
+
+def check_model(requested: str | None, engine: AsyncEngine) -> None:
+    """Raises a 404 if a request names another model than the one served here."""
+    if requested is not None and requested != engine.model_name:
+        raise HTTPException(
+            404, f"model {requested!r} does not exist; this server has {engine.model_name!r}"
+        )
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "value_error":  # raised in protocol.py
-            return await user_error(request, first["ctx"]["error"])
-        if first["type"] == "json_invalid":
-            return protocol.error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
-        where = [str(part) for part in first["loc"] if part != "body"]
-        if not where:
-            return protocol.error_response(400, str(first["msg"]))
-        what = ".".join(where) if first["type"] == "missing" else f"{where[0]} {reprlib.repr(first['input'])}"
-        return protocol.error_response(400, f"{what}: {first['msg']}", where[0])
-
-    @app.exception_handler(HTTPException)  # headers: a 405 says what is allowed
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return protocol.error_response(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(ValueError)
-    async def user_error(_: Request, error: ValueError) -> Response:
-        field = str(error).replace(":", " ").split(" ")[0]  # our messages begin with it
-        return protocol.error_response(400, str(error), field if field in protocol.FIELDS else None)
-
-    async def failure(status: int, _: Request, error: Exception) -> Response:
-        headers = {"Retry-After": "1"} if isinstance(error, UnavailableError) else None
-        return protocol.error_response(status, str(error), headers=headers)
-
-    # Nobody reads the last.
-    for kind, status in ((UnavailableError, 503), (EngineDeadError, 503), (TimeoutError, 504), (ClientDisconnect, 499)):
-        app.add_exception_handler(kind, partial(failure, status))
-
-    @app.exception_handler(Exception)
-    async def defect(_: Request, __: Exception) -> Response:
-        return protocol.error_response(500, "internal error; the server's log says more")
+def describe_model(engine: AsyncEngine) -> dict[str, Any]:
+    return {
+        "id": engine.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "minidcp",
+        "root": engine.model_path,
+        "max_model_len": engine.max_model_len,
+    }
 
 
-class Server(uvicorn.Server):
-    """Told to stop, or when the engine ends, it takes no new connections; requests have `shutdown_timeout` seconds."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        app, wait = create_app(engine), int(min(engine.config.shutdown_timeout, 1e6)) + 5
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=wait))
-        self.engine = engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        if self.started:  # else there are no requests, and perhaps no loop
-            wait, error = self.engine.config.shutdown_timeout, UnavailableError("the server is shutting down")
-            self.engine.loop.call_soon_threadsafe(self.engine.loop.call_later, wait, self.engine.interrupt, error)
-
-    async def on_tick(self, counter: int) -> bool:
-        return self.engine.failure is not None or await super().on_tick(counter)
-
-
-def serve(config: EngineConfig, options: ServeConfig) -> int:
-    """Serve until told to stop; returns the exit code, 1 if a rank ended. Raises ValueError if the configuration or the
-    checkpoint is wrong, or the address cannot be listened on."""
-    if not is_driver():
-        LLMEngine(config)  # does not return
-    options = replace(options, api_key=options.api_key or environ.get("MINIDCP_API_KEY"))
-    name = options.served_model_name or config.model
-    with listen(options.host, options.port) as listening:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        address = f"http://{host}:{listening.getsockname()[1]}"
-
-        def load() -> LLMEngine:
-            engine = LLMEngine(config)
-            body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 32})
-            key = " -H 'Authorization: Bearer …'" if options.api_key else ""
-            curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
-            where = f"{address} (tp {config.tp_size}, dcp {config.dcp_size})"
-            print(f"Serving {name} on {where}. Try:\n\n{curl}\n", flush=True)
-            return engine
-
-        engine = AsyncEngine(load, options, name)
-        try:
-            Server(engine).run(sockets=[listening])
-        finally:  # a second Ctrl-C skips the lifespan's end
-            engine.close()
-    sys.stdout.flush()
-    if engine.loaded is None and engine.failure is not None:
-        raise engine.failure
-    return 1 if engine.failure is not None else 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 lets the system choose."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from None
+def describe_answer(answer_type: type[Any]) -> OpenApiResponses:
+    """The OpenAPI entry of an endpoint that answers with an `answer_type` or a stream of events."""
+    data = {
+        "type": "string",
+        "description": "a chunk or an error, as JSON; in the last event [DONE]",
+    }
+    event = {
+        "type": "object",
+        "description": "one of the events",
+        "properties": {"data": data},
+        "required": ["data"],
+    }
+    return {200: {"model": answer_type, "content": {"text/event-stream": {"schema": event}}}}

@@ -1,5 +1,6 @@
-"""The engine in a thread of its own, and asyncio in front of it. Requests and aborts go in through a queue, deltas come
-back to the queue of whoever asked. The engine itself (`minidcp/engine/engine.py`) knows nothing of asyncio."""
+"""Runs the LLMEngine in a thread and puts asyncio in front of it. Requests and aborts go in through
+a queue; deltas come back through the queue of the caller who asked for them. The LLMEngine itself
+(`minidcp/engine/engine.py`) knows nothing of asyncio, and nothing else in the server touches it."""
 
 import asyncio
 import contextlib
@@ -12,153 +13,262 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from minidcp.config import ServeConfig
-from minidcp.engine.engine import LLMEngine
+from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams
 
-from .metrics import Metrics
+from .metrics import Metrics, describe_load
 
 logger = logging.getLogger("minidcp")
-Stream = asyncio.Queue[tuple[int, OutputDelta] | Exception]
-IDLE_SECONDS = 0.5  # between two looks at the ranks' health when there is nothing to do
+
+IndexedDelta = tuple[int, OutputDelta]  # the index is the request's place in its `generate` call
+Stream = asyncio.Queue[IndexedDelta | Exception]
+
+IDLE_SECONDS = 0.5  # how often an idle engine checks that its ranks are alive
 
 
 class UnavailableError(RuntimeError):
-    """No request is taken, or none goes on, for a while."""
+    """Nothing can be generated now; a client may try again later."""
 
 
 class AsyncEngine:
-    """Call `start` from the event loop first. `make` loads the engine, in the thread; `failure` says why it ended."""
+    """An LLMEngine as the event loop uses it. `make` is called in the engine's thread and builds an
+    LLMEngine with the listener it gets. Call `start` from the event loop before anything else.
 
-    def __init__(self, make: Callable[[], LLMEngine], config: ServeConfig, model_name: str) -> None:
-        self.make, self.config, self.model_name = make, config, model_name
-        self.loaded: LLMEngine | None = None
-        self.failure: Exception | None = None
+    Every method that needs the LLMEngine raises UnavailableError while the model loads, and
+    EngineDeadError after the engine has ended. `failure` then holds the reason."""
+
+    def __init__(
+        self, make: Callable[[StepListener], LLMEngine], config: ServeConfig, model_name: str
+    ) -> None:
+        self.make = make
+        self.config = config
+        self.model_name = model_name
         self.metrics = Metrics(model_name)
+        self.started_at = time.monotonic()
+
+        self._engine: LLMEngine | None = None  # None while the model loads
+        self.failure: Exception | None = None
+
         self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.streams: dict[str, tuple[int, Stream]] = {}
-        self.ids = itertools.count()
+        self.streams: dict[str, tuple[int, Stream]] = {}  # by request id
+        self.request_numbers = itertools.count()
         self.stopping = False
         self.last_progress = time.monotonic()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
+    # What the server asks about the engine.
+
     @property
-    def engine(self) -> LLMEngine:
-        """Raises UnavailableError while it loads, and EngineDeadError when it has ended."""
+    def has_loaded(self) -> bool:
+        """Whether the model was ever ready; true even after the engine has ended."""
+        return self._engine is not None
+
+    @property
+    def model_path(self) -> str:
+        return self._require_engine().config.model
+
+    @property
+    def max_model_len(self) -> int:
+        return self._require_engine().max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._require_engine().model_config.vocab_size
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's tokenizer, or None if it has none."""
+        return self._require_engine().tokenizer
+
+    def tokenize(
+        self, text: str, add_special_tokens: bool = True, field: str = "prompt"
+    ) -> list[int]:
+        """Token ids of a text. Raises ValueError, naming `field`, if it cannot be tokenized."""
+        return self._require_engine().tokenize(text, add_special_tokens, field)
+
+    def validate(self, tokens: list[int], params: SamplingParams) -> None:
+        """Raises ValueError, naming the field that is wrong, if the engine would refuse these."""
+        self._require_engine().validate(tokens, params)
+
+    def check_room(self, num_requests: int) -> None:
+        """Raises UnavailableError if these requests must not be queued now, and ValueError if there
+        are so many that they never can be."""
+        max_queued = self.config.max_num_queued_requests
+        max_requests = self._require_engine().config.max_num_seqs + max_queued
+        if num_requests > max_requests:
+            raise ValueError(
+                f"n: {num_requests} completions in one request; "
+                f"at most {max_requests} can run and wait here"
+            )
+        if len(self.streams) + num_requests > max_requests:
+            raise UnavailableError(
+                f"{max_queued} requests are waiting already (--max-num-queued-requests)"
+            )
+
+    def check_health(self) -> None:
+        """Raises UnavailableError or EngineDeadError if nothing can be generated, and says why."""
+        engine = self._require_engine()
+        idle_seconds = time.monotonic() - self.last_progress
+        if engine.has_work and idle_seconds > self.config.engine_timeout:
+            raise UnavailableError(
+                f"the engine is stuck: no step has ended for {idle_seconds:.0f} s"
+            )
+
+    def describe_load(self) -> dict[str, Any]:
+        """The body of GET /load."""
+        uptime_seconds = time.monotonic() - self.started_at
+        return describe_load(self._require_engine(), self.model_name, uptime_seconds)
+
+    def _require_engine(self) -> LLMEngine:
         if self.failure is not None:
             raise EngineDeadError(f"the engine has stopped: {self.failure}")
-        if self.loaded is None:
+        if self._engine is None:
             raise UnavailableError("the model is loading")
-        return self.loaded
+        return self._engine
 
-    def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.loop.set_default_executor(ThreadPoolExecutor(1))  # of `asyncio.to_thread`: tokenizers want one thread
-        self.thread.start()
+    # Generation, in the event loop.
 
-    def run(self) -> None:
-        """The engine thread: take what came in, make a step, hand out what it gave."""
+    async def generate(
+        self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
+    ) -> AsyncIterator[list[IndexedDelta]]:
+        """Yields the deltas of these requests as they come, each with its request's index. With a
+        `keep_alive` above 0, yields an empty list after that many seconds without a delta.
+
+        A caller that stops iterating aborts all the requests in one step, on all ranks. Raises
+        UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError
+        if a rank has ended, and TimeoutError if it takes longer than --request-timeout."""
+        self.check_room(len(requests))
+        stream: Stream = asyncio.Queue()
+        engine = self._require_engine()
+        request_ids = self.submit(engine, requests, stream)
+        timeout = self.start_timeout(stream)
+        num_unfinished = len(requests)
         try:
-            engine = self.make()
-            engine.observe = self.metrics.observe
-            self.metrics.watch(engine)
-            self.loaded = engine
-            while not self.stopping:
-                with contextlib.suppress(queue.Empty):  # until nothing is left; with no work, wait for it a moment
-                    self.inbox.get(timeout=0 if engine.has_work else IDLE_SECONDS)()
-                    while True:
-                        self.inbox.get_nowait()()
-                if engine.has_work:
-                    if deltas := engine.step():
-                        self.loop.call_soon_threadsafe(self.deliver, deltas)
-                else:
-                    engine.executor.check()
-                self.last_progress = time.monotonic()
-        except Exception as error:
-            self.loop.call_soon_threadsafe(self.fail, error)
-            user_error = isinstance(error, ValueError) and self.loaded is None
-            if not user_error and not isinstance(error, EngineDeadError):
-                raise  # a defect of ours: show where
+            while num_unfinished > 0:
+                deltas, error = await receive(stream, keep_alive)
+                num_unfinished -= sum(delta.finish_reason is not None for _, delta in deltas)
+                if deltas or error is None:
+                    yield deltas
+                if error is not None and num_unfinished > 0:
+                    raise error
+        finally:
+            timeout.cancel()
+            for request_id in request_ids:
+                del self.streams[request_id]
+            if num_unfinished > 0:
+                self.metrics.count_aborted(request_ids)
+                self.inbox.put(partial(engine.abort, *request_ids))
+
+    def submit(
+        self, engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], stream: Stream
+    ) -> list[str]:
+        """Hand requests to the engine's thread; returns their ids."""
+        request_ids = [f"request-{next(self.request_numbers)}" for _ in requests]
+        for index, (tokens, params) in enumerate(requests):
+            request_id = request_ids[index]
+            self.streams[request_id] = (index, stream)
+            self.metrics.count_request(request_id, len(tokens))
+            self.inbox.put(partial(engine.add_request, request_id, tokens, params))
+        return request_ids
+
+    def start_timeout(self, stream: Stream) -> asyncio.TimerHandle:
+        """Put a TimeoutError on the stream after --request-timeout seconds; 0 means never."""
+        seconds = self.config.request_timeout
+        error = TimeoutError(f"the request took longer than {seconds} s")
+        return self.loop.call_later(seconds or math.inf, stream.put_nowait, error)
 
     def deliver(self, deltas: list[OutputDelta]) -> None:
+        """Put a step's deltas on the streams of their requests."""
         for delta in deltas:
-            if delta.request_id in self.streams:  # else its client has left
-                index, stream = self.streams[delta.request_id]
-                stream.put_nowait((index, delta))
-                self.metrics.count_token(delta)
-
-    def fail(self, error: Exception) -> None:
-        self.failure = error
-        self.interrupt(EngineDeadError(f"the engine has stopped: {error}"))
-        if self.loaded is not None:
-            logger.error("the engine has ended; stopping: %s", error)
+            if delta.request_id not in self.streams:
+                continue  # its client has left
+            index, stream = self.streams[delta.request_id]
+            stream.put_nowait((index, delta))
+            self.metrics.count_delta(delta)
 
     def interrupt(self, error: Exception) -> None:
         """End every stream with an error."""
         for _, stream in self.streams.values():
             stream.put_nowait(error)
 
-    def check_health(self) -> None:
-        """Raises UnavailableError or EngineDeadError, with the reason why nothing can be generated."""
-        engine, idle = self.engine, time.monotonic() - self.last_progress
-        if engine.has_work and idle > self.config.engine_timeout:
-            raise UnavailableError(f"the engine is stuck: no step has ended for {idle:.0f} s")
+    # The engine's thread, and its start and end.
 
-    def check_room(self, count: int) -> None:
-        """Raises UnavailableError if so many more requests may not wait, ValueError if they never may."""
-        limit, most = self.config.max_num_queued_requests, self.engine.config.max_num_seqs
-        if count > most + limit:
-            raise ValueError(f"n: {count} completions in one request; at most {most + limit} can run and wait here")
-        if len(self.streams) + count > most + limit:
-            raise UnavailableError(f"{limit} requests are waiting already (--max-num-queued-requests)")
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        # For `asyncio.to_thread`, which runs the tokenizer: no two threads may use it at once.
+        self.loop.set_default_executor(ThreadPoolExecutor(1))
+        self.thread.start()
 
-    async def generate(
-        self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
-    ) -> AsyncIterator[list[tuple[int, OutputDelta]]]:
-        """The deltas of some completions as they come, each with its request's index; an empty list after
-        `keep_alive` seconds without any. Leaving early aborts all of them in one step, on all ranks. Raises
-        UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError if a rank has ended,
-        and TimeoutError if it took longer than --request-timeout."""
-        self.check_room(len(requests))
-        engine = self.engine
-        stream: Stream = asyncio.Queue()
-        ids = [f"request-{next(self.ids)}" for _ in requests]
-        for index, (request_id, (tokens, params)) in enumerate(zip(ids, requests, strict=True)):
-            self.streams[request_id] = index, stream
-            self.metrics.count_request(request_id, tokens)
-            self.inbox.put(partial(engine.add_request, request_id, tokens, params))
-        late = TimeoutError(f"the request took longer than {self.config.request_timeout} s")
-        timer = self.loop.call_later(self.config.request_timeout or math.inf, stream.put_nowait, late)
-        left = len(requests)
+    def run(self) -> None:
+        """The body of the engine's thread: load the model, then take in calls and make steps."""
         try:
-            while left:
-                items = []
-                with contextlib.suppress(TimeoutError):  # it is quiet
-                    items.append(await asyncio.wait_for(stream.get(), keep_alive or None))
-                while not stream.empty():
-                    items.append(stream.get_nowait())
-                error = next((item for item in items if isinstance(item, Exception)), None)
-                deltas = [item for item in items if not isinstance(item, Exception)]
-                left -= sum(delta.finish_reason is not None for _, delta in deltas)
-                if deltas or error is None:
-                    yield deltas
-                if error is not None and left:
-                    raise error
-        finally:
-            timer.cancel()
-            for request_id in ids:
-                del self.streams[request_id]
-            if left:
-                self.metrics.forget(ids)
-                self.inbox.put(partial(engine.abort, *ids))
+            engine = self.make(self.metrics)
+            self.metrics.watch(engine)
+            self._engine = engine
+            while not self.stopping:
+                self.run_calls(timeout=0 if engine.has_work else IDLE_SECONDS)
+                self.advance(engine)
+                self.last_progress = time.monotonic()
+        except Exception as error:
+            self.loop.call_soon_threadsafe(self.fail, error)
+            is_user_error = isinstance(error, ValueError) and not self.has_loaded
+            if not is_user_error and not isinstance(error, EngineDeadError):
+                raise  # a defect of ours: let the thread print its traceback
+
+    def run_calls(self, timeout: float) -> None:
+        """Run the calls in the inbox; if it is empty, wait up to `timeout` seconds for one."""
+        try:
+            call = self.inbox.get(timeout=timeout)
+            while True:
+                call()
+                call = self.inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def advance(self, engine: LLMEngine) -> None:
+        """Make one step and hand out its deltas; with nothing to do, check that the ranks live."""
+        if not engine.has_work:
+            engine.executor.check()
+            return
+        deltas = engine.step()
+        if deltas:
+            self.loop.call_soon_threadsafe(self.deliver, deltas)
+
+    def fail(self, error: Exception) -> None:
+        self.failure = error
+        self.interrupt(EngineDeadError(f"the engine has stopped: {error}"))
+        if self.has_loaded:
+            logger.error("the engine has ended; stopping: %s", error)
+
+    def interrupt_later(self, seconds: float, error: Exception) -> None:
+        """Call `interrupt` after so many seconds. Safe to call from a signal handler."""
+        self.loop.call_soon_threadsafe(self.loop.call_later, seconds, self.interrupt, error)
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """End the thread and the engine. Safe to call twice."""
         self.stopping = True
-        self.inbox.put(lambda: None)
+        self.inbox.put(lambda: None)  # wakes the thread if it waits
         if self.thread.ident is not None:
             self.thread.join(10)
-        if self.loaded is not None:
-            self.loaded.close()
+        if self._engine is not None:
+            self._engine.close()
+
+
+async def receive(stream: Stream, keep_alive: float) -> tuple[list[IndexedDelta], Exception | None]:
+    """Wait for a stream's next item, then take all that are there. Returns the deltas and the first
+    error. There is neither after `keep_alive` seconds of silence; 0 waits forever."""
+    items: list[IndexedDelta | Exception] = []
+    with contextlib.suppress(TimeoutError):
+        items.append(await asyncio.wait_for(stream.get(), keep_alive or None))
+    while not stream.empty():
+        items.append(stream.get_nowait())
+
+    deltas = [item for item in items if not isinstance(item, Exception)]
+    errors = [item for item in items if isinstance(item, Exception)]
+    return deltas, errors[0] if errors else None

@@ -1,4 +1,5 @@
-"""What /metrics and /load tell. Names as vLLM has them, where it has them: dashboards know those."""
+"""What /metrics and /load report. Metrics are named as in vLLM where it has them, because existing
+dashboards know those names."""
 
 import time
 from collections.abc import Iterator
@@ -10,62 +11,152 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from minidcp import __version__
+from minidcp.batch import StepResult
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.model_runner import StepResult
-from minidcp.engine.scheduler import PlannedStep
+from minidcp.engine.scheduler import ScheduledStep
 from minidcp.request import OutputDelta
 
-LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-TOKENS = tuple(2**i for i in range(18))
-HISTOGRAMS = {
-    "time_to_first_token_seconds": (LATENCIES, "from arrival to the first token"),
-    "inter_token_latency_seconds": (LATENCIES, "between a request's tokens"),
-    "e2e_request_latency_seconds": (LATENCIES, "from arrival to the last token"),
-    "request_queue_time_seconds": (LATENCIES, "from arrival to the first step"),
-    "request_prompt_tokens": (TOKENS, "per request"),
-    "request_generation_tokens": (TOKENS, "per request"),
-}
+SECONDS_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
+)  # fmt: skip
+TOKENS_BUCKETS = tuple(2**i for i in range(18))
 
 
 @dataclass
-class Times:
-    """When a request arrived and when its last token came; how many came."""
+class RequestTimes:
+    """What is measured of one request while it waits and runs; times are time.monotonic()."""
 
-    prompt_tokens: int
-    tokens: int = 0
-    waits: bool = True
-    arrived: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
+    num_prompt_tokens: int
+    num_output_tokens: int = 0
+    is_waiting: bool = True
+    arrived_at: float = field(default_factory=time.monotonic)
+    last_token_at: float = field(default_factory=time.monotonic)  # at first, the arrival
 
 
-class Metrics(Collector):
-    """A registry of its own. `observe` is called by the engine's thread, the others by the loop."""
+class Metrics:
+    """Prometheus metrics in a registry of their own. It is the engine's StepListener: the engine's
+    thread calls `on_scheduled` and `on_finished`. The event loop calls the `count_` methods."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
-        shapes = HISTOGRAMS.items()
-        self.histograms = {name: self.make(Histogram, f"vllm:{name}", what, buckets=b) for name, (b, what) in shapes}
-        self.success = self.make(Counter, "vllm:request_success", "finished requests", "finished_reason")
-        self.step_seconds = self.make(Histogram, "minidcp:step_seconds", "on rank 0", "kind", buckets=LATENCIES)
-        self.times: dict[str, Times] = {}
-        self.started = time.monotonic()
+        self.requests: dict[str, RequestTimes] = {}  # those that are not finished, by id
 
-    def make(self, kind: type[Any], name: str, what: str, *labels: str, **options: Any) -> Any:
-        metric = kind(name, what, [*self.labels, *labels], registry=self.registry, **options)
-        return metric if labels else metric.labels(**self.labels)
+        self.time_to_first_token = self.make_histogram(
+            "vllm:time_to_first_token_seconds", "from arrival to the first token", SECONDS_BUCKETS
+        )
+        self.inter_token_latency = self.make_histogram(
+            "vllm:inter_token_latency_seconds", "between a request's tokens", SECONDS_BUCKETS
+        )
+        self.request_latency = self.make_histogram(
+            "vllm:e2e_request_latency_seconds", "from arrival to the last token", SECONDS_BUCKETS
+        )
+        self.queue_time = self.make_histogram(
+            "vllm:request_queue_time_seconds", "from arrival to the first step", SECONDS_BUCKETS
+        )
+        self.prompt_tokens = self.make_histogram(
+            "vllm:request_prompt_tokens", "per request", TOKENS_BUCKETS
+        )
+        self.generation_tokens = self.make_histogram(
+            "vllm:request_generation_tokens", "per request", TOKENS_BUCKETS
+        )
+
+        self.finished_requests = Counter(
+            "vllm:request_success",
+            "finished requests",
+            [*self.labels, "finished_reason"],
+            registry=self.registry,
+        )
+        self.step_seconds = Histogram(
+            "minidcp:step_seconds",
+            "on rank 0",
+            [*self.labels, "kind"],
+            registry=self.registry,
+            buckets=SECONDS_BUCKETS,
+        )
+
+    def make_histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            name, description, list(self.labels), registry=self.registry, buckets=buckets
+        )
+        return histogram.labels(**self.labels)
 
     def watch(self, engine: LLMEngine) -> None:
-        """Tell of this engine, too, whenever somebody asks."""
+        """Add the metrics that are read from the engine whenever they are scraped."""
+        self.registry.register(EngineCollector(engine, self.labels))
+
+        capacity_gauge = Gauge(
+            "minidcp:kv_tokens_capacity",
+            "tokens that a rank's cache holds",
+            [*self.labels, "rank"],
+            registry=self.registry,
+        )
+        capacity_by_rank, _ = engine.kv_tokens()
+        for rank, capacity in enumerate(capacity_by_rank):
+            capacity_gauge.labels(**self.labels, rank=rank).set(capacity)
+
+    def on_scheduled(self, step: ScheduledStep) -> None:
+        now = time.monotonic()
+        for request in step.admitted:
+            times = self.requests.get(request.request_id)
+            # A request that was preempted is admitted again; its client may have left.
+            if times is not None and times.is_waiting:
+                times.is_waiting = False
+                self.queue_time.observe(now - times.arrived_at)
+
+    def on_finished(self, step: ScheduledStep, result: StepResult) -> None:
+        num_decode = step.plan.num_decode
+        if num_decode == len(step.requests):
+            kind = "decode"
+        elif num_decode > 0:
+            kind = "mixed"
+        else:
+            kind = "prefill"
+        self.step_seconds.labels(**self.labels, kind=kind).observe(result.seconds)
+
+    def count_request(self, request_id: str, num_prompt_tokens: int) -> None:
+        """A request has arrived."""
+        self.requests[request_id] = RequestTimes(num_prompt_tokens)
+
+    def count_delta(self, delta: OutputDelta) -> None:
+        """A request has got tokens, and may have finished."""
+        times = self.requests[delta.request_id]
+        now = time.monotonic()
+        is_first = times.num_output_tokens == 0
+        latency = self.time_to_first_token if is_first else self.inter_token_latency
+        latency.observe(now - times.last_token_at)
+        times.last_token_at = now
+        times.num_output_tokens += len(delta.token_ids)
+
+        if delta.finish_reason is not None:
+            self.request_latency.observe(now - times.arrived_at)
+            self.prompt_tokens.observe(times.num_prompt_tokens)
+            self.generation_tokens.observe(times.num_output_tokens)
+            self.count_finished(delta.request_id, delta.finish_reason.value)
+
+    def count_aborted(self, request_ids: list[str]) -> None:
+        """These requests were abandoned; those that had finished already do not count."""
+        for request_id in request_ids:
+            if request_id in self.requests:
+                self.count_finished(request_id, "abort")
+
+    def count_finished(self, request_id: str, reason: str) -> None:
+        self.finished_requests.labels(**self.labels, finished_reason=reason).inc()
+        del self.requests[request_id]
+
+
+class EngineCollector(Collector):
+    """Metrics that need no bookkeeping here: the engine has their values."""
+
+    def __init__(self, engine: LLMEngine, labels: dict[str, str]) -> None:
         self.engine = engine
-        self.registry.register(self)
-        capacity = self.make(Gauge, "minidcp:kv_tokens_capacity", "tokens that a rank's cache holds", "rank")
-        for rank, tokens in enumerate(engine.kv_tokens()[0]):
-            capacity.labels(**self.labels, rank=rank).set(tokens)
+        self.labels = labels
 
     def collect(self) -> Iterator[Metric]:
-        """What can be read off the engine; part of prometheus_client's contract of a collector."""
-        scheduler, blocks, stats = self.engine.scheduler, self.engine.blocks, self.engine.stats
+        """Called by prometheus_client at every scrape."""
+        scheduler = self.engine.scheduler
+        blocks = self.engine.blocks
+        stats = self.engine.stats
         gauges = {
             "vllm:num_requests_running": len(scheduler.running),
             "vllm:num_requests_waiting": len(scheduler.waiting),
@@ -80,60 +171,46 @@ class Metrics(Collector):
             "vllm:prefix_cache_hits": scheduler.num_cached_tokens,
             "minidcp:exchange_bytes": stats.received_bytes,
         }
-        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, value in values.items():
-                metric = family(name, name.split(":")[1].replace("_", " "), labels=list(self.labels))
-                metric.add_metric(list(self.labels.values()), value)
-                yield metric
+        label_names = list(self.labels)
+        label_values = list(self.labels.values())
+        for name, value in gauges.items():
+            gauge = GaugeMetricFamily(name, describe(name), labels=label_names)
+            gauge.add_metric(label_values, value)
+            yield gauge
+        for name, value in counters.items():
+            counter = CounterMetricFamily(name, describe(name), labels=label_names)
+            counter.add_metric(label_values, value)
+            yield counter
 
-    def observe(self, step: PlannedStep, result: StepResult | None) -> None:
-        """A step is planned, or there is its result."""
-        now, admitted, decodes = time.monotonic(), len(step.plan.admitted), step.plan.num_decode
-        if result is not None:
-            kind = "decode" if decodes == len(step.requests) else "mixed" if decodes else "prefill"
-            self.step_seconds.labels(**self.labels, kind=kind).observe(result.seconds)
-            return
-        for request in step.requests[len(step.requests) - admitted :]:  # a request's first row is the last so far
-            times = self.times.get(request.request_id)
-            if times is not None and times.waits:
-                times.waits = False
-                self.histograms["request_queue_time_seconds"].observe(now - times.arrived)
 
-    def count_request(self, request_id: str, tokens: list[int]) -> None:
-        self.times[request_id] = Times(len(tokens))
+def describe(name: str) -> str:
+    """Help for a metric from its name: "vllm:num_preemptions" -> "num preemptions"."""
+    _, name_in_namespace = name.split(":")
+    return name_in_namespace.replace("_", " ")
 
-    def count_token(self, delta: OutputDelta) -> None:
-        times, now = self.times[delta.request_id], time.monotonic()
-        first = "time_to_first_token_seconds" if not times.tokens else "inter_token_latency_seconds"
-        self.histograms[first].observe(now - times.last)
-        times.last, times.tokens = now, times.tokens + len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self.histograms["e2e_request_latency_seconds"].observe(now - times.arrived)
-            self.histograms["request_prompt_tokens"].observe(times.prompt_tokens)
-            self.histograms["request_generation_tokens"].observe(times.tokens)
-            self.success.labels(**self.labels, finished_reason=delta.finish_reason.value).inc()
-            del self.times[delta.request_id]
 
-    def forget(self, request_ids: list[str]) -> None:
-        """Those that were left before their end."""
-        for request_id in request_ids:
-            if self.times.pop(request_id, None) is not None:
-                self.success.labels(**self.labels, finished_reason="abort").inc()
-
-    def describe_load(self, engine: LLMEngine, model_name: str) -> dict[str, Any]:
-        """What the page at / shows."""
-        scheduler, blocks, (capacity, used) = engine.scheduler, engine.blocks, engine.kv_tokens()
-        total, cached, free = blocks.num_blocks, len(blocks.cached), len(blocks.free)
-        return {
-            "model": model_name,
-            "version": __version__,
-            "uptime_seconds": time.monotonic() - self.started,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
-            "generated_tokens": engine.stats.generated_tokens,
-            "cached_tokens": scheduler.num_cached_tokens,
-            "kv_blocks": {"total": total, "live": total - cached - free, "cached": cached, "free": free},
-            "kv_tokens": {"capacity": capacity, "used": used},
-            "config": {name: value for name, value in asdict(engine.config).items() if value is not None},
-        }
+def describe_load(engine: LLMEngine, model_name: str, uptime_seconds: float) -> dict[str, Any]:
+    """The body of GET /load; the page at / shows it."""
+    scheduler = engine.scheduler
+    num_blocks = engine.blocks.num_blocks
+    num_cached = len(engine.blocks.cached)
+    num_free = len(engine.blocks.free)
+    capacity_by_rank, used_by_rank = engine.kv_tokens()
+    return {
+        "model": model_name,
+        "version": __version__,
+        "uptime_seconds": uptime_seconds,
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.waiting),
+        "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
+        "generated_tokens": engine.stats.generated_tokens,
+        "cached_tokens": scheduler.num_cached_tokens,
+        "kv_blocks": {
+            "total": num_blocks,
+            "live": num_blocks - num_cached - num_free,
+            "cached": num_cached,
+            "free": num_free,
+        },
+        "kv_tokens": {"capacity": capacity_by_rank, "used": used_by_rank},
+        "config": asdict(engine.config),
+    }

@@ -1,5 +1,5 @@
-"""What every request passes first: its id, the API key, the size of its body, the access log. Plain ASGI: anything
-that wraps bodies in tasks would hide it when a client leaves."""
+"""What every request passes first: its id, the API key, the limit on its body, the access log. This
+is plain ASGI: middleware that reads bodies in a task of its own would hide a client's leaving."""
 
 import json
 import logging
@@ -9,40 +9,38 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minidcp.config import ServeConfig
 
-from .protocol import error_response
+from .errors import error_response
 
-access = logging.getLogger("minidcp.access")
-OPEN = ("/", "/health", "/metrics")  # need no key: probes, scrapers, and the page, which asks for it
+access_log = logging.getLogger("minidcp.access")
+
+# These need no key: probes and scrapers have none, and the page at / asks its user for it.
+OPEN_PATHS = ("/", "/health", "/metrics")
 
 
 class Gate:
     """Wraps the application."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self.app, self.config = app, config
-        self.too_large = 413, f"the body is larger than --max-body-bytes {config.max_body_bytes}"
+        self.app = app
+        self.config = config
+        self.too_large = f"the body is larger than --max-body-bytes {config.max_body_bytes}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given, start, status = Headers(scope=scope), time.monotonic(), 0
-        request_id = given.get("x-request-id") or uuid.uuid4().hex
-        received = 0
 
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.config.max_body_bytes:
-                raise HTTPException(*self.too_large)
-            return message
+        start = time.monotonic()
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        status = 0
 
-        async def noting_send(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -50,24 +48,60 @@ class Gate:
             await send(message)
 
         try:
-            if (refusal := self.refuse(scope["path"], given)) is not None:
-                # The body is not read: the connection cannot be used for another request.
-                headers = {"connection": "close"} | ({"www-authenticate": "Bearer"} if refusal[0] == 401 else {})
-                await error_response(*refusal, headers=headers)(scope, receive, noting_send)
+            refusal = self.check_headers(scope["path"], headers)
+            if refusal is not None:
+                await refusal(scope, receive, send_with_id)
             else:
-                await self.app(scope, limited_receive, noting_send)
+                await self.app(scope, self.limit_body(receive), send_with_id)
         finally:
-            line = {"request_id": request_id, "client": (scope.get("client") or ["-"])[0], "method": scope["method"]}
-            line |= {"path": scope["path"], "status": status, "seconds": round(time.monotonic() - start, 4)}
-            access.info(json.dumps(line))
+            log_access(scope, request_id, status, time.monotonic() - start)
 
-    def refuse(self, path: str, headers: Headers) -> tuple[int, str] | None:
-        """Status and message for a request that needs no look at its body."""
-        key = self.config.api_key
-        given = headers.get("authorization", "").removeprefix("Bearer ")
-        if key and path not in OPEN and not secrets.compare_digest(given.encode("latin-1"), key.encode()):
-            return 401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+    def check_headers(self, path: str, headers: Headers) -> Response | None:
+        """The answer to a request that is refused for its headers alone, or None. The body is then
+        not read, so the connection cannot be used for another request and is closed."""
+        if path not in OPEN_PATHS and not self.has_key(headers):
+            return error_response(
+                401,
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                headers={"connection": "close", "www-authenticate": "Bearer"},
+            )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.config.max_body_bytes:
-            return self.too_large
+            return error_response(413, self.too_large, headers={"connection": "close"})
         return None
+
+    def has_key(self, headers: Headers) -> bool:
+        """Whether a request has the API key, or none is needed."""
+        key = self.config.api_key
+        if not key:
+            return True
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        return secrets.compare_digest(given.encode("latin-1"), key.encode())
+
+    def limit_body(self, receive: Receive) -> Receive:
+        """Wrap `receive` to raise a 413 when the body gets too large. Chunked bodies need this,
+        because they have no Content-Length."""
+        num_received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self.config.max_body_bytes:
+                raise HTTPException(413, self.too_large)
+            return message
+
+        return receive_limited
+
+
+def log_access(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    client = scope.get("client") or ["-"]
+    entry = {
+        "request_id": request_id,
+        "client": client[0],
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+    access_log.info(json.dumps(entry))

@@ -1,6 +1,8 @@
-"""Text to token ids and back, chat templates included. Slow work: off the event loop, in one thread."""
+"""Text to token ids and back, chat templates included. Slow work runs outside the event loop, in
+the one thread that `AsyncEngine.start` sets up for it."""
 
 import asyncio
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -10,65 +12,111 @@ from minidcp.config import require
 from .async_engine import AsyncEngine
 from .protocol import ChatRequest, TokenizeRequest, TokenizeResponse
 
-# As byte-level vocabularies spell them.
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+# Byte-level vocabularies write every byte of a token as a printable character.
+BYTE_OF_CHARACTER = {
+    character: byte
+    for byte, character in bytes_to_unicode().items()  # type: ignore[no-untyped-call]
+}
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
 
 
-class Tokenization:
-    """The checkpoint's tokenizer as endpoints use it. Errors of users are ValueErrors."""
+class TokenizerService:
+    """The checkpoint's tokenizer as the endpoints use it. User errors are ValueErrors."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
 
     def require_tokenizer(self, field: str) -> PreTrainedTokenizerBase:
-        tokenizer = self.engine.engine.tokenizer
+        tokenizer = self.engine.tokenizer
         if tokenizer is None:
-            raise ValueError(f"{field}: the checkpoint has no tokenizer; only completions of token ids work")
+            raise ValueError(
+                f"{field}: the checkpoint has no tokenizer; only completions of token ids work"
+            )
         return tokenizer
 
-    async def encode(self, prompt: str | list[int] | ChatRequest | TokenizeRequest, special: bool | None) -> list[int]:
-        """A prompt's token ids. Text gets the special tokens that the tokenizer adds (BOS), but for False; messages get
-        them for True only, because templates write them."""
+    async def encode_prompt(
+        self, prompt: str | list[int], add_special_tokens: bool | None
+    ) -> list[int]:
+        """A prompt's token ids. Text gets the special tokens that the tokenizer adds (BOS), unless
+        `add_special_tokens` is False."""
         if isinstance(prompt, list):
             return prompt
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(self.engine.engine.tokenize, prompt, special is not False)
-        tokenizer, ready = self.require_tokenizer("messages"), prompt.add_generation_prompt is not False
-        require(tokenizer.chat_template, "messages: the checkpoint has no chat template; use /v1/completions")
-        conversation = [message.for_template() for message in prompt.messages or []]
+        add_special_tokens = add_special_tokens is not False
+        return await asyncio.to_thread(self.engine.tokenize, prompt, add_special_tokens)
 
-        def work() -> list[int]:
-            try:
-                text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ready)
-            except Exception as error:  # a template is a program: it may raise anything
-                raise ValueError(f"messages: the chat template refuses them: {error}") from error
-            return self.engine.engine.tokenize(str(text), special is True, "messages")
+    async def encode_messages(self, body: ChatRequest | TokenizeRequest) -> list[int]:
+        """A conversation's token ids. The tokenizer adds its special tokens (BOS) only where
+        `add_special_tokens` is True, because templates write their own."""
+        tokenizer = self.require_tokenizer("messages")
+        require(
+            tokenizer.chat_template,
+            "messages: the checkpoint has no chat template; use /v1/completions",
+        )
+        messages = [message.to_template() for message in body.messages or []]
+        add_generation_prompt = body.add_generation_prompt is not False
+        add_special_tokens = body.add_special_tokens is True
 
-        return await asyncio.to_thread(work)
+        def encode() -> list[int]:
+            text = apply_chat_template(tokenizer, messages, add_generation_prompt)
+            return self.engine.tokenize(text, add_special_tokens, "messages")
 
-    def spell(self, token: int) -> str:
+        return await asyncio.to_thread(encode)
+
+    def token_text(self, token: int) -> str:
         """A token's text, as log-probabilities name it."""
-        tokenizer = self.engine.engine.tokenizer
-        return str(tokenizer.decode([token])) if tokenizer else f"token_id:{token}"
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            return f"token_id:{token}"
+        return str(tokenizer.decode([token]))
 
-    def spell_bytes(self, token: int) -> list[int]:
-        """A token's UTF-8 bytes; for a part of a character, these, which its text cannot tell."""
-        text, tokenizer = self.spell(token), self.engine.engine.tokenizer
-        if "\N{REPLACEMENT CHARACTER}" in text and tokenizer is not None:
+    def token_bytes(self, token: int) -> list[int]:
+        """A token's UTF-8 bytes. If the token is part of a character, its text does not tell them,
+        but its name in a byte-level vocabulary does."""
+        text = self.token_text(token)
+        tokenizer = self.engine.tokenizer
+        if tokenizer is not None and REPLACEMENT in text:
             name = str(tokenizer.convert_ids_to_tokens(token))
-            if all(character in BYTES for character in name):
-                return [BYTES[character] for character in name]
+            if all(character in BYTE_OF_CHARACTER for character in name):
+                return [BYTE_OF_CHARACTER[character] for character in name]
         return list(text.encode())
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
-        ids = await self.encode(body if body.messages else body.prompt or "", body.add_special_tokens)
-        names = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids] if body.return_token_strs else None
-        longest = self.engine.engine.max_model_len
-        return TokenizeResponse(count=len(ids), max_model_len=longest, tokens=ids, token_strs=names)
+        if body.messages:
+            tokens = await self.encode_messages(body)
+        else:
+            tokens = await self.encode_prompt(body.prompt or "", body.add_special_tokens)
+
+        token_strs = None
+        if body.return_token_strs:
+            token_strs = [str(tokenizer.convert_ids_to_tokens(token)) for token in tokens]
+        return TokenizeResponse(
+            count=len(tokens),
+            max_model_len=self.engine.max_model_len,
+            tokens=tokens,
+            token_strs=token_strs,
+        )
 
     async def detokenize(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        tokenizer, vocab = self.require_tokenizer("tokens"), self.engine.engine.model_config.vocab_size
-        bad = next((token for token in tokens if not 0 <= token < vocab), None)
-        require(bad is None, f"tokens: token id {bad} is out of range; the vocabulary has {vocab} tokens")
+        tokenizer = self.require_tokenizer("tokens")
+        vocab_size = self.engine.vocab_size
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"tokens: token id {token} is out of range; "
+                    f"the vocabulary has {vocab_size} tokens"
+                )
         return str(await asyncio.to_thread(tokenizer.decode, tokens, skip_special_tokens))
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool
+) -> str:
+    """The text of a conversation. Raises ValueError if the template refuses the messages."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(f"messages: the chat template refuses them: {error}") from error
+    return str(text)

@@ -1,4 +1,4 @@
-"""Checkpoints that Hugging Face wrote, and what Hugging Face's model makes of them."""
+"""Checkpoints written by Hugging Face's code, and what Hugging Face's model computes with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STYLES = {
             mscale_all_dim=0.707,
         ),
     ),
-    # No q_lora, ungrouped routing, plain RoPE; sizes that 4 and 8 ranks cannot share evenly.
+    # No q_lora, routing without groups, plain RoPE, and sizes that 4 and 8 do not divide.
     "v2-lite": BASE
     | dict(
         q_lora_rank=None,
@@ -63,7 +63,7 @@ STYLES = {
         vocab_size=125,
     ),
 }
-SEEDS = {"v2": 5, "v2-lite": 6}  # chosen for margins between the two best tokens
+SEEDS = {"v2": 5, "v2-lite": 6}  # chosen so that the best token is clearly ahead of the second
 PROMPT_LENS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 127, 128, 129, 300)
 NUM_STEPS = 64
 
@@ -75,7 +75,7 @@ def make_prompt(length: int, vocab: int, salt: int = 0) -> list[int]:
 
 @dataclass(eq=False)
 class Oracle:
-    """A checkpoint directory, its model in Hugging Face's code, and that model's greedy completions."""
+    """A checkpoint, its model in Hugging Face's code, and that model's greedy completions."""
 
     path: Path
     model: DeepseekV2ForCausalLM
@@ -95,15 +95,19 @@ class Oracle:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return out.sequences[0, len(prompt) :].tolist(), torch.stack(out.logits)[:, 0].log_softmax(-1)
+        return out.sequences[0, len(prompt) :].tolist(), torch.stack(out.logits)[:, 0].log_softmax(
+            -1
+        )
 
 
-def make_checkpoint(directory: Path, style: str, seed: int = 0, **changes: object) -> DeepseekV2ForCausalLM:
+def make_checkpoint(
+    directory: Path, style: str, seed: int = 0, **changes: object
+) -> DeepseekV2ForCausalLM:
     torch.manual_seed(seed)
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**(STYLES[style] | changes))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # all ones would hide a norm weight that is not applied
+            if "norm" in name:  # with ones, a norm without its weight would go unnoticed
                 parameter.uniform_(0.7, 1.3)
     model.save_pretrained(directory, max_shard_size="200KB" if style == "v2" else "5GB")
     return model
@@ -121,7 +125,7 @@ def build_oracle(style: str, make_directory: Callable[[str], Path]) -> Oracle:
             tokens, logprobs = built.complete(prompt, NUM_STEPS)
             built.tokens.append(tokens)
             built.logprobs.append(logprobs)
-        # Greedy tokens can be compared only where no two candidates are as good as equal.
+        # Greedy tokens can be compared only if the two best are never nearly equal.
         margins = torch.stack(built.logprobs).topk(2, -1).values.diff(dim=-1).abs()
         assert margins.min() > 1e-4, "choose another seed"
         ORACLES[style] = built
@@ -129,9 +133,13 @@ def build_oracle(style: str, make_directory: Callable[[str], Path]) -> Oracle:
 
 
 @torch.no_grad()
-def measure_errors(model: torch.nn.Module, output: RequestOutput, steps: int | None = None) -> torch.Tensor:
-    """How far the two best log-probabilities of each step, as the engine reported them, are from
-    transformers' in fp32 on the same tokens: [steps, 2]."""
+def measure_errors(
+    model: torch.nn.Module, output: RequestOutput, steps: int | None = None
+) -> torch.Tensor:
+    """Errors of the two best log-probabilities of each step that the engine reported, [steps, 2].
+
+    They are compared with those of transformers in fp32 on the same tokens.
+    """
     prompt, completion = output.prompt_token_ids, output.outputs[0]
     logits = model(torch.tensor([prompt + completion.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
     expected = logits.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Fixtures: checkpoints and what transformers makes of them."""
+"""Fixtures: checkpoints, and what transformers computes with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from checkpoints import STYLES, Oracle, build_oracle
 
 pytest.register_assert_rewrite("servers")
-torch.set_num_threads(1)  # with many ranks on two cores more threads are ten times slower
+torch.set_num_threads(1)  # with many ranks on two cores, more threads would be ten times slower
 
 
 @pytest.fixture(scope="session", params=sorted(STYLES))
@@ -22,5 +22,5 @@ def v2(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 @pytest.fixture
 def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests are admitted where nobody has room to grow, so that short ones are preempted too."""
+    """Admit requests without leaving room to grow, so that short requests are preempted too."""
     monkeypatch.setattr("minidcp.engine.scheduler.GROWTH", 0)

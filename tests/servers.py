@@ -1,5 +1,5 @@
-"""What speaks to servers in tests: clients, a server process, and the application in this process. The
-fixtures here are for test modules that say `pytest_plugins = ["servers"]`.
+"""What speaks to servers in tests: clients, a server process, and the application in this process.
+The fixtures here are for test modules that say `pytest_plugins = ["servers"]`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from minidcp import EngineConfig
 from minidcp.config import ServeConfig
-from minidcp.engine.engine import LLMEngine
+from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp_server.app import create_app
 from minidcp_server.async_engine import AsyncEngine
 
@@ -36,10 +36,10 @@ PROMPT = "Once upon a time"
 LENGTH = 16
 BOS = 0
 CONTEXT = 8192  # of the demo checkpoint
-# Beside other tests on few cores, threads that wait for each other are ten times slower.
+# With other tests on few cores, threads that wait for each other are ten times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-LONG = dict(max_tokens=6000)  # takes a minute or more if nobody leaves
-# What the openai client passes on only as extra fields of the body.
+LONG = dict(max_tokens=6000)  # takes a minute or more if the client does not leave
+# Fields that the openai client sends only as extra fields of the body.
 EXTRA = (
     "min_p",
     "repetition_penalty",
@@ -66,7 +66,9 @@ class Server:
         command = [Path(sysconfig.get_path("scripts"), "minidcp"), "serve", checkpoint]
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
             command += ["--device", "cpu", "--port", "0", *flags]
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | ONE_THREAD)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=err, env=os.environ | ONE_THREAD
+            )
         self.url = ""
 
     def wait_until_healthy(self) -> None:
@@ -81,12 +83,12 @@ class Server:
         return httpx.get(f"{self.url}/health").status_code == 200
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM. Returns the exit code."""
         self.process.terminate()
         return self.process.wait(20)
 
     def kill(self) -> None:
-        """Whatever happened before, nothing is left."""
+        """End the process, whatever happened before."""
         self.process.kill()
         self.process.wait()
 
@@ -104,8 +106,10 @@ class Api:
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def body(self, prompt: object = PROMPT, **fields: object) -> dict[str, Any]:
-        """Greedy and LENGTH tokens long, if `fields` do not say otherwise."""
-        defaults = dict(model=self.model, prompt=prompt, max_tokens=LENGTH, temperature=0, ignore_eos=True)
+        """A greedy completion of LENGTH tokens, unless `fields` say otherwise."""
+        defaults = dict(
+            model=self.model, prompt=prompt, max_tokens=LENGTH, temperature=0, ignore_eos=True
+        )
         return defaults | fields
 
     def arguments(self, prompt: object, fields: dict[str, object]) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class Api:
         return arguments
 
     def post(self, body: object, path: str = "/v1/completions") -> httpx.Response:
-        """Any JSON, also what is not valid in httpx's eyes: NaN, and halves of surrogate pairs."""
+        """Post any JSON, also what httpx would refuse: NaN, and halves of surrogate pairs."""
         return self.post_bytes(json.dumps(body).encode(), path)
 
     def post_bytes(self, content: bytes, path: str = "/v1/completions") -> httpx.Response:
@@ -155,7 +159,9 @@ def tokenizer(demo: Path) -> Tokenizer:
     return Tokenizer.from_file(str(demo / "tokenizer.json"))
 
 
-def check_error(response: httpx.Response, status: int, words: str, param: str | None = None) -> None:
+def check_error(
+    response: httpx.Response, status: int, words: str, param: str | None = None
+) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(response.json()) == {"error"}
@@ -168,7 +174,7 @@ def check_error(response: httpx.Response, status: int, words: str, param: str | 
 
 @dataclass
 class Local:
-    """The application on one rank; at most two requests run at once, others wait."""
+    """The application on one rank. At most two requests run at a time; the others wait."""
 
     engine: LLMEngine
     api: Api
@@ -187,7 +193,7 @@ class Local:
 
     @contextmanager
     def expect_leaving(self) -> Iterator[None]:
-        """The body starts LONG requests and leaves them: they have been at work, and are gone soon after."""
+        """For a body that starts LONG requests and leaves: they must run, and end soon after."""
         wait_until(self.is_idle, 5, "requests of another test are left")
         before = self.engine.stats.generated_tokens
         yield
@@ -201,8 +207,15 @@ class Local:
 @pytest.fixture(scope="module")
 def local(demo: Path) -> Iterator[Local]:
     engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
-    app = create_app(AsyncEngine(lambda: engine, ServeConfig(), str(demo)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
+
+    def make(listener: StepListener) -> LLMEngine:
+        engine.listener = listener
+        return engine
+
+    app = create_app(AsyncEngine(make, ServeConfig(), str(demo)))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started, 10, "uvicorn has not started")

@@ -1,4 +1,4 @@
-"""The demo model answers right, and alike however it is run: the accuracy matrix in fp32 on a CPU."""
+"""The demo model gives the right answers in every configuration, in fp32 on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokeniz
 
 from minidcp import LLM, SamplingParams
 
-COMMON = dict(device="cpu", dtype="float32", ranks="threads", max_model_len=1024, num_blocks=256, max_num_seqs=8)
+COMMON = dict(
+    device="cpu",
+    dtype="float32",
+    ranks="threads",
+    max_model_len=1024,
+    num_blocks=256,
+    max_num_seqs=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,8 @@ def test_every_engine_gives_the_right_answers_and_the_tokens_of_one_rank(
         *make_questions(tokenizer, "retrieval", 3, longest=256),
         *make_questions(tokenizer, "chat", 2),
     ]
-    assert {len(q.prompt) % 8 for q in questions} != {0}  # contexts that eight ranks cannot share evenly
+    # Some contexts cannot be divided evenly over eight ranks.
+    assert {len(q.prompt) % 8 for q in questions} != {0}
     engines = list_engines(["a2a", "ag_rs"], ["reference"], ["wide", "narrow"], [False])
     assert len(engines) == 5
     cells = list(run_matrix(str(DEMO), engines, COMMON, questions, [8]))
@@ -42,7 +50,8 @@ def test_every_engine_gives_the_right_answers_and_the_tokens_of_one_rank(
         for kind, row in cell.summary.items():
             assert row["differ"] == 0, f"{cell.name}: {kind}"
             assert row["accuracy"] == 1.0, f"{cell.name}: {kind}"
-            # LSEs of the wrong base change none of its answers, so sure is the model; but this, by 0.02.
+            # The model is so sure of its answers that LSEs in the wrong base change none of them.
+            # But they change this by 0.02.
             assert row["drift"] < 1e-5, f"{cell.name}: {kind}"
 
 
@@ -77,7 +86,9 @@ def test_worked_steps_are_right() -> None:
         assert 2 <= len(steps) <= 4
         for a, operator, b, value in steps:
             x, y, z = int(a), int(b), int(value)
-            assert {"+": x + y == z, "-": x - y == z, "*": x * y == z, "/": y * z == x}[operator], problem
+            assert {"+": x + y == z, "-": x - y == z, "*": x * y == z, "/": y * z == x}[operator], (
+                problem
+            )
         assert problem.answer.endswith(f"{steps[-1][3]}. The answer is {problem.result}.")
         assert steps[-1][3] == problem.result
 
@@ -88,17 +99,22 @@ def test_no_held_out_problem_is_trained_on() -> None:
     assert not trained & {make_word_problem(rng, held_out=True).question for _ in range(200)}
 
 
-@pytest.mark.parametrize(("kind", "length"), [("words", 528), ("retrieval", 264), ("retrieval", 1056)])
-def test_what_is_trained_on_are_whole_answers(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "length"), [("words", 528), ("retrieval", 264), ("retrieval", 1056)]
+)
+def test_what_is_trained_on_are_whole_answers(
+    tokenizer: PreTrainedTokenizerBase, kind: str, length: int
+) -> None:
     tokenize = Tokenize(tokenizer.backend_tokenizer)
     batch = make_batch(Random(0), tokenize, kind, 4, length)
     assert batch.tokens.shape == batch.labels.shape == (4, length)
-    shape = r" (.* )?(The answer is \d+|The code of the \w+ \w+ is \d{4}|The \w+ \w+ lives in \w+)\.(\n|<.*>)?"
+    statement = r"The answer is \d+|The code of the \w+ \w+ is \d{4}|The \w+ \w+ lives in \w+"
+    shape = rf" (.* )?({statement})\.(\n|<.*>)?"
     for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
         assert tokens[0] == tokenizer.bos_token_id and labels[0] == SILENT
         answers = [tokens[labels == label].tolist() for label in range(ANSWERS, labels.max() + 1)]
         assert answers
-        for answer in answers[:-1]:  # the row may end within the last
+        for answer in answers[:-1]:  # the row may end within the last answer
             assert re.fullmatch(shape, tokenizer.decode(answer)), tokenizer.decode(answer)
 
 
@@ -125,7 +141,7 @@ def test_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "Grüße 😀: 3,074 of 99"
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
-    assert len(tokenizer.encode(" 3074", add_special_tokens=False)) == 5  # digit by digit
+    assert len(tokenizer.encode(" 3074", add_special_tokens=False)) == 5  # one token for each digit
     message = [{"role": "user", "content": "Hello"}]
     chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert chat == f"{tokenizer.bos_token}User: Hello\n\nAssistant:"

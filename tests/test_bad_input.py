@@ -1,6 +1,6 @@
-"""What a user can get wrong: options, checkpoints, prompts, sampling parameters, the command line. Each is a
-ValueError that names the flag or field and the value, leaves no thread or process behind, and harms no
-other request.
+"""What a user can get wrong: options, checkpoints, prompts, sampling parameters, the command line.
+Each is a ValueError that names the flag or field and the value, leaves no thread or process behind,
+and harms no other request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORM, GATE = "model.norm.weight", "model.layers.1.mlp.experts.3.gate_proj.weight
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good checkpoint: several shards and no tokenizer."""
+    """A good checkpoint with several shards and without a tokenizer."""
     path = tmp_path_factory.mktemp("tiny")
     make_checkpoint(path, "v2")
     assert len(list(path.glob("*.safetensors"))) > 1
@@ -43,32 +43,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of it to spoil."""
+    """A copy of the good checkpoint, for the test to damage."""
     return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
 
 
 def edit(file: Path, **changes: object) -> None:
-    """Change the JSON object in a file; None removes a key."""
+    """Change the JSON object in a file. None removes a key."""
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def find_ours() -> set[object]:
-    """This process's children, and the threads of engines."""
+    """The children of this process, and the threads of engines."""
     threads = {t for t in threading.enumerate() if "rank" in t.name or t.name == "engine"}
     return threads | set(children_of(os.getpid()) if Path("/proc/self/stat").exists() else ())
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """The test leaves no thread and no process."""
+    """Check that the test leaves no thread and no process."""
     before = find_ours()
     yield
     wait_until(lambda: find_ours() <= before, 2, "threads or processes are left")
 
 
 def refuse(model: str | Path, *words: object, **options: object) -> None:
-    """LLM() raises a ValueError with all these words in it, and leaves nothing."""
+    """Check that LLM() raises a ValueError with all these words, and leaves nothing behind."""
     before = find_ours()
     with pytest.raises(ValueError) as refusal:
         LLM(str(model), **(dict(device="cpu", ranks="threads") | options)).close()
@@ -99,10 +99,19 @@ WRONG_OPTIONS = [
     (dict(num_blocks=0), "--num-blocks 0", "at least 1"),
     (dict(max_model_len=0), "--max-model-len 0", "at least 1"),
     (dict(max_model_len=POSITIONS + 1), f"--max-model-len {POSITIONS + 1}", POSITIONS),
-    (dict(max_model_len=512, num_blocks=31), "--max-model-len 512", "holds 496 tokens", "--num-blocks"),
+    (
+        dict(max_model_len=512, num_blocks=31),
+        "--max-model-len 512",
+        "holds 496 tokens",
+        "--num-blocks",
+    ),
     (dict(max_num_seqs=0), "--max-num-seqs 0", "at least 1"),
     (dict(max_num_batched_tokens=0), "--max-num-batched-tokens 0", "at least 1"),
-    (dict(max_num_batched_tokens=7, max_num_seqs=8), "--max-num-batched-tokens 7", "--max-num-seqs 8"),
+    (
+        dict(max_num_batched_tokens=7, max_num_seqs=8),
+        "--max-num-batched-tokens 7",
+        "--max-num-seqs 8",
+    ),
     (dict(gpu_memory_utilization=0), "--gpu-memory-utilization 0", "(0, 1]"),
     (dict(gpu_memory_utilization=1.1), "--gpu-memory-utilization 1.1", "(0, 1]"),
     (dict(tensor_parallel=2), "unknown option tensor_parallel", "tp_size"),
@@ -195,7 +204,7 @@ def shard_of(checkpoint: Path, tensor: str) -> Path:
 
 
 def rewrite(file: Path, tensors: dict[str, torch.Tensor | None]) -> None:
-    """Add, replace or (None) remove tensors of a shard."""
+    """Add or replace tensors of a shard. None removes a tensor."""
     with safe_open(file, framework="pt") as shard:
         held = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     file.unlink()
@@ -231,7 +240,9 @@ def test_truncated_shard(checkpoint: Path, size: int) -> None:
 def test_truncated_shard_seen_by_processes(checkpoint: Path) -> None:
     shard = shard_of(checkpoint, NORM)
     shard.write_bytes(shard.read_bytes()[:-1])
-    refuse(checkpoint, shard, "truncated or not safetensors", ranks="processes", tp_size=2, dcp_size=2)
+    refuse(
+        checkpoint, shard, "truncated or not safetensors", ranks="processes", tp_size=2, dcp_size=2
+    )
 
 
 def test_truncated_single_file(tmp_path: Path) -> None:
@@ -272,13 +283,16 @@ def test_tensors_of_another_shape_are_listed(checkpoint: Path) -> None:
 def test_all_problems_are_told_at_once(checkpoint: Path) -> None:
     edit_index(checkpoint, **{NORM: None, "a.weight": shard_of(checkpoint, NORM).name})
     edit(checkpoint / "config.json", vocab_size=100)
-    refuse(checkpoint, f"1 missing: {NORM}", "1 not part of this model: a.weight", "2 of another shape")
+    refuse(
+        checkpoint, f"1 missing: {NORM}", "1 not part of this model: a.weight", "2 of another shape"
+    )
 
 
 def test_a_good_checkpoint_works_after_all_that(tiny: Path, nothing_left: None) -> None:
     before = find_ours()
     with LLM(str(tiny), device="cpu", ranks="threads", tp_size=2) as llm:
-        assert len(find_ours() - before) == 4  # ranks and their readers, so the tests above would see them
+        # Two ranks and their two readers: the tests above would have noticed them.
+        assert len(find_ours() - before) == 4
         assert tokens_of(llm.generate(GOOD, GREEDY))
 
 
@@ -345,7 +359,7 @@ def expected(llm: LLM) -> list[list[int]]:
 
 @pytest.fixture
 def unharmed(llm: LLM, expected: list[list[int]]) -> Iterator[None]:
-    """After the test the engine holds nothing, and answers as before."""
+    """Check that after the test the engine holds nothing, and answers as before."""
     yield
     blocks = llm.engine.blocks
     assert llm.engine.requests == {}
@@ -357,34 +371,54 @@ def unharmed(llm: LLM, expected: list[list[int]]) -> Iterator[None]:
 WRONG_PROMPTS = [
     ([[]], SamplingParams(), "prompt: is empty"),
     ([[5], []], SamplingParams(), "prompt: is empty"),
-    ([VOCAB], SamplingParams(), f"token id {VOCAB} is out of range; the vocabulary has {VOCAB} tokens"),
+    (
+        [VOCAB],
+        SamplingParams(),
+        f"token id {VOCAB} is out of range; the vocabulary has {VOCAB} tokens",
+    ),
     ([[5], [6, -1]], SamplingParams(), "token id -1 is out of range"),
     ([10**30], SamplingParams(), f"token id {10**30} is out of range"),
     ([[5, 1.5]], SamplingParams(), "token id 1.5"),
     ("text", SamplingParams(), "no tokenizer; give token ids"),
     ([[5], "text"], SamplingParams(), "no tokenizer; give token ids"),
-    ([5, [6]], SamplingParams(), "prompts"),  # one prompt or two?
+    ([5, [6]], SamplingParams(), "prompts"),  # is this one prompt, or two?
     ([5, "text"], SamplingParams(), "prompts"),
     ([5, 1.5], SamplingParams(), "prompts"),
-    ([5] * POSITIONS, SamplingParams(max_tokens=None), f"maximum context length is {POSITIONS} tokens"),
+    (
+        [5] * POSITIONS,
+        SamplingParams(max_tokens=None),
+        f"maximum context length is {POSITIONS} tokens",
+    ),
     ([5] * 10 * POSITIONS, SamplingParams(), f"{10 * POSITIONS} in the prompt"),
     ([5], SamplingParams(max_tokens=POSITIONS), f"you requested {POSITIONS + 1} tokens"),
     ([5], SamplingParams(max_tokens=10**30), f"max_tokens {10**30}"),
-    ([5], SamplingParams(logprobs=VOCAB + 1), f"logprobs {VOCAB + 1}: the vocabulary has {VOCAB} tokens"),
-    ([5], SamplingParams(stop="x"), "stop ('x',): the checkpoint has no tokenizer; use stop_token_ids"),
+    (
+        [5],
+        SamplingParams(logprobs=VOCAB + 1),
+        f"logprobs {VOCAB + 1}: the vocabulary has {VOCAB} tokens",
+    ),
+    (
+        [5],
+        SamplingParams(stop="x"),
+        "stop ('x',): the checkpoint has no tokenizer; use stop_token_ids",
+    ),
     ([[5], [6]], [SamplingParams()], "sampling_params: 1 for 2 prompts"),
     ([5], [SamplingParams()] * 2, "sampling_params: 2 for 1 prompts"),
 ]
 
 
-@pytest.mark.parametrize(("prompts", "params", "words"), WRONG_PROMPTS, ids=[case[2] for case in WRONG_PROMPTS])
+@pytest.mark.parametrize(
+    ("prompts", "params", "words"), WRONG_PROMPTS, ids=[case[2] for case in WRONG_PROMPTS]
+)
 def test_prompts(llm: LLM, unharmed: None, prompts: object, params: object, words: str) -> None:
     with pytest.raises(ValueError) as refusal:
         llm.generate(prompts, params)
     assert words in str(refusal.value)
 
 
-def test_a_refused_request_does_not_disturb_one_that_runs(llm: LLM, unharmed: None, expected: list[list[int]]) -> None:
+def test_a_refused_request_does_not_disturb_one_that_runs(
+    llm: LLM, unharmed: None, expected: list[list[int]]
+) -> None:
     engine = llm.engine
     engine.add_request("good", GOOD[0], GREEDY)
     tokens: list[int] = []
@@ -400,16 +434,20 @@ def test_a_refused_request_does_not_disturb_one_that_runs(llm: LLM, unharmed: No
 
 
 def test_the_longest_request_is_not_refused(llm: LLM, unharmed: None) -> None:
-    """As a check of the bounds above: one token less than what is refused."""
-    (output,) = llm.generate([5] * (POSITIONS - 1), SamplingParams(max_tokens=None, ignore_eos=True))
+    """A check of the bounds above: these requests are one token shorter than refused ones."""
+    (output,) = llm.generate(
+        [5] * (POSITIONS - 1), SamplingParams(max_tokens=None, ignore_eos=True)
+    )
     assert len(output.outputs[0].token_ids) == 1
-    (output,) = llm.generate([VOCAB - 1], SamplingParams(max_tokens=1, logprobs=VOCAB, top_k=2**63 - 1))
+    (output,) = llm.generate(
+        [VOCAB - 1], SamplingParams(max_tokens=1, logprobs=VOCAB, top_k=2**63 - 1)
+    )
     assert len(output.outputs[0].logprobs[0].top) == VOCAB
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], nothing_left: None) -> Cli:
-    """Runs a command line; gives the exit code and what stands on stderr. Nothing stands on stdout."""
+    """Runs a command line. Returns the exit code and stderr, and checks that stdout is empty."""
 
     def run(*argv: object) -> tuple[object, str]:
         try:
@@ -434,7 +472,9 @@ WRONG_COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [("serve", "--port", 0), ("generate", "--prompt", "x")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("serve", "--port", 0), ("generate", "--prompt", "x")], ids=lambda c: c[0]
+)
 @pytest.mark.parametrize(("flags", "words"), WRONG_COMMANDS, ids=lambda case: str(case[0]))
 def test_command_line(tiny: Path, cli: Cli, command: tuple, flags: tuple, words: str) -> None:
     code, stderr = cli(*command, tiny, *CPU, *flags)
@@ -466,7 +506,8 @@ def test_command_line_without_a_good_model(cli: Cli, tmp_path: Path, checkpoint:
     edit(checkpoint / "config.json", model_type="deepseek_v2")
     code, stderr = cli("generate", checkpoint, "--prompt", "x", *CPU)
     assert code == 2
-    assert f"minidcp: error: {shard_of(checkpoint, NORM)}: no such file" in stderr  # after the progress bar
+    # The progress bar comes before it.
+    assert f"minidcp: error: {shard_of(checkpoint, NORM)}: no such file" in stderr
 
 
 @pytest.mark.parametrize(
@@ -489,7 +530,9 @@ def test_command_line_with_a_port_that_cannot_be(tiny: Path, cli: Cli) -> None:
         for port in (occupied.getsockname()[1], 70000, -1):
             code, stderr = cli("serve", tiny, *CPU, "--port", port)
             assert code == 2
-            assert stderr.startswith(f"minidcp: error: --host 127.0.0.1 --port {port}: cannot listen there")
+            assert stderr.startswith(
+                f"minidcp: error: --host 127.0.0.1 --port {port}: cannot listen there"
+            )
 
 
 @pytest.mark.parametrize(

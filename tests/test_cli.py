@@ -1,4 +1,4 @@
-"""What users type: the seed's launch commands, vLLM's spellings, and `minidcp generate` as a program."""
+"""What users type: SGLang's launch commands, vLLM's spellings, and `minidcp generate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minidcp.cli import build_parser, engine_config
 from minidcp.config import EngineConfig
-from minidcp.engine.cuda_graph import ladder
+from minidcp.worker.cuda_graph import ladder
 
 SEED = "--enable-symm-mem --disable-radix-cache --trust-remote-code"
 
@@ -61,7 +61,8 @@ def test_generate_prints_the_completion_and_the_rate(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     maker = str(root / "examples" / "make_demo_checkpoint.py")
     subprocess.run([sys.executable, maker, str(tmp_path)], check=True, capture_output=True)
-    flags = f"--tp-size 2 --dcp-size 2 --device cpu --ranks threads {SEED.replace('--enable-symm-mem', '')}"
+    seed = SEED.replace("--enable-symm-mem", "")
+    flags = f"--tp-size 2 --dcp-size 2 --device cpu --ranks threads {seed}"
     command = [sys.executable, "-m", "minidcp", "generate", str(tmp_path), *flags.split()]
     command += ["--prompt", "Once upon a time", "--max-tokens", "5", "--ignore-eos"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,7 +74,7 @@ def test_generate_prints_the_completion_and_the_rate(tmp_path: Path) -> None:
 
 @given(st.integers(1, 1024))
 def test_ladder(most: int) -> None:
-    """Every batch finds a graph, and little of it is padding."""
+    """There is a graph for every batch, with little padding."""
     sizes = ladder(most)
     assert sizes == sorted(set(sizes)) and sizes[-1] == most and sizes[0] == 1
     for size, following in pairwise(sizes):

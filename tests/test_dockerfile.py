@@ -1,6 +1,6 @@
-"""What no container engine is needed to check: that the Dockerfile's commands fit the command line and the
-package, that the health check tells a healthy server from another, and that the operations examples agree
-with the server and with each other.
+"""What can be checked without a container engine: the Dockerfile's commands fit the command line
+and the package, the health check tells healthy servers from others, and the operations examples
+agree with the server and with each other.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ HISTOGRAMS = {
 
 
 def read_dockerfile() -> list[tuple[str, str]]:
-    """Instructions and their arguments, continued lines joined."""
-    text = "\n".join(line for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1] != "#")
+    """Instructions and their arguments, with continued lines joined."""
+    text = "\n".join(
+        line for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1] != "#"
+    )
     lines = [line for line in text.replace("\\\n", "").splitlines() if line.strip()]
     return [(name, rest) for name, rest in (line.split(maxsplit=1) for line in lines)]
 
@@ -61,7 +63,7 @@ DOCKERFILE = read_dockerfile()
 
 
 def arguments(instruction: str) -> list[str]:
-    """Of all uses, in order."""
+    """The arguments of every use of an instruction, in order."""
     return [rest for name, rest in DOCKERFILE if name == instruction]
 
 
@@ -76,8 +78,8 @@ def project() -> dict[str, Any]:
 
 
 def entrypoint() -> list[str]:
-    """minidcp's own part of it."""
-    command: list[str] = json.loads(arguments("ENTRYPOINT")[-1])  # exec form, or this fails
+    """The part of the entry point that is minidcp's own."""
+    command: list[str] = json.loads(arguments("ENTRYPOINT")[-1])  # fails if it is not the exec form
     return command[command.index("minidcp") + 1 :]
 
 
@@ -97,14 +99,15 @@ def test_no_flags_print_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_as_a_user_without_rights_who_has_a_home() -> None:
     user = arguments("USER")[-1]
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)  # by number: Kubernetes' runAsNonRoot knows no names
+    # A number, because Kubernetes' runAsNonRoot knows no names.
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert f"useradd --uid {user.split(':')[0]}" in " ".join(arguments("RUN"))
     assert "HOME=/home/minidcp" in " ".join(arguments("ENV"))
 
 
 @contextmanager
 def answering(status: int) -> Iterator[int]:
-    """A server that gives every request that status; its port."""
+    """Run a server that answers /health with this status. Yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -133,14 +136,16 @@ def test_health_check(status: int | None, code: int) -> None:
         return subprocess.run([sys.executable, *script], capture_output=True).returncode
 
     if status is None:
-        assert check(1) == code  # nobody listens there
+        assert check(1) == code  # no server listens there
     else:
         with answering(status) as port:
             assert check(port) == code
 
 
 def test_copies_what_is_there_and_not_ignored() -> None:
-    patterns = [p for p in (ROOT / ".dockerignore").read_text().split("\n") if p and not p.startswith("#")]
+    patterns = [
+        p for p in (ROOT / ".dockerignore").read_text().split("\n") if p and not p.startswith("#")
+    ]
     sources = [s for rest in arguments("COPY") if "--from" not in rest for s in rest.split()[:-1]]
     assert {"pyproject.toml", "minidcp", "server"} <= set(sources)
     for source in sources:
@@ -208,7 +213,9 @@ def test_prometheus_example_scrapes_the_server() -> None:
 
 def test_dashboard_draws_metrics_that_exist_side_by_side() -> None:
     dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
-    known = GAUGES | COUNTERS | {f"{h}_{end}" for h in HISTOGRAMS for end in ("bucket", "sum", "count")}
+    known = (
+        GAUGES | COUNTERS | {f"{h}_{end}" for h in HISTOGRAMS for end in ("bucket", "sum", "count")}
+    )
     drawn: set[str] = set()
     taken: set[tuple[int, int]] = set()
     for panel in dashboard["panels"]:

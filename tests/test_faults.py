@@ -1,5 +1,5 @@
-"""Ranks and servers that die: every request in flight ends with an error that says so, processes end, nothing
-hangs and nothing is left. And two engines at once, which must not meet.
+"""Ranks and servers that die: every request in flight ends with an error that says so, processes
+end, nothing hangs and nothing is left. And two engines at once, which must not meet.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from servers import Server, wait_until
 from minidcp import LLM, SamplingParams
 from minidcp.batch import StepPlan
 from minidcp.engine.executor import EngineDeadError
-from minidcp.engine.model_runner import ModelRunner
+from minidcp.worker.model_runner import ModelRunner
 
-SECONDS = 10.0  # until a fault has had all its consequences
+SECONDS = 10.0  # the time in which all consequences of a fault must show
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=8000, temperature=0.0, ignore_eos=True)  # takes minutes
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks for processes in /proc"
+)
 
 
 def read_stat(pid: int | str) -> tuple[str, int]:
-    """A process's state and its parent; ("gone", 0) if there is none."""
+    """A process's state and its parent, or ("gone", 0) if the process does not exist."""
     try:
-        # The command's name, in parentheses, may hold anything.
+        # The command's name stands in parentheses, and can have any character in it.
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
         return "gone", 0
@@ -47,7 +49,7 @@ def is_alive(pid: int) -> bool:
 
 
 def is_tracker(pid: int) -> bool:
-    """Whether it is the process that Python itself keeps once other tests have used multiprocessing."""
+    """Whether this is the process that Python keeps after a use of multiprocessing."""
     try:
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -55,7 +57,7 @@ def is_tracker(pid: int) -> bool:
 
 
 def children_of(parent: int) -> list[int]:
-    """Processes started by `parent`, oldest first; zombies too, which it should have waited for."""
+    """Processes started by `parent`, oldest first, with zombies that it did not wait for."""
     pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     return sorted(pid for pid in pids if read_stat(pid)[1] == parent and not is_tracker(pid))
 
@@ -69,7 +71,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
-    server = Server(checkpoint, tmp_path, "--ranks", "processes", "--tp-size", "2", "--dcp-size", "2")
+    server = Server(
+        checkpoint, tmp_path, "--ranks", "processes", "--tp-size", "2", "--dcp-size", "2"
+    )
     try:
         server.wait_until_healthy()
         yield server
@@ -85,20 +89,28 @@ def within_seconds() -> Iterator[None]:
 
 
 class InFlight:
-    """A streaming and another request to a server, both running; what became of them is in futures."""
+    """Two running requests to a server, one that streams. Futures have their results."""
 
     def __init__(self, url: str, max_tokens: int = 8000) -> None:
         body = dict(prompt=[5, 6, 7], max_tokens=max_tokens, ignore_eos=True)
         self.endpoint, self.body = f"{url}/v1/completions", body
         self.lines: list[str] = []
         self.threads = ThreadPoolExecutor(2)
-        self.whole: Future[httpx.Response] = self.threads.submit(httpx.post, self.endpoint, json=body, timeout=60)
+        self.whole: Future[httpx.Response] = self.threads.submit(
+            httpx.post, self.endpoint, json=body, timeout=60
+        )
         self.streamed = self.threads.submit(self.stream)
         wait_until(lambda: len(self.lines) >= 5, 30, "the stream has not begun")
-        wait_until(lambda: httpx.get(f"{url}/load").json()["running"] == 2, 30, "the other request has not come")
+        wait_until(
+            lambda: httpx.get(f"{url}/load").json()["running"] == 2,
+            30,
+            "the other request has not come",
+        )
 
     def stream(self) -> None:
-        with httpx.stream("POST", self.endpoint, json=self.body | {"stream": True}, timeout=60) as response:
+        with httpx.stream(
+            "POST", self.endpoint, json=self.body | {"stream": True}, timeout=60
+        ) as response:
             self.lines.extend(line for line in response.iter_lines() if line)
 
 
@@ -166,11 +178,16 @@ def test_a_rank_that_is_killed_ends_generate(checkpoint: Path) -> None:
         assert llm.engine.requests == {}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), ValueError("boom"), ZeroDivisionError("boom")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), ValueError("boom"), ZeroDivisionError("boom")]
+)
 def test_an_exception_in_one_ranks_step_ends_generate(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
-    """The error says which and what; where is for the log."""
+    """The error says which rank and what happened. The place in the code is only logged."""
     execute = ModelRunner.execute
 
     def fail(self: ModelRunner, plan: StepPlan) -> object:
@@ -180,7 +197,10 @@ def test_an_exception_in_one_ranks_step_ends_generate(
 
     monkeypatch.setattr(ModelRunner, "execute", fail)
     with LLM(str(checkpoint), device="cpu", ranks="threads", tp_size=4, dcp_size=2) as llm:
-        with within_seconds(), pytest.raises(EngineDeadError, match=f"^{re.escape(f'rank 1: {error!r}')}$"):
+        with (
+            within_seconds(),
+            pytest.raises(EngineDeadError, match=f"^{re.escape(f'rank 1: {error!r}')}$"),
+        ):
             llm.generate([[5, 6, 7], [8, 9]], ENDLESS)
         assert "rank 1 has failed" in caplog.text and "in fail\n    raise error" in caplog.text
         assert not [t.name for t in threading.enumerate() if t.name.startswith("rank ")]
@@ -209,7 +229,7 @@ def at_once(*calls: Callable[[], object]) -> list[object]:
 
 @needs_proc
 def test_two_engines_at_once(checkpoint: Path) -> None:
-    """Started and used at the same time, and one goes on when the other is closed."""
+    """Two engines start and run at the same time. One keeps working when the other is closed."""
     prompts = [[5, 6, 7], [8, 9], list(range(2, 100))]
 
     def start() -> LLM:

@@ -1,4 +1,4 @@
-"""The shape of the code: imports run only downwards, files stay small, the whole stays small."""
+"""The shape of the code: imports run only downwards, and files stay small."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("minidcp/**/*.py"), *ROOT.glob("server/**/*.py")])
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
-    ("config", "model_config", "request", "kernels"),
-    ("kv_cache",),
+    ("config", "model_config", "request", "hardware", "kernels"),
+    ("resolve", "kv_cache"),
     ("parallel", "batch"),
     ("attention",),
     ("models",),
+    ("worker",),
     ("engine",),
-    ("llm", "plan"),
+    ("llm", "plan", "plan_report"),
     ("__init__",),
     ("server",),
     ("cli", "__main__"),
@@ -27,7 +28,8 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 LAZY = {"cli.py": "minidcp_server", "attention/__init__.py": "minidcp.attention"}
 
 
-def place(file: Path) -> str:
+def find_module(file: Path) -> str:
+    """The name of a file's module or package, as FLOORS has it."""
     parts = file.relative_to(ROOT).parts
     return parts[0] if parts[0] == "server" else parts[1].removesuffix(".py")
 
@@ -50,21 +52,33 @@ def test_imports_run_downwards(file: Path) -> None:
     for node, module in own_imports(tree):
         name = str(file.relative_to(ROOT / file.relative_to(ROOT).parts[0]))
         if id(node) not in top_level:
-            assert module.startswith(LAZY.get(name, "-")), f"line {node.lineno}: lazy import of {module}"
+            assert module.startswith(LAZY.get(name, "-")), (
+                f"line {node.lineno}: lazy import of {module}"
+            )
         parts = module.split(".")
         target = "server" if parts[0] == "minidcp_server" else [*parts, "__init__"][1]
-        assert FLOOR[target] <= FLOOR[place(file)], f"line {node.lineno}: {module} is above {place(file)}"
+        assert FLOOR[target] <= FLOOR[find_module(file)], (
+            f"line {node.lineno}: {module} is above {find_module(file)}"
+        )
+
+
+def test_only_plans_and_results_cross_between_engine_and_worker() -> None:
+    """The driver starts ranks and speaks to them through `worker.py`, and knows no other part."""
+    for file in FILES:
+        if find_module(file) == "engine":
+            modules = {module for _, module in own_imports(ast.parse(file.read_text()))}
+            inner = {m for m in modules if m.startswith("minidcp.worker.")}
+            assert inner <= {"minidcp.worker.worker"}, file
 
 
 def test_sizes() -> None:
     lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in FILES}
     assert not {name: count for name, count in lines.items() if count >= 400}
-    assert sum(lines.values()) <= 6000
 
 
 def test_only_parallel_asks_for_ranks() -> None:
     for file in FILES:
-        if place(file) != "parallel":
+        if find_module(file) != "parallel":
             assert "get_rank(" not in file.read_text(), file
 
 

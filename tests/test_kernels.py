@@ -1,4 +1,4 @@
-"""Runs tests/interpreter in a process of its own: whether Triton interprets is fixed at its import."""
+"""Run tests/interpreter in a process of its own, because Triton's import fixes its mode."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from checkpoints import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidcp.batch import BlockTables, CacheRows, ContextPolicy, ForwardBatch, StepPlan
+from minidcp.attention.context import ContextPolicy
+from minidcp.batch import BlockTables, CacheRows, ForwardBatch, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
@@ -24,7 +25,8 @@ def test_interleave_is_a_round_robin(layout: Interleave, seq_len: int) -> None:
         shard = shards[pos % layout.size]
         assert layout.owner_of(pos) == pos % layout.size
         assert layout.local_slot(pos) == len(shard)
-        assert pos // layout.tokens_per_block == len(shard) // layout.block_size  # one block table for all
+        # All ranks use the same block table.
+        assert pos // layout.tokens_per_block == len(shard) // layout.block_size
         shard.append(pos)
     assert [layout.local_len(seq_len, r) for r in range(layout.size)] == [len(s) for s in shards]
     blocks = {pos // layout.tokens_per_block for pos in range(seq_len)}
@@ -42,9 +44,13 @@ def test_interleave_of_arrays(layout: Interleave, seq_len: int, rank: int) -> No
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
-    """Decode rows and prefill chunks of requests whose blocks are scattered at random."""
+    """Decode rows and prefill chunks of requests with randomly scattered blocks."""
     layout = draw(layouts)
-    rows = draw(st.lists(st.tuples(st.just(0) | st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5))
+    rows = draw(
+        st.lists(
+            st.tuples(st.just(0) | st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5
+        )
+    )
     num_decode = draw(st.integers(0, len(rows)))
     plan = StepPlan(num_decode=num_decode)
     width = layout.num_blocks(120)
@@ -63,8 +69,10 @@ def steps(draw: st.DrawFn) -> tuple[Interleave, StepPlan, np.ndarray]:
 
 @settings(deadline=None)
 @given(steps(), st.sampled_from(["gather_kv", "gather_q"]), st.integers(1, 40))
-def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: str, workspace: int) -> None:
-    """Write every token's number where the batch says, on every rank; then read it back as attention does."""
+def test_forward_batch(
+    case: tuple[Interleave, StepPlan, np.ndarray], strategy: str, workspace: int
+) -> None:
+    """Write the number of each token where the batch says, then read it as attention does."""
     layout, plan, table = case
     n, d = layout.size, plan.num_decode
     batches, caches = [], []
@@ -72,9 +80,11 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: 
         tables = BlockTables(len(plan.slots), table.shape[1])
         tables.update(plan)
         policy = ContextPolicy(CONFIG, 4, layout, strategy, workspace, workspace)
-        batch = ForwardBatch.build(plan, tables, policy, rank, lambda _: False, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        context = policy.build_context(plan, tables, rank, lambda _: False, cpu)
+        batch = ForwardBatch.build(plan, tables, layout, rank, lambda _: False, cpu, context)
         cache = torch.full((table.size * layout.block_size,), -1)
-        for slot, start in zip(plan.slots, plan.starts, strict=True):  # what earlier steps wrote
+        for slot, start in zip(plan.slots, plan.starts, strict=True):  # written by earlier steps
             for pos in range(start):
                 if pos % n == rank:
                     local = pos // n
@@ -104,7 +114,7 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: 
         slot, start = plan.slots[row], plan.starts[row]
         assert sorted(seen) == [1000 * slot + pos for pos in range(start + 1)]
 
-    # What every new token finds in the cache, by either way.
+    # What each new token finds in the cache, with either strategy.
     found: list[list[int]] = [[] for _ in plan.tokens]
     for k, piece in enumerate(batches[0].context):
         if isinstance(piece, CacheRows):
@@ -112,11 +122,15 @@ def test_forward_batch(case: tuple[Interleave, StepPlan, np.ndarray], strategy: 
                 for i, tokens in enumerate(found[piece.tokens]):
                     tokens += read_rows(batch.context[k], i, cache, layout)
         else:
-            shards = [cache[b.context[k].slots] for b, cache in zip(batches, caches, strict=True)]
-            packed = torch.stack(shards, 1)[piece.row, piece.owner]
+            shards = [
+                cache[b.context[k].cache_rows] for b, cache in zip(batches, caches, strict=True)
+            ]
+            packed = torch.stack(shards, 1)[piece.sent_index, piece.owner]
             assert len(packed) == sum(piece.varlen.lens_k) <= max(workspace, n)
             sees = iter(found[piece.tokens])
-            for count, keys in zip(piece.varlen.lens_q, packed.split(piece.varlen.lens_k), strict=True):
+            for count, keys in zip(
+                piece.varlen.lens_q, packed.split(piece.varlen.lens_k), strict=True
+            ):
                 for _ in range(count):
                     next(sees).extend(keys.tolist())
             assert next(sees, None) is None
@@ -136,7 +150,7 @@ def read_rows(rows: CacheRows, row: int, cache: torch.Tensor, layout: Interleave
 @settings(deadline=None)
 @given(st.data())
 def test_block_manager_against_a_model(data: st.DataObject) -> None:
-    """Random operations; a plain dictionary of owners says what must be true."""
+    """Random operations, compared with a plain dictionary of owners."""
     total, size = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 3))
     manager = BlockManager(total, size, prefix_cache=True)
     held: list[tuple[list[int], list[int]]] = []  # (tokens, blocks)

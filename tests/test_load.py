@@ -1,5 +1,5 @@
-"""256 streaming clients at once, 2,000 requests, a third of which leave early: every other one is complete and
-equal to its solo run, nothing leaks, and probes are answered in time."""
+"""256 streaming clients send 2,000 requests. A third of these leave early. All others are complete
+and equal to a run alone, nothing leaks, and probes are answered in time."""
 
 from __future__ import annotations
 
@@ -20,19 +20,27 @@ CLIENTS, REQUESTS, TOKENS = 256, 2000, 8
 
 
 def read_rss(pid: int) -> int:
-    """Resident bytes."""
+    """The resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
-async def stream(host: str, port: int, prompt: list[int], max_tokens: int, leave_after: int | None) -> list[str]:
-    """The texts of a completion's events; a client that leaves reads so many and closes its connection."""
+async def stream(
+    host: str, port: int, prompt: list[int], max_tokens: int, leave_after: int | None
+) -> list[str]:
+    """The texts of a completion's events. The client leaves after `leave_after` of them."""
     reader, writer = await asyncio.open_connection(host, port)
-    body = json.dumps(dict(prompt=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, stream=True)).encode()
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode())
+    body = json.dumps(
+        dict(prompt=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, stream=True)
+    ).encode()
+    writer.write(
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
+    )
     writer.write(b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + body)
     texts: list[str] = []
     try:
-        while (line := await reader.readline()) and (leave_after is None or len(texts) < leave_after):
+        while (line := await reader.readline()) and (
+            leave_after is None or len(texts) < leave_after
+        ):
             if line.startswith(b"data: {"):
                 texts.append(json.loads(line[6:])["choices"][0]["text"])
             elif line.startswith(b"data: [DONE]"):
@@ -44,13 +52,15 @@ async def stream(host: str, port: int, prompt: list[int], max_tokens: int, leave
 
 
 def list_solo(url: str) -> dict[tuple[int, ...], list[str]]:
-    """Prompts whose greedy tokens no rounding can change, and the texts of their events when alone."""
+    """Prompts whose tokens rounding cannot change, with the texts of their events when alone."""
     rng, solo = random.Random(0), {}
     host, port = httpx.URL(url).host, httpx.URL(url).port
     while len(solo) < 40:
         prompt = [BOS, *(rng.randrange(5, 300) for _ in range(rng.randint(1, 60)))]
         body = dict(prompt=prompt, max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=2)
-        tops = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["logprobs"]
+        tops = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0][
+            "logprobs"
+        ]
         best = [sorted(top.values())[-2:] for top in tops["top_logprobs"]]
         if all(len(pair) == 2 and pair[1] - pair[0] > 1e-2 for pair in best):
             solo[tuple(prompt)] = asyncio.run(stream(host, port, prompt, TOKENS, None))
@@ -74,10 +84,14 @@ def test_load(demo: Path, tmp_path: Path) -> None:
             wait_until(lambda: client.get("/load").json()["running"] == 0, 10, "requests are left")
             load = client.get("/load").json()
         blocks = load["kv_blocks"]
-        assert load["waiting"] == 0 == blocks["live"] and blocks["cached"] + blocks["free"] == blocks["total"]
+        assert load["waiting"] == 0 == blocks["live"]
+        assert blocks["cached"] + blocks["free"] == blocks["total"]
         assert len(latencies) > 50
         p50, p99 = (latencies[int(len(latencies) * share)] for share in (0.5, 0.99))
-        print(f"/health, {len(latencies)} times: {p50:.4f} s in the median, {p99:.4f} s at the 99th percentile")
+        print(
+            f"/health, {len(latencies)} times: {p50:.4f} s in the median, "
+            f"{p99:.4f} s at the 99th percentile"
+        )
         assert p99 < 0.1
         assert rss[-1] < rss[len(rss) // 2] + (16 << 20), "memory grows"
         assert "Traceback" not in server.stderr.read_text()
@@ -86,7 +100,7 @@ def test_load(demo: Path, tmp_path: Path) -> None:
 
 
 async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[int]:
-    """How much memory the server had, all the while."""
+    """Send all requests. Returns the server's memory over time."""
     host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
     rng, rss = random.Random(1), []
     left = REQUESTS
@@ -104,7 +118,7 @@ async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[
             assert complete or leave_after is not None
             kept = texts[:-1] if complete else texts
             assert kept == expected[: len(kept)]
-            # The last text also has what a following token would have completed.
+            # The last text may also have a character that a next token would have completed.
             assert not complete or texts[-1].startswith(expected[-1])
             if left % 50 == 0:
                 rss.append(read_rss(server.process.pid))
@@ -114,7 +128,7 @@ async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[
 
 
 def probe(url: str, results: multiprocessing.Queue[list[float]], done: Event) -> None:
-    """How long /health takes, seen from a process of its own: the clients' loop is busy."""
+    """Measure how long /health takes, in a process of its own: the clients' event loop is busy."""
     latencies = []
     with httpx.Client(base_url=url) as http:
         while not done.is_set():

@@ -1,4 +1,4 @@
-"""Loading by slices, the router's two normalisations, and RoPE's constants."""
+"""Loading slices of weights, the router's two normalisations, and RoPE's constants."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minidcp import LLM
-from minidcp.kernels.experts import route
+from minidcp.kernels.route import route
 from minidcp.model_config import ModelConfig, RopeConfig
 from minidcp.models.rope import inverse_frequencies
+from minidcp.models.weights import WHOLE, RandomSource, Shard
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,11 @@ from minidcp.models.rope import inverse_frequencies
     ],
 )
 def test_a_rank_reads_its_share_only(tmp_path: Path, policy: str, q_proj: str, dcp: int) -> None:
-    """At tp=8 a rank reads an eighth of what is sharded plus what is replicated. Narrow exchanges add
-    kv_b_proj for the heads of its DCP group, a replicated q projection that and itself."""
+    """At tp=8 a rank reads an eighth of the sharded weights and all of the replicated ones.
+
+    For narrow exchanges it reads kv_b_proj for all heads of its DCP group. If the q projection is
+    replicated, it reads kv_b_proj and the q projection for all of them.
+    """
     make_checkpoint(tmp_path, "v2", moe_intermediate_size=64, intermediate_size=128)
     sharded = ("o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
     share = 0.0
@@ -60,13 +64,14 @@ class FixedSource:
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_router_normalises_or_scales(normalise: bool) -> None:
-    """As the original code does; transformers scales in both cases. By hand, token by token."""
+    """Like the original code, unlike transformers, which always scales. Computed token by token."""
     torch.manual_seed(0)
     config = ModelConfig.from_dict(
-        STYLES["v2"] | {"model_type": "deepseek_v2", "norm_topk_prob": normalise, "routed_scaling_factor": 16.0}
+        STYLES["v2"]
+        | {"model_type": "deepseek_v2", "norm_topk_prob": normalise, "routed_scaling_factor": 16.0}
     )
     logits = torch.randn(20, 8) * 8
-    all_weights, all_ids = route(logits, config, shared=2)
+    all_weights, all_ids = route(logits, config, num_shared=2)
     assert (all_weights[:, :2] == 1).all() and (all_ids[:, :2] == torch.tensor([0, 1])).all()
     weights, ids = all_weights[:, 2:], all_ids[:, 2:] - 2
     for token in range(20):
@@ -96,7 +101,9 @@ def test_frequencies_equal_transformers(factor: float, v2: Oracle) -> None:
             | dict(
                 qk_rope_head_dim=64,
                 max_position_embeddings=int(4096 * factor),
-                rope_scaling=dict(type="yarn", factor=factor, original_max_position_embeddings=4096),
+                rope_scaling=dict(
+                    type="yarn", factor=factor, original_max_position_embeddings=4096
+                ),
             )
         )
         theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](config)
@@ -104,7 +111,7 @@ def test_frequencies_equal_transformers(factor: float, v2: Oracle) -> None:
 
 
 def test_both_dialects_of_config_mean_the_same(v2: Oracle, tmp_path: Path) -> None:
-    """transformers 5 writes rope_parameters and dtype; the hub has rope_scaling, rope_theta, torch_dtype."""
+    """transformers 5 writes rope_parameters and dtype, the hub rope_scaling and torch_dtype."""
     theirs = json.loads((v2.path / "config.json").read_text())
     assert "rope_parameters" in theirs and "dtype" in theirs
     hub = {k: v for k, v in theirs.items() if k not in ("rope_parameters", "dtype", "head_dim")}
@@ -114,3 +121,18 @@ def test_both_dialects_of_config_mean_the_same(v2: Oracle, tmp_path: Path) -> No
     hub["rope_scaling"] = rope
     (tmp_path / "config.json").write_text(json.dumps(hub))
     assert ModelConfig.from_hf(tmp_path) == ModelConfig.from_dict(theirs)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_random_weights_are_the_same_model_in_every_layout(dim: int, count: int) -> None:
+    shape = (10, 12)
+    source = RandomSource(torch.float32, torch.device("cpu"))
+    whole = source.read("layers.0.up_proj.weight", shape, WHOLE)
+    shards = [Shard(dim, index, count) for index in range(count)]
+    parts = [source.read("layers.0.up_proj.weight", shape, shard) for shard in shards]
+    assert len({part.shape for part in parts}) == 1
+    joined = torch.cat(parts, dim)
+    assert torch.equal(joined.narrow(dim, 0, shape[dim]), whole)
+    assert not joined.narrow(dim, shape[dim], joined.shape[dim] - shape[dim]).any()
+    assert not torch.equal(whole, source.read("layers.1.up_proj.weight", shape, WHOLE))

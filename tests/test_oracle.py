@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of every parallel configuration against transformers' DeepseekV2ForCausalLM."""
+"""Logits and greedy tokens of every parallel configuration, compared with transformers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from checkpoints import NUM_STEPS, Oracle, make_checkpoint
 
 from minidcp import LLM, RequestOutput, SamplingParams
 from minidcp.attention.reference import ReferenceBackend
-from minidcp.engine.model_runner import ModelRunner
+from minidcp.worker.model_runner import ModelRunner
 
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 EXCHANGES = list(product(("ag_rs", "a2a"), ("wide", "narrow")))
 CONFIGS = [
-    (tp, dcp, comm, policy) for tp, dcp in PARALLEL for comm, policy in (EXCHANGES if dcp > 1 else [("a2a", "wide")])
+    (tp, dcp, comm, policy)
+    for tp, dcp in PARALLEL
+    for comm, policy in (EXCHANGES if dcp > 1 else [("a2a", "wide")])
 ]
 
 
-UNEQUAL_MSCALES = dict(type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5)
+UNEQUAL_MSCALES = dict(
+    type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5
+)
 
 
 def check(oracle: Oracle, outputs: list[RequestOutput]) -> None:
-    """Tokens equal, and the whole distribution at every step within 1e-4 of the oracle's."""
-    for prompt, output, tokens, logprobs in zip(oracle.prompts, outputs, oracle.tokens, oracle.logprobs, strict=True):
+    """Check that tokens are equal, and every step's distribution within 1e-4 of the oracle's."""
+    for prompt, output, tokens, logprobs in zip(
+        oracle.prompts, outputs, oracle.tokens, oracle.logprobs, strict=True
+    ):
         completion = output.outputs[0]
         assert completion.token_ids == tokens, f"prompt of {len(prompt)}"
         assert completion.logprobs is not None and len(completion.logprobs) == NUM_STEPS
@@ -39,13 +45,20 @@ def check(oracle: Oracle, outputs: list[RequestOutput]) -> None:
             assert error < 1e-4, f"prompt of {len(prompt)}, step {step}: {error:.2e}"
 
 
-def run(oracle: Oracle, tp: int, dcp: int, comm: str = "a2a", policy: str = "auto", **options) -> LLM:
-    """Complete the oracle's prompts and check them; returns the engine, closed, for a look inside."""
+def run(
+    oracle: Oracle, tp: int, dcp: int, comm: str = "a2a", policy: str = "auto", **options
+) -> LLM:
+    """Complete the oracle's prompts and check the results. Returns the closed engine."""
     vocab = oracle.model.config.vocab_size
     params = SamplingParams(max_tokens=NUM_STEPS, temperature=0.0, ignore_eos=True, logprobs=vocab)
     options = dict(ranks="threads", device="cpu", max_model_len=512) | options
     with LLM(
-        str(oracle.path), tp_size=tp, dcp_size=dcp, dcp_comm_backend=comm, exchange_policy=policy, **options
+        str(oracle.path),
+        tp_size=tp,
+        dcp_size=dcp,
+        dcp_comm_backend=comm,
+        exchange_policy=policy,
+        **options,
     ) as llm:
         check(oracle, llm.generate(oracle.prompts, params))
     return llm
@@ -59,17 +72,24 @@ def test_whole_prompts(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str
 
 @pytest.mark.parametrize(("tp", "dcp", "comm", "policy"), CONFIGS)
 def test_chunked_prompts(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -> None:
-    """Chunks of at most 37 tokens, mixed with decode rows; blocks of 4, so that edges are everywhere."""
+    """Chunks of at most 37 tokens, mixed with decode rows, and blocks of only 4 tokens."""
     run(oracle, tp, dcp, comm, policy, max_num_batched_tokens=37, max_num_seqs=16, block_size=4)
 
 
 @pytest.mark.parametrize(("tp", "dcp", "comm", "policy"), CONFIGS)
 @pytest.mark.usefixtures("crowded")
 def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -> None:
-    """Room for half of what six prompts want: requests lose their blocks and are computed anew. With the q
-    projection replicated, so that every exchange and policy is tried with both."""
+    """There is room for half of what six prompts need: requests lose their blocks and start again.
+
+    The q projection is replicated here. In the other tests it is sharded.
+    """
     some = slice(2, None, 3)
-    few = replace(oracle, prompts=oracle.prompts[some], tokens=oracle.tokens[some], logprobs=oracle.logprobs[some])
+    few = replace(
+        oracle,
+        prompts=oracle.prompts[some],
+        tokens=oracle.tokens[some],
+        logprobs=oracle.logprobs[some],
+    )
     block_size = 4
     llm = run(
         few,
@@ -90,7 +110,7 @@ def test_preemption(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_prefix_cache(v2: Oracle, prefix_cache: bool) -> None:
-    """A second round finds its prompts in the cache, all but what is computed at least, and says the same."""
+    """A second round finds its prompts in the cache, up to their last block, and says the same."""
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     with LLM(
         str(v2.path),
@@ -110,7 +130,7 @@ def test_prefix_cache(v2: Oracle, prefix_cache: bool) -> None:
 
 @pytest.mark.parametrize(("comm", "policy"), EXCHANGES)
 def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in every cache slot that no token has been written to, and NaN outputs of empty shards."""
+    """Put NaN into all cache slots that hold no token, and into the outputs of empty shards."""
     allocate, decode = ModelRunner.make_cache, ReferenceBackend.decode
     caches = empty = 0
 
@@ -132,7 +152,7 @@ def test_poison(v2: Oracle, comm: str, policy: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_bf16_runs_close_to_fp32(v2: Oracle) -> None:
-    """Not exact, but the first token's distribution stays near: bf16 goes through the packed exchange."""
+    """bf16 uses the packed exchange. The first token's distribution must stay close to fp32's."""
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=128)
     with LLM(
         str(v2.path),
@@ -164,7 +184,7 @@ def test_bf16_runs_close_to_fp32(v2: Oracle) -> None:
     ids=["attention_bias", "no_yarn", "tied", "dense", "unequal_mscales"],
 )
 def test_variants(changes: dict[str, object], tmp_path: Path) -> None:
-    """Configurations that the hub's checkpoints do not use, but config.json allows."""
+    """Configurations that config.json allows, but no checkpoint on the hub uses."""
     model = make_checkpoint(tmp_path, "v2", **changes)
     if changes.get("attention_bias"):
         with torch.no_grad():

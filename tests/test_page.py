@@ -1,5 +1,6 @@
-"""The status page in headless Chromium, against a scripted server: what it shows of /load, and how a prompt
-streams in, stops and fails. That the real server answers the page's requests is `test_server.py`'s business.
+"""The status page in headless Chromium, against a scripted server: what it shows of /load, and how
+a prompt streams in, stops and fails. That the real server answers the page's requests is
+`test_server.py`'s business.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def token(text: str, finish_reason: str | None = None) -> bytes:
-    """One event of a stream."""
+    """One event of a stream, with one token."""
     choice = {"index": 0, "text": text, "finish_reason": finish_reason}
     return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
 
@@ -56,7 +57,7 @@ def refuse(status: int, message: str) -> Response:
 
 
 class Script:
-    """A server that says what a test wants. `pieces` are sent as they are put in; None ends the stream."""
+    """A server that sends what a test puts into `pieces`, piece by piece. None ends the stream."""
 
     def __init__(self) -> None:
         self.load: dict[str, Any] = {
@@ -86,7 +87,9 @@ class Script:
 
         @app.get("/")
         async def page() -> Response:
-            return HTMLResponse(files("minidcp_server").joinpath("page.html").read_text(encoding="utf-8"))
+            return HTMLResponse(
+                files("minidcp_server").joinpath("page.html").read_text(encoding="utf-8")
+            )
 
         @app.get("/load")
         async def load(request: Request) -> Response:
@@ -126,7 +129,9 @@ class Script:
         self.port = listening.getsockname()[1]
         settings = uvicorn.Config(self.app(), log_level="error", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(settings)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [listening]}, daemon=True
+        )
         self.thread.start()
 
     def stop(self) -> None:
@@ -136,7 +141,7 @@ class Script:
 
 
 class Page:
-    """What a person sees and does."""
+    """What a person sees and does on the page."""
 
     def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self.driver, self.url = driver, url
@@ -146,7 +151,7 @@ class Page:
         return self.driver.execute_script(script)
 
     def text(self, element: str) -> str:
-        """What is visible of an element; nothing if it is hidden."""
+        """The visible text of an element, which is empty if it is hidden."""
         return self.driver.find_element("id", element).text
 
     def click(self, element: str) -> None:
@@ -160,14 +165,16 @@ class Page:
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 5) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not after {seconds} s: {what}. The page:\n{self.body()}"
+            assert time.monotonic() < deadline, (
+                f"not after {seconds} s: {what}. The page:\n{self.body()}"
+            )
             time.sleep(0.02)
 
     def body(self) -> str:
         return self.driver.find_element("tag name", "body").text
 
     def poll(self) -> None:
-        """Ask for /load now, not within a second."""
+        """Ask for /load now, instead of within a second."""
         self.run("wake()")
 
 
@@ -178,7 +185,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
     profile: Path = tmp_path_factory.mktemp("chromium")
     for flag in [*FLAGS, f"--user-data-dir={profile}"]:
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))  # given a path it downloads none
+    # With a path it does not download a driver.
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     yield driver
     driver.quit()
 
@@ -206,11 +214,14 @@ def page(driver: webdriver.Chrome, page_url: str) -> Page:
 
 BARS = """return [...document.querySelectorAll(".rank .bar")].map(bar =>
     bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"""
-GROUPS = """return [...document.querySelectorAll(".group")].map(group => group.innerText.match(/rank \\d+/g))"""
+GROUPS = """return [...document.querySelectorAll(".group")].map(group =>
+    group.innerText.match(/rank \\d+/g))"""
 
 
 @pytest.mark.parametrize(("tp", "dcp", "groups"), [(8, 8, 1), (6, 2, 3), (4, 1, 1), (1, 1, 1)])
-def test_each_rank_has_a_bar_as_full_as_its_shard(page: Page, script: Script, tp: int, dcp: int, groups: int) -> None:
+def test_each_rank_has_a_bar_as_full_as_its_shard(
+    page: Page, script: Script, tp: int, dcp: int, groups: int
+) -> None:
     used = [100 + 7 * rank for rank in range(tp)]
     script.load["kv_tokens"] = {"capacity": [640] * tp, "used": used}
     script.load["config"] |= {"tp_size": tp, "dcp_size": dcp}
@@ -233,8 +244,13 @@ def test_numbers_are_those_of_the_server(page: Page, script: Script) -> None:
     assert page.text("model") == "a/<i>b</i>"
     assert page.text("state") == "up for 2 h 3 min"
     assert page.text("speed") == "100"  # 737,400 tokens in 7,374 seconds
-    assert page.run("return speeds.length") == 120  # each of the last two minutes' seconds
-    assert [page.text(kind) for kind in ("live", "cached", "free", "total")] == ["10", "6", "24", "40"]
+    assert page.run("return speeds.length") == 120  # one for each second of the last two minutes
+    assert [page.text(kind) for kind in ("live", "cached", "free", "total")] == [
+        "10",
+        "6",
+        "24",
+        "40",
+    ]
     assert "128 consecutive tokens" in page.text("block-story")
     assert "exchange policy\nauto" in page.text("config")
     assert "1,234 prompt tokens, 100 of them" in page.text("totals")
@@ -242,7 +258,9 @@ def test_numbers_are_those_of_the_server(page: Page, script: Script) -> None:
 
 def test_speed_follows_by_itself_and_survives_a_restart(page: Page, script: Script) -> None:
     script.load |= {"uptime_seconds": 12.0, "generated_tokens": 4577}
-    page.wait(lambda: page.text("speed") == "5.0", "ten tokens in two seconds, without being told to ask")
+    page.wait(
+        lambda: page.text("speed") == "5.0", "ten tokens in two seconds, without being told to ask"
+    )
     assert page.run("return document.getElementById('line').getAttribute('d')").count("L") == 1
     script.load |= {"uptime_seconds": 0.5, "generated_tokens": 0}
     page.poll()
@@ -255,14 +273,16 @@ def test_prompt_streams_in_piece_by_piece(page: Page, script: Script) -> None:
     page.fill("temperature", "0.25")
     page.driver.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     page.wait(lambda: script.bodies, "the request")
-    assert script.bodies == [{"prompt": "Ein <b>Anfang</b>", "stream": True, "max_tokens": 4, "temperature": 0.25}]
+    assert script.bodies == [
+        {"prompt": "Ein <b>Anfang</b>", "stream": True, "max_tokens": 4, "temperature": 0.25}
+    ]
     script.pieces.append(token(" one"))
     page.wait(lambda: page.text("output") == "Ein <b>Anfang</b> one", "the first token")
     assert page.text("stop") == "Stop"
     second = token(" zwölf").replace(b"\n\n", b"\r\n\r\n")
-    cut = second.index("ö".encode()) + 1  # within the character
+    cut = second.index("ö".encode()) + 1  # in the middle of the character
     script.pieces.append(b": a comment\n\n" + second[:cut])
-    time.sleep(0.2)  # so that the halves arrive one by one
+    time.sleep(0.2)  # so that the halves arrive separately
     script.pieces.append(second[cut:])
     page.wait(lambda: page.text("output").endswith("one zwölf"), "the second token")
     script.pieces.extend([token("") + token("\n<i>"), token("", "length"), DONE, None])
@@ -289,10 +309,15 @@ def test_stop_aborts_the_request(page: Page, script: Script) -> None:
 def test_errors_are_shown(page: Page, script: Script) -> None:
     script.error = 400, "This model's maximum context length is 1024 tokens."
     page.click("send")
-    page.wait(lambda: page.text("problem") == "This model's maximum context length is 1024 tokens.", "the 400")
+    page.wait(
+        lambda: page.text("problem") == "This model's maximum context length is 1024 tokens.",
+        "the 400",
+    )
     script.error = None
     page.click("send")
-    script.pieces.extend([token(" one"), b'data: {"error": {"message": "rank 3 ended"}}\n\n', DONE, None])
+    script.pieces.extend(
+        [token(" one"), b'data: {"error": {"message": "rank 3 ended"}}\n\n', DONE, None]
+    )
     page.wait(lambda: page.text("problem") == "rank 3 ended", "the error in mid-stream")
     assert page.text("output").endswith(" one")
     script.pieces.clear()
@@ -329,7 +354,9 @@ def test_engine_gone_and_back(page: Page, script: Script) -> None:
     script.stop()
     page.wait(lambda: "the server does not answer" in page.text("banner"), "that nobody answers")
     page.click("send")
-    page.wait(lambda: "connection to the server failed" in page.text("problem"), "an error for the prompt")
+    page.wait(
+        lambda: "connection to the server failed" in page.text("problem"), "an error for the prompt"
+    )
     script.load_error = None
     script.start()
     page.wait(lambda: page.text("state").startswith("up"), "recovery without a reload")
@@ -338,7 +365,9 @@ def test_engine_gone_and_back(page: Page, script: Script) -> None:
 
 
 def test_nothing_comes_from_outside_and_a_phone_scrolls_one_way(page: Page, script: Script) -> None:
-    script.load |= {"model": "an-organisation/with-a-very-long-model-name-of-many-parts-v2.5-instruct"}
+    script.load |= {
+        "model": "an-organisation/with-a-very-long-model-name-of-many-parts-v2.5-instruct"
+    }
     script.load["kv_tokens"] = {"capacity": [1_204_224] * 8, "used": [1_104_224] * 8}
     page.poll()
     page.wait(lambda: "1,104,224" in page.text("groups"), "large numbers")
@@ -351,5 +380,9 @@ def test_nothing_comes_from_outside_and_a_phone_scrolls_one_way(page: Page, scri
     assert widths == [360, 360]
     loaded = page.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert set(loaded) == {f"{page.url}load"}
-    refused = [line for line in page.driver.get_log("browser") if "Content Security Policy" in line["message"]]
+    refused = [
+        line
+        for line in page.driver.get_log("browser")
+        if "Content Security Policy" in line["message"]
+    ]
     assert refused == []

@@ -1,4 +1,4 @@
-"""Groups against their contract, and the exchange against attention over the whole context."""
+"""Groups, and the exchange compared with attention over the whole context."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from exchange import count_bytes
 
-from minidcp.parallel.exchange import EXCHANGES, gather_heads
+from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.group import Group, TorchGroup
 from minidcp.parallel.state import ParallelState, build_thread_states
 
 
 def run_threads(tp_size: int, dcp_size: int, work: Callable[[ParallelState], Any]) -> list[Any]:
-    """work(state) on every rank of a thread group; the results by rank."""
+    """Run work(state) on every rank of a thread group. Returns the results by rank."""
     states, _ = build_thread_states(tp_size, dcp_size)
     results: list[Any] = [None] * len(states)
 
@@ -34,8 +34,10 @@ def run_threads(tp_size: int, dcp_size: int, work: Callable[[ParallelState], Any
 
 
 def inputs(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Small whole numbers, so that sums are exact in any order and dtype."""
-    return [torch.arange(3 * size * 2).view(3, size, 2).to(dtype) % 7 + rank for rank in range(size)]
+    """Small whole numbers, for which sums are exact in any order and dtype."""
+    return [
+        torch.arange(3 * size * 2).view(3, size, 2).to(dtype) % 7 + rank for rank in range(size)
+    ]
 
 
 def use_every_collective(group: Group, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -56,7 +58,9 @@ def use_every_collective(group: Group, dtype: torch.dtype) -> dict[str, torch.Te
     return results
 
 
-def check_collectives(results: dict[str, torch.Tensor], rank: int, size: int, dtype: torch.dtype) -> None:
+def check_collectives(
+    results: dict[str, torch.Tensor], rank: int, size: int, dtype: torch.dtype
+) -> None:
     xs = inputs(size, dtype)
     expected = {
         "all_reduce": sum(xs[1:], xs[0]).flatten(1),
@@ -84,7 +88,7 @@ def run_process(rank: int, size: int, port: int) -> None:
     group = TorchGroup(dist.group.WORLD)
     for dtype in (torch.float32, torch.bfloat16):
         check_collectives(use_every_collective(group, dtype), rank, size, dtype)
-    # A group that does not begin at rank 0.
+    # Groups that do not begin at rank 0.
     pairs = [dist.new_group([i, i + 1]) for i in range(0, size, 2)]
     pair = TorchGroup(pairs[rank // 2])
     assert pair.all_gather(torch.tensor([rank])).tolist() == [[rank // 2 * 2, rank // 2 * 2 + 1]]
@@ -115,7 +119,9 @@ def test_a_failed_rank_does_not_leave_its_peers_waiting() -> None:
 
 def test_dcp_groups_are_consecutive_ranks() -> None:
     gathered = run_threads(
-        8, 4, lambda s: (s.tp.rank // s.dcp.size, s.dcp.all_gather(torch.tensor([s.tp.rank])).tolist())
+        8,
+        4,
+        lambda s: (s.tp.rank // s.dcp.size, s.dcp.all_gather(torch.tensor([s.tp.rank])).tolist()),
     )
     assert gathered == [(r // 4, [list(range(r // 4 * 4, r // 4 * 4 + 4))]) for r in range(8)]
 
@@ -124,7 +130,7 @@ def test_dcp_groups_are_consecutive_ranks() -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("name", ["ag_rs", "a2a"])  # p2p needs GPUs: tests/gpu/test_exchange.py
 def test_exchange_is_attention_over_the_union(name: str, size: int, dtype: torch.dtype) -> None:
-    """Scores and values of a whole context, split over ranks unevenly (some get nothing), against fp64."""
+    """Random scores and values, unevenly split over ranks, some of which get nothing."""
     torch.manual_seed(0)
     tokens, heads, dim, context = 5, 2 * size, 16, 11
     scores = torch.randn(tokens, heads, context) * 4
@@ -137,10 +143,12 @@ def test_exchange_is_attention_over_the_union(name: str, size: int, dtype: torch
     def work(state: ParallelState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mine = scores.masked_fill((owner != state.tp.rank)[:, None], -torch.inf)
         lse = mine.logsumexp(-1)
-        out = (mine.softmax(-1)[..., None] * values).sum(2).to(dtype)  # NaN where the shard is empty
+        # NaN where the shard is empty.
+        out = (mine.softmax(-1)[..., None] * values).sum(2).to(dtype)
         heads_each = heads // size
         own = q[:, state.tp.rank * heads_each :][:, :heads_each]
-        return *EXCHANGES[name](out, lse, state.dcp), gather_heads(own, state.dcp)
+        exchange = EXCHANGES[name](state.dcp)
+        return *exchange.merge(out, lse), exchange.gather_q(own)
 
     results = run_threads(size, size, work)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
@@ -160,6 +168,8 @@ def test_exchange_is_attention_over_the_union(name: str, size: int, dtype: torch
         ("ag_rs", "wide", "sharded", 247_296),
     ],
 )
-def test_bytes_received_per_token_and_layer(exchange: str, policy: str, q_proj: str, expected: int) -> None:
-    """DeepSeek-V2 at tp=dcp=8, counted while a layer decodes. p2p reads what a2a sends: see tests/gpu."""
+def test_bytes_received_per_token_and_layer(
+    exchange: str, policy: str, q_proj: str, expected: int
+) -> None:
+    """DeepSeek-V2 at tp=dcp=8. p2p reads what a2a sends; tests/gpu has it."""
     assert count_bytes(exchange, policy, q_proj) == expected

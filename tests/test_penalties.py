@@ -1,4 +1,4 @@
-"""Penalties, biases and min_tokens through the whole engine, against transformers' logits processors."""
+"""Penalties, biases and min_tokens in the whole engine, compared with transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ STEPS = 24
 def complete(oracle: Oracle, prompt: list[int], **how: object) -> list[int]:
     ids = torch.tensor([prompt])
     out = oracle.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, do_sample=False, pad_token_id=0, **how
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        pad_token_id=0,
+        **how,
     )
     return out[0, len(prompt) :].tolist()
 
@@ -33,7 +38,7 @@ def complete(oracle: Oracle, prompt: list[int], **how: object) -> list[int]:
 )
 @pytest.mark.usefixtures("crowded")
 def test_against_transformers(v2: Oracle, ours: dict, theirs: dict) -> None:
-    """On four ranks with too few blocks: requests are preempted, and their counts begin anew."""
+    """Four ranks with too few blocks: requests are preempted, and their counts start again."""
     prompts = [p for p in v2.prompts if len(p) < 70]
     params = SamplingParams(max_tokens=STEPS, temperature=0.0, **ours)
     with LLM(
@@ -91,11 +96,17 @@ def test_a_bias_on_an_unknown_token_is_refused(v2: Oracle) -> None:
 
 @pytest.mark.usefixtures("crowded")
 def test_prompt_logprobs(v2: Oracle) -> None:
-    """Of every prompt token but the first, in chunks, with preemption and a prefix cache that could help."""
+    """Log-probabilities of all prompt tokens but the first, with chunks, preemption and a cache."""
     prompts = [p for p in v2.prompts if len(p) > 1]
-    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=1, prompt_logprobs=3)
-    options = dict(tp_size=2, dcp_size=2, ranks="threads", device="cpu", max_model_len=320, block_size=4)
-    with LLM(str(v2.path), num_blocks=42, max_num_batched_tokens=90, max_num_seqs=8, **options) as llm:
+    params = SamplingParams(
+        max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=1, prompt_logprobs=3
+    )
+    options = dict(
+        tp_size=2, dcp_size=2, ranks="threads", device="cpu", max_model_len=320, block_size=4
+    )
+    with LLM(
+        str(v2.path), num_blocks=42, max_num_batched_tokens=90, max_num_seqs=8, **options
+    ) as llm:
         outputs = llm.generate(prompts + prompts, params)
         assert llm.engine.scheduler.num_preemptions > 0
         plain = llm.generate([prompts[0]], SamplingParams(max_tokens=1))[0]
@@ -110,4 +121,6 @@ def test_prompt_logprobs(v2: Oracle) -> None:
             here = expected[position - 1]
             assert entry.token_id == prompt[position]
             assert abs(entry.logprob - float(here[entry.token_id])) < 1e-3
-            assert [value for _, value in entry.top] == pytest.approx(here.topk(3).values.tolist(), abs=1e-3)
+            assert [value for _, value in entry.top] == pytest.approx(
+                here.topk(3).values.tolist(), abs=1e-3
+            )

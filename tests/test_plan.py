@@ -1,4 +1,4 @@
-"""`minidcp plan` against what is really built: bytes of a model, capacity of an engine, bytes exchanged."""
+"""`minidcp plan` compared with real models, engines and exchanges."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from minidcp.attention.reference import ReferenceBackend
 from minidcp.cli import main
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.model_runner import CPU_KV_BYTES
+from minidcp.hardware import GPUS
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek_v2 import Blueprint, DeepseekV2ForCausalLM
+from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
 from minidcp.models.weights import RandomSource, Weights
-from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import build_thread_states
-from minidcp.plan import GPUS, Plan, find_gpu
+from minidcp.plan import Deployment, find_gpu
+from minidcp.worker.model_runner import CPU_KV_BYTES
 
 V2 = str(Path(__file__).parents[1] / "benchmarks" / "configs" / "deepseek-v2")
 
 
 @pytest.fixture(params=sorted(STYLES))
 def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(STYLES[request.param] | {"model_type": "deepseek_v2"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(STYLES[request.param] | {"model_type": "deepseek_v2"})
+    )
     return str(tmp_path)
 
 
 @pytest.fixture
 def shallow(tmp_path: Path) -> str:
-    """V2 with two of its 60 layers."""
+    """V2 with only two of its 60 layers."""
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads(Path(V2, "config.json").read_text()) | {"num_hidden_layers": 2})
     )
@@ -49,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], command: str) -> Any:
 
 
 def count_held(what: object, seen: set[int]) -> int:
-    """Bytes of all memory that tensors reachable from `what` lie in."""
+    """Count the bytes of memory of all tensors that can be reached from `what`."""
     if isinstance(what, torch.Tensor):
         storage = what.untyped_storage()
         new = storage.data_ptr() not in seen
@@ -64,44 +66,65 @@ def count_held(what: object, seen: set[int]) -> int:
 
 @pytest.mark.parametrize(
     ("tp", "dcp", "options"),
-    [(1, 1, {}), (4, 1, {}), (4, 4, {}), (8, 2, {}), (8, 8, {"q_proj": "replicated"}), (4, 2, {"max_num_seqs": 4})],
+    [
+        (1, 1, {}),
+        (4, 1, {}),
+        (4, 4, {}),
+        (8, 2, {}),
+        (8, 8, {"q_proj": "replicated"}),
+        (4, 2, {"max_num_seqs": 4}),
+    ],
 )
-def test_weights_are_those_of_the_model_that_is_built(tiny: str, tp: int, dcp: int, options: dict[str, Any]) -> None:
+def test_weights_are_those_of_the_model_that_is_built(
+    tiny: str, tp: int, dcp: int, options: dict[str, Any]
+) -> None:
     config = EngineConfig(tiny, tp_size=tp, dcp_size=dcp, dtype="float32", **options)
     model_config = ModelConfig.from_hf(tiny)
+    plan = Deployment(config, GPUS["h100"], 100)
     states, _ = build_thread_states(config.tp_size, config.dcp_size)
-    heads = config.needs_group_heads, config.replicates_q
-    blueprint = Blueprint(model_config, states[0], ReferenceBackend(1.0), EXCHANGES["a2a"], *heads)
-    source = RandomSource(torch.float32, torch.device("cpu"))
-    model = DeepseekV2ForCausalLM(blueprint, Weights(source), model_config.max_position_embeddings)
-    plan = Plan(config, GPUS["h100"], 100)
+    attention = ReferenceBackend(1.0)
+    weights = Weights(RandomSource(torch.float32, torch.device("cpu")))
+    model = DeepseekV2ForCausalLM(model_config, plan.config, states[0], attention, weights)
     assert plan.memory["weight_bytes"] == count_held(model, set())
 
 
 @pytest.mark.parametrize(("tp", "dcp"), [(1, 1), (4, 1), (4, 2), (4, 4)])
 def test_capacity_is_that_of_an_engine_with_as_much_memory(tiny: str, tp: int, dcp: int) -> None:
     config = EngineConfig(
-        tiny, tp_size=tp, dcp_size=dcp, dtype="float32", device="cpu", load_format="dummy", ranks="threads",
-        max_num_seqs=6000, max_num_batched_tokens=6000, gpu_memory_utilization=1.0,
-    )  # fmt: skip
+        tiny,
+        tp_size=tp,
+        dcp_size=dcp,
+        dtype="float32",
+        device="cpu",
+        load_format="dummy",
+        ranks="threads",
+        max_num_seqs=6000,
+        max_num_batched_tokens=6000,
+        gpu_memory_utilization=1.0,
+    )
     engine = LLMEngine(config)
     engine.close()
-    some = Plan(config, GPUS["h100"] | {"memory": 3e9}, 100)
+    some = Deployment(config, GPUS["h100"] | {"memory": 3e9}, 100)
     block = some.memory["kv_bytes"] * config.block_size * dcp // some.memory["capacity"]
-    beside = 3e9 - some.memory["kv_bytes"]  # up to a block
-    plan = Plan(config, GPUS["h100"] | {"memory": CPU_KV_BYTES // tp + beside}, 100)
+    beside = 3e9 - some.memory["kv_bytes"]  # except for less than a block
+    plan = Deployment(config, GPUS["h100"] | {"memory": CPU_KV_BYTES // tp + beside}, 100)
     assert abs(plan.memory["kv_bytes"] // block - engine.blocks.num_blocks) <= 1
     held = engine.blocks.num_blocks * engine.blocks.tokens_per_block
     assert plan.memory["capacity"] == pytest.approx(held, rel=1e-3)
-    assert held > 1e6  # so much that --max-num-seqs does not bound it
+    assert held > 1e6  # so large that --max-num-seqs is no limit
     few = replace(config, max_num_seqs=2)
-    assert Plan(few, GPUS["h100"], 100).memory["capacity"] == 2 * 1024
+    assert Deployment(few, GPUS["h100"], 100).memory["capacity"] == 2 * 1024
 
 
 def test_the_plateau_of_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    """8 H100s, prompts of 4,000 and outputs of 1,500 tokens: without DCP throughput ends to rise between 32 and 64
-    requests; with it, it goes on until beyond 128."""
-    result = run(capsys, f"{V2} --gpu h100 --tp-size 8 --dcp-size 1,2,4,8 --context 4750 --concurrency 1..512")
+    """8 H100s, prompts of 4,000 and outputs of 1,500 tokens.
+
+    Without DCP, throughput stops rising between 32 and 64 requests. With DCP it rises beyond 128.
+    """
+    result = run(
+        capsys,
+        f"{V2} --gpu h100 --tp-size 8 --dcp-size 1,2,4,8 --context 4750 --concurrency 1..512",
+    )
     alone, *_, whole = result["memory"]
     assert [m["dcp_size"] for m in result["memory"]] == [1, 2, 4, 8]
     assert 32 < alone["most_requests"] < 64 and 128 < whole["most_requests"] < 512
@@ -116,8 +139,12 @@ def test_the_plateau_of_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_costs_give_the_steps_that_they_were_fitted_to() -> None:
-    """One rank of V2 of 8 on an H200 (README); its collectives were local copies, some 6 % of a step."""
-    plan = Plan(EngineConfig(V2, tp_size=8, dcp_size=8, max_num_seqs=512), GPUS["h200"] | {"link": 1e15}, 4750)
+    """One of 8 ranks of V2 on an H200. Its collectives were local copies, about 6 % of a step."""
+    plan = Deployment(
+        EngineConfig(V2, tp_size=8, dcp_size=8, max_num_seqs=512),
+        GPUS["h200"] | {"link": 1e15},
+        4750,
+    )
     measured = {
         1: (5.3, 1.5, 1.6, 0.8),
         32: (17.2, 11.0, 10.5, 1.8),
@@ -135,24 +162,34 @@ def test_costs_give_the_steps_that_they_were_fitted_to() -> None:
 
 @pytest.mark.parametrize(("label", "dcp"), [("TP8", 1), ("TP8 DCP8 p2p", 8)])
 def test_steps_and_cache_are_as_measured(label: str, dcp: int) -> None:
-    """One rank of V2 of 8 on an H200 that has 79.1 GiB, as `benchmarks/serving_emulated.py` measured it."""
+    """One of 8 ranks of V2 on an H200 with 79.1 GiB, from `benchmarks/serving_emulated.py`."""
     measured = json.loads((Path(V2).parents[1] / "steps" / "h200.json").read_text())["times"][label]
     gpu = GPUS["h200"] | {"memory": 79.1 * 2**30}
     config = EngineConfig(V2, tp_size=8, dcp_size=dcp, max_num_seqs=512, max_model_len=6602)
-    assert Plan(config, gpu, 4750).memory["kv_bytes"] == pytest.approx(measured["kv_bytes"], rel=0.01)
+    assert Deployment(config, gpu, 4750).memory["kv_bytes"] == pytest.approx(
+        measured["kv_bytes"], rel=0.01
+    )
     for i, context in enumerate(measured["contexts"]):
-        plan = Plan(config, gpu | {"memory": 1e13}, context)  # so that every batch fits
+        plan = Deployment(config, gpu | {"memory": 1e13}, context)  # so that every batch fits
         for batch, *seconds in measured["decode"]:
-            assert plan.time_step(batch)["step_ms"] == pytest.approx(1e3 * seconds[i], rel=0.15), (batch, context)
+            assert plan.time_step(batch)["step_ms"] == pytest.approx(1e3 * seconds[i], rel=0.15), (
+                batch,
+                context,
+            )
     assert {batch for batch, *_ in measured["decode"]} >= {1, 32, *((128, 512) if dcp > 1 else ())}
 
 
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
 @pytest.mark.parametrize("policy", ["wide", "narrow"])
 @pytest.mark.parametrize("q_proj", ["sharded", "replicated"])
-def test_bytes_are_those_that_a_layer_receives(shallow: str, exchange: str, policy: str, q_proj: str) -> None:
+def test_bytes_are_those_that_a_layer_receives(
+    shallow: str, exchange: str, policy: str, q_proj: str
+) -> None:
     options = dict(exchange_policy=policy, q_proj=q_proj, dcp_comm_backend=exchange)
-    plan, alone = (Plan(EngineConfig(shallow, tp_size=8, dcp_size=n, **options), GPUS["h200"], 4750) for n in (8, 1))
+    plan, alone = (
+        Deployment(EngineConfig(shallow, tp_size=8, dcp_size=n, **options), GPUS["h200"], 4750)
+        for n in (8, 1)
+    )
     (received, collectives), (without, fewer) = plan.count_received(2), alone.count_received(2)
     assert (received - without) / 2 / 2 == count_bytes(exchange, policy, q_proj)
     assert without == 2 * 2 * (7 * 2 * 5120 * 2) and fewer == 2 * 2
@@ -160,7 +197,10 @@ def test_bytes_are_those_that_a_layer_receives(shallow: str, exchange: str, poli
 
 
 def test_output(
-    shallow: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = f"{shallow} --gpu h100,link=200e9 --tp-size 8 --dcp-size 4,8 --concurrency 8,600"
     assert main(["plan", *command.split(), "--plot", str(tmp_path / "plan.png")]) == 0
@@ -182,24 +222,54 @@ def test_a_gpu_in_numbers() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--gpu h300", "--gpu 'h300': give h100, h200, a100, b200, or all of memory=80e9,bandwidth=3e12"),
+        (
+            "--gpu h300",
+            "--gpu 'h300': give h100, h200, a100, b200, or all of memory=80e9,bandwidth=3e12",
+        ),
         ("--gpu memory=80e9", "--gpu 'memory=80e9': give h100"),
         ("--gpu h100,link=0", "--gpu 'h100,link=0': give h100"),
         ("--gpu h100,memory=inf", "--gpu 'h100,memory=inf': give h100"),
-        ("--gpu h100 --tp-size 8 --dcp-size 1,3", "--dcp-size 3 must divide --tp-size 8; possible: 1, 2, 4, 8"),
-        ("--gpu h100 --tp-size 3", "--tp-size 3 must divide the model's 128 attention heads; possible: 1, 2, 4"),
-        ("--gpu h100 --tp-size 4", "--tp-size 4: 119.0 GB of weights leave no room for KV; raise it"),
-        ("--gpu h100 --tp-size 8 --concurrency 8..x", "--concurrency '8..x': must be rising integers, such as 1,8,64"),
-        ("--gpu h100 --tp-size 8 --concurrency 0..8", "--concurrency '0..8': must be rising integers"),
+        (
+            "--gpu h100 --tp-size 8 --dcp-size 1,3",
+            "--dcp-size 3 must divide --tp-size 8; possible: 1, 2, 4, 8",
+        ),
+        (
+            "--gpu h100 --tp-size 3",
+            "--tp-size 3 must divide the model's 128 attention heads; possible: 1, 2, 4",
+        ),
+        (
+            "--gpu h100 --tp-size 4",
+            "--tp-size 4: 119.0 GB of weights leave no room for KV; raise it",
+        ),
+        (
+            "--gpu h100 --tp-size 8 --concurrency 8..x",
+            "--concurrency '8..x': must be rising integers, such as 1,8,64",
+        ),
+        (
+            "--gpu h100 --tp-size 8 --concurrency 0..8",
+            "--concurrency '0..8': must be rising integers",
+        ),
         ("--gpu h100 --tp-size 8 --dcp-size 8,1", "--dcp-size '8,1': must be rising integers"),
         ("--gpu h100 --tp-size 8 --context 0", "--context 0: must be in 1..163840"),
-        ("--gpu h100 --tp-size 8 --max-model-len 4000 --context 4096", "--context 4096: must be in 1..4000"),
-        ("--gpu h100 --tp-size 8 --block-size 5", "--block-size 5: must be one of 1, 2, 4, 8, 16, 32"),
+        (
+            "--gpu h100 --tp-size 8 --max-model-len 4000 --context 4096",
+            "--context 4096: must be in 1..4000",
+        ),
+        (
+            "--gpu h100 --tp-size 8 --block-size 5",
+            "--block-size 5: must be one of 1, 2, 4, 8, 16, 32",
+        ),
         ("--gpu h100 --tp-size 8 --max-num-seqs 0", "--max-num-seqs 0: must be at least 1"),
         ("--gpu h100 --tp-size 8 --num-blocks 99999", "--num-blocks 99999: 11234 fit"),
-        ("--gpu h100 --tp-size 8 --num-blocks 3", "--context 4096: the KV cache holds 48 tokens; raise --dcp-size"),
+        (
+            "--gpu h100 --tp-size 8 --num-blocks 3",
+            "--context 4096: the KV cache holds 48 tokens; raise --dcp-size",
+        ),
         ("--gpu h100 --tp-size 8 --plot plan.pdf", "--plot 'plan.pdf': must end in .png or .svg"),
-        ("--gpu h100 --tp-size 8 --plot /nowhere/plan.png", "--plot /nowhere/plan.png: cannot be written"),
+        (
+            "--gpu h100 --tp-size 8 --plot /nowhere/plan.png",
+            "--plot /nowhere/plan.png: cannot be written",
+        ),
     ],
 )
 def test_wrong_options(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +278,9 @@ def test_wrong_options(flags: str, message: str, capsys: pytest.CaptureFixture[s
 
 
 def test_no_more_run_than_max_num_seqs(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, f"{V2} --gpu h200 --tp-size 8 --dcp-size 8 --max-num-seqs 64 --concurrency 32,512")
+    result = run(
+        capsys, f"{V2} --gpu h200 --tp-size 8 --dcp-size 8 --max-num-seqs 64 --concurrency 32,512"
+    )
     assert result["memory"][0]["most_requests"] == 64
     assert [step["running"] for step in result["steps"]] == [32, 64]
 
@@ -221,5 +293,5 @@ def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPat
         return V2
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    Plan(EngineConfig("deepseek-ai/DeepSeek-V2", tp_size=8), GPUS["h100"], 4750)
+    Deployment(EngineConfig("deepseek-ai/DeepSeek-V2", tp_size=8), GPUS["h100"], 4750)
     assert wanted == [["config.json"]]

@@ -1,4 +1,4 @@
-"""Chunks on top of cached context, by both strategies, beside decode rows: against transformers."""
+"""Chunks on top of cached context, with both strategies and beside decode rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidcp import LLM, EngineConfig, SamplingParams
-from minidcp.batch import Admission, ContextPolicy, StepPlan
+from minidcp.attention.context import ContextPolicy
+from minidcp.batch import Admission, StepPlan
 from minidcp.engine.engine import LLMEngine
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
@@ -20,13 +21,15 @@ from minidcp.model_config import ModelConfig
 PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 BLOCK_SIZE = 4
 CHUNKS = (1, 7, 64, 512)
-DECODES = (3, 17, 45)  # tokens before the one that is decoded
+DECODES = (3, 17, 45)  # number of tokens before the decoded one
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], torch.Tensor, list]:
-    """A checkpoint, a long text, its log-probabilities at every position, and those after the text's first
-    DECODES tokens and the likeliest next one."""
+    """A checkpoint, a long text, and the text's log-probabilities at every position.
+
+    Last come the log-probabilities after the first DECODES tokens and the likeliest next one.
+    """
     path = tmp_path_factory.mktemp("long")
     model = make_checkpoint(path, "v2", seed=3, max_position_embeddings=8192, num_hidden_layers=2)
     tokens = make_prompt(4512, 128)
@@ -56,19 +59,19 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
             max_model_len=4600,
             num_blocks=20000 // block,
             max_num_seqs=64,
-            max_num_batched_tokens=600,  # and so at most 600 tokens of context are gathered at once
+            max_num_batched_tokens=600,  # so at most 600 tokens of context are gathered at once
             prefill_strategy=strategy,
         )
     )
     table: list[int] = []
 
     def run(plan: StepPlan) -> torch.Tensor | None:
-        """The log-probabilities [rows that sample, vocab]."""
+        """Run a step. Returns the log-probabilities [rows that sample, vocab]."""
         engine.executor.submit(plan)
         entries = engine.executor.collect().logprobs or []
         return torch.tensor([[value for _, value in sorted(entry.top)] for entry in entries])
 
-    # Long contexts in a step of their own: the reference back-end pads all rows to the longest.
+    # Long contexts get a step of their own: the reference back-end pads all rows to the longest.
     short, long = StepPlan(num_decode=len(DECODES)), StepPlan()
     lengths = [(n, 0) for n in DECODES] + rows
     for slot, (prefix, chunk) in enumerate(lengths):
@@ -100,10 +103,14 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
 
 
 def test_a_conversation_of_ten_turns(stream: tuple) -> None:
-    """Its history is cached: the same tokens as without, and each turn computes what is new and at most a
-    block more."""
+    """With the prefix cache, a turn computes its new tokens and at most one block more.
+
+    The tokens are the same as without the cache.
+    """
     path, tokens, _, _ = stream
-    options = dict(tp_size=4, dcp_size=4, ranks="threads", device="cpu", max_model_len=1024, block_size=4)
+    options = dict(
+        tp_size=4, dcp_size=4, ranks="threads", device="cpu", max_model_len=1024, block_size=4
+    )
     params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
     histories = []
     for prefix_cache in (False, True):
@@ -116,7 +123,8 @@ def test_a_conversation_of_ten_turns(stream: tuple) -> None:
                 computed = llm.engine.stats.prompt_tokens - computed
                 known = len(history) - 31
                 if prefix_cache and turn:
-                    assert 31 <= computed <= 31 + 16 and output.cached_tokens == len(history) - computed
+                    assert 31 <= computed <= 31 + 16
+                    assert output.cached_tokens == len(history) - computed
                 else:
                     assert computed == known + 31
                 history += output.outputs[0].token_ids
@@ -137,19 +145,23 @@ def record_plans(llm: LLM, plans: list[StepPlan]) -> None:
 
 
 def test_steps_that_do_not_mix(stream: tuple) -> None:
-    """--no-mixed-steps: the same tokens, decode rows and chunks in turns, and nobody starves."""
+    """With --no-mixed-steps decode rows and chunks take turns, and the tokens are the same."""
     path, tokens, _, _ = stream
     prompts = [tokens[i : i + 40 + 30 * i] for i in range(6)]
-    params = [SamplingParams(max_tokens=6 + 5 * i, temperature=0.0, ignore_eos=True) for i in range(6)]
+    params = [
+        SamplingParams(max_tokens=6 + 5 * i, temperature=0.0, ignore_eos=True) for i in range(6)
+    ]
     texts = []
     for mixed in (True, False):
         plans = []
-        with LLM(str(path), device="cpu", mixed_steps=mixed, max_num_batched_tokens=32, max_num_seqs=4) as llm:
+        with LLM(
+            str(path), device="cpu", mixed_steps=mixed, max_num_batched_tokens=32, max_num_seqs=4
+        ) as llm:
             record_plans(llm, plans)
             texts.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
         mixes = [0 < plan.num_decode < len(plan.slots) for plan in plans]
         assert any(mixes) == mixed
-        if not mixed:  # while both wait, they take turns
+        if not mixed:  # while there are both, they take turns
             kinds = [plan.num_decode > 0 for plan in plans]
             both = range(len(kinds) - 3 - kinds[::-1].index(False))
             assert all(not (kinds[i] and kinds[i + 1] and kinds[i + 2]) for i in both)
@@ -157,11 +169,18 @@ def test_steps_that_do_not_mix(stream: tuple) -> None:
 
 
 def test_few_tokens_on_a_long_context_send_their_q() -> None:
-    """DeepSeek-V2 at tp=dcp=8: from P > 72 C on gathering q moves fewer bytes; for large chunks on little
-    context the KV is gathered."""
+    """DeepSeek-V2 at tp=dcp=8: gathering q moves fewer bytes if P > 72 C.
+
+    For large chunks on little context the KV is gathered.
+    """
     v2 = ModelConfig.from_dict(
         STYLES["v2"]
-        | dict(model_type="deepseek_v2", num_attention_heads=128, kv_lora_rank=512, qk_nope_head_dim=128)
+        | dict(
+            model_type="deepseek_v2",
+            num_attention_heads=128,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+        )
         | dict(qk_rope_head_dim=64, v_head_dim=128)
     )
     policy = ContextPolicy(v2, 16, Interleave(8, 16))

@@ -1,4 +1,4 @@
-"""The same tokens whatever ranks are: threads, processes, torchrun's on one node and on two."""
+"""Tokens are the same if ranks are threads, processes, or torchrun's on one node or two."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from minidcp import LLM, SamplingParams
 
 if __name__ == "__main__":
     path, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    with LLM(path, tp_size=2, dcp_size=2, device="cpu", max_model_len=512, exchange_policy="narrow") as llm:
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))
+    with LLM(
+        path, tp_size=2, dcp_size=2, device="cpu", max_model_len=512, exchange_policy="narrow"
+    ) as llm:
+        params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+        outputs = llm.generate(prompts, params)
         ranks = llm.engine.config.ranks
     with open(out, "w") as file:
         json.dump([ranks, [o.outputs[0].token_ids for o in outputs]], file)
@@ -31,7 +34,14 @@ WHICH = (0, 3, 12, 17)
 @pytest.mark.parametrize(("tp", "dcp", "comm"), [(2, 2, "a2a"), (4, 2, "ag_rs")])
 def test_processes(v2: Oracle, tp: int, dcp: int, comm: str) -> None:
     params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    with LLM(str(v2.path), tp_size=tp, dcp_size=dcp, dcp_comm_backend=comm, device="cpu", max_model_len=512) as llm:
+    with LLM(
+        str(v2.path),
+        tp_size=tp,
+        dcp_size=dcp,
+        dcp_comm_backend=comm,
+        device="cpu",
+        max_model_len=512,
+    ) as llm:
         assert llm.engine.config.ranks == "processes"
         outputs = llm.generate([v2.prompts[i] for i in WHICH], params)
     assert [o.outputs[0].token_ids for o in outputs] == [v2.tokens[i][:16] for i in WHICH]
@@ -46,7 +56,9 @@ def run_script(v2: Oracle, directory: Path, agents: list[list[str]]) -> None:
     script.write_text(SCRIPT)
     arguments = [str(script), str(v2.path), json.dumps([v2.prompts[i] for i in WHICH]), str(out)]
     running = [
-        subprocess.Popen([*agent, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*agent, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for agent in agents
     ]
     for process in running:
@@ -77,7 +89,7 @@ def test_torchrun_with_two_agents(v2: Oracle, tmp_path: Path) -> None:
 
 
 def test_dcp_multiplies_the_capacity(v2: Oracle) -> None:
-    """The same memory per rank holds dcp times the tokens, and so a prompt that no rank could hold alone."""
+    """The same memory per rank holds dcp times as many tokens: a prompt too long for one rank."""
     block_size, num_blocks = 4, 10
     prompt, expected = v2.prompts[-1], v2.tokens[-1][:16]
     assert len(prompt) == 300 > block_size * num_blocks
@@ -94,7 +106,7 @@ def test_dcp_multiplies_the_capacity(v2: Oracle) -> None:
             num_blocks=num_blocks,
         ) as llm:
             capacities.append(llm.engine.max_model_len)
-            rows.append(llm.engine.config.num_blocks * block_size)
+            rows.append(llm.engine.blocks.num_blocks * block_size)
             if dcp == 1:
                 with pytest.raises(ValueError, match="maximum context length is 40 tokens"):
                     llm.generate(prompt, params)

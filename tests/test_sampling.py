@@ -1,4 +1,4 @@
-"""Sampling against the distribution that it should have, and text that grows token by token."""
+"""Sampling compared with the distribution it should have, and text that grows by tokens."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from transformers import PreTrainedTokenizerFast
 from minidcp import SamplingParams
 from minidcp.batch import Admission, StepPlan
 from minidcp.engine.detokenizer import Detokenizer
-from minidcp.engine.sampler import Sampler, gumbel_noise, mask_unlikely
+from minidcp.worker.sampler import Sampler, gumbel_noise, mask_unlikely
 
 N = 20_000
 
 
-def choose(logits: torch.Tensor, *params: SamplingParams, sampler: Sampler | None = None) -> torch.Tensor:
-    """A token per row of logits, as params say, in turn; every row is the first request's next position."""
+def choose(
+    logits: torch.Tensor, *params: SamplingParams, sampler: Sampler | None = None
+) -> torch.Tensor:
+    """Sample a token per row of logits. Rows take turns with `params`, at positions 0, 1, …"""
     rows = list(range(len(logits)))
     plan = StepPlan(len(rows), rows, rows, [1] * len(rows), sampling=rows)
     sampler = sampler or Sampler()
-    sampler.admit(StepPlan(admitted=[Admission(row, params[row % len(params)], seed=7) for row in rows]))
+    sampler.admit(
+        StepPlan(admitted=[Admission(row, params[row % len(params)], seed=7) for row in rows])
+    )
     return sampler.sample(logits, plan, logits.argmax(-1)).tokens
 
 
@@ -45,10 +49,10 @@ def test_top_k_top_p_and_min_p() -> None:
     probs = LOGITS.softmax(-1)
     for how, kept in (
         (dict(top_k=3), 3),
-        (dict(top_p=0.5), 1),  # the first alone has 0.55
+        (dict(top_p=0.5), 1),  # the first token alone has 0.55
         (dict(top_p=0.6), 2),
         (dict(top_k=1, top_p=0.9), 1),
-        (dict(min_p=0.2), 3),  # of e^0, e^-1, e^-1.5, e^-2 …
+        (dict(min_p=0.2), 3),  # relative to the best: e^0, e^-1, e^-1.5, e^-2, …
         (dict(min_p=1.0), 1),
     ):
         expected = torch.where(torch.arange(6) < kept, probs, 0.0)
@@ -65,7 +69,7 @@ def test_zero_temperature_is_greedy_beside_sampling_rows() -> None:
 
 
 def test_penalties_biases_and_bans_against_their_definitions() -> None:
-    """Step by step beside a row without any, with counts that grow by what was sampled."""
+    """Several steps, beside a plain row. Counts grow with the sampled tokens."""
     torch.manual_seed(0)
     prompt, output, vocab = [3, 3, 5], [7], 12
     plain = SamplingParams(temperature=0.0)
@@ -89,7 +93,7 @@ def test_penalties_biases_and_bans_against_their_definitions() -> None:
             expected[token] -= 0.3 * output.count(token) + 0.7 * (token in output)
         expected[2] += 5
         expected[9] -= 100
-        if step < 2:  # the output's second and third token
+        if step < 2:  # the second and third token of the output
             expected[1] = -torch.inf
         before = logits.clone()
         position = len(prompt) + len(output)
@@ -122,7 +126,7 @@ def test_mask_against_brute_force(top_k: int, top_p: float, seed: int) -> None:
     total, nucleus = 0.0, []
     for token, p in zip(kept, probs.tolist(), strict=True):
         if top_p < 1 and abs(total - top_p) < 1e-5:
-            return  # on the edge rounding decides
+            return  # at the edge, rounding decides
         if total >= top_p and top_p < 1:
             break
         nucleus.append(token)
@@ -135,7 +139,7 @@ def test_mask_against_brute_force(top_k: int, top_p: float, seed: int) -> None:
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), eos_token=EOS)
 
 
-# Hypothesis also tries strings that it finds in our sources, such as the special tokens'.
+# Hypothesis also tries strings from our sources, such as those of special tokens.
 texts = st.text(max_size=30).filter(lambda text: "<｜" not in text)
 
 
@@ -157,7 +161,10 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 def test_text_grows_to_the_whole(text: str) -> None:
     parts = stream(Detokenizer(TOKENIZER, SamplingParams()), encode(text))
     assert "".join(parts) == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in part for part in parts) or "\N{REPLACEMENT CHARACTER}" in text
+    assert (
+        all("\N{REPLACEMENT CHARACTER}" not in part for part in parts)
+        or "\N{REPLACEMENT CHARACTER}" in text
+    )
 
 
 @given(st.lists(st.integers(2, 511), max_size=30))
@@ -184,7 +191,8 @@ def test_stop_strings_are_cut_and_never_leak(text: str, stops: list[str]) -> Non
     assert detokenizer.stopped == bool(ends)
     if ends:
         assert text.startswith(out) and any(text[len(out) :].startswith(stop) for stop in stops)
-        assert len(out) < ends[0] + 4  # at or before the first stop string's end (tokens may hold several)
+        # It ends at the first stop string or before it: a token may hold several of them.
+        assert len(out) < ends[0] + 4
     else:
         assert out == text
 
@@ -192,4 +200,7 @@ def test_stop_strings_are_cut_and_never_leak(text: str, stops: list[str]) -> Non
 def test_special_tokens_are_skipped_or_shown() -> None:
     ids = [*encode("one"), TOKENIZER.eos_token_id]
     assert "".join(stream(Detokenizer(TOKENIZER, SamplingParams()), ids)) == "one"
-    assert "".join(stream(Detokenizer(TOKENIZER, SamplingParams(skip_special_tokens=False)), ids)) == "one" + EOS
+    assert (
+        "".join(stream(Detokenizer(TOKENIZER, SamplingParams(skip_special_tokens=False)), ids))
+        == "one" + EOS
+    )

@@ -1,4 +1,4 @@
-"""The scheduler and the engine under random load: every block accounted for, nobody forgotten."""
+"""The scheduler and the engine under random load: no block and no request is lost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import EngineConfig, SamplingParams
+from minidcp.batch import MAX_SCORED_TOKENS
 from minidcp.engine.engine import LLMEngine
-from minidcp.engine.scheduler import GROWTH, MAX_SCORED, PlannedStep, Scheduler
+from minidcp.engine.scheduler import GROWTH, ScheduledStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
@@ -27,7 +28,7 @@ def check_blocks(blocks: BlockManager, requests: list[Request]) -> None:
 
 
 class FakeWorkers:
-    """Executes plans on dictionaries: what a rank must be able to do with nothing but the plans."""
+    """Executes plans with dictionaries: a rank must be able to do this from the plans alone."""
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, int], int] = {}
@@ -39,14 +40,16 @@ class FakeWorkers:
             self.tables[slot, index] = block
         tokens = deque(plan.tokens)
         outputs = []
-        for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lengths, strict=True)):
+        for row, (slot, start, length) in enumerate(
+            zip(plan.slots, plan.starts, plan.lengths, strict=True)
+        ):
             assert row >= plan.num_decode or length == 1
             for pos in range(start, start + length):
                 token = self.last[slot] if row < plan.num_decode else tokens.popleft()
                 block = self.tables[slot, pos // tokens_per_block]
                 self.cache[block, pos % tokens_per_block] = token
             if row in plan.sampling:
-                # "The model": a token that depends on all tokens that its block table leads to.
+                # "The model": a token that depends on all tokens that the block table points to.
                 context = [
                     self.cache[self.tables[slot, p // tokens_per_block], p % tokens_per_block]
                     for p in range(start + length)
@@ -73,8 +76,10 @@ def solo(prompt: list[int], count: int) -> list[int]:
 
 @st.composite
 def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
-    """(step of arrival, prompt length, max_tokens, step of abort or None); at most 30 tokens each."""
-    arrival = st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 10), st.none() | st.integers(0, 60))
+    """Requests of at most 30 tokens: (arrival, prompt length, max_tokens, abort or None)."""
+    arrival = st.tuples(
+        st.integers(0, 30), st.integers(1, 20), st.integers(1, 10), st.none() | st.integers(0, 60)
+    )
     return draw(st.lists(arrival, min_size=1, max_size=8))
 
 
@@ -99,17 +104,19 @@ def test_every_output_equals_its_solo_run(
     mixed_steps: bool,
     growth: int,
 ) -> None:
-    """Arrivals, lengths, shared prefixes, aborts and too few blocks, with results one step late."""
+    """Random arrivals, lengths, prefixes and aborts, with too few blocks and late results."""
     with mock.patch("minidcp.engine.scheduler.GROWTH", growth):
-        blocks = BlockManager(-(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache)
+        blocks = BlockManager(
+            -(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache
+        )
         scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
         workers = FakeWorkers()
-        # Many prompts share a beginning.
+        # Many prompts have a common prefix.
         requests = [
             Request(str(i), [t // 7 for t in range(length)], SamplingParams(), max_tokens, seed=0)
             for i, (_, length, max_tokens, _) in enumerate(load)
         ]
-        in_flight: deque[tuple[PlannedStep, list[int]]] = deque()
+        in_flight: deque[tuple[ScheduledStep, list[int]]] = deque()
         now = 0
         while now <= 60 or scheduler.waiting or scheduler.running or in_flight:
             for request, (arrival, _, _, abort) in zip(requests, load, strict=True):
@@ -139,7 +146,7 @@ def test_every_output_equals_its_solo_run(
 @pytest.mark.parametrize("dcp", [1, 4])
 @pytest.mark.usefixtures("crowded")
 def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> None:
-    """Real ranks: exact accounting after every step, and outputs equal to the oracle's as far as they go."""
+    """With real ranks: blocks are checked after every step, outputs against the oracle's."""
     rng = random.Random(0)
     engine = LLMEngine(
         EngineConfig(
@@ -194,8 +201,10 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
 
 
 def test_whoever_is_admitted_leaves_room_to_grow() -> None:
-    """The second of two requests waits while the first may grow by GROWTH tokens and there is no room for that; beside
-    one that will not grow it runs."""
+    """The second request waits while there is no room for the first to grow by GROWTH tokens.
+
+    If the first one will not grow, the second runs.
+    """
     size, prompt = 16, [5] * 190
 
     def count_running(max_tokens: int, num_blocks: int) -> int:
@@ -209,11 +218,11 @@ def test_whoever_is_admitted_leaves_room_to_grow() -> None:
     assert count_running(160, 2 * held + GROWTH // size) == 2
     assert count_running(160, 2 * held + GROWTH // size - 1) == 1
     assert count_running(1, 2 * held) == 2
-    assert count_running(160, held) == 1  # a request alone needs no room but its own
+    assert count_running(160, held) == 1  # a single request needs only its own room
 
 
 def test_scored_prompts_share_a_steps_logits() -> None:
-    """However many want their prompt's log-probabilities: logits are large."""
+    """Logits are large, so a step has few of them, however many requests want prompt_logprobs."""
     scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, budget=8192)
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
     requests = [Request(str(i), [5] * 200, params, 1, seed=0) for i in range(20)]
@@ -221,11 +230,13 @@ def test_scored_prompts_share_a_steps_logits() -> None:
         scheduler.add(request)
     scored: dict[str, list[int]] = {request.request_id: [] for request in requests}
     while (step := scheduler.schedule()) is not None:
-        assert len(step.plan.scored) <= MAX_SCORED
-        assert len(step.requests) <= 3  # nobody's context is gathered for a token or two
+        assert len(step.plan.scored) <= MAX_SCORED_TOKENS
+        assert len(step.requests) <= 3  # no context is gathered for only a token or two
         for row, back, known in step.plan.scored:
             assert known == 5
-            scored[step.requests[row].request_id].append(step.plan.starts[row] + step.plan.lengths[row] - back)
+            scored[step.requests[row].request_id].append(
+                step.plan.starts[row] + step.plan.lengths[row] - back
+            )
         for request in scheduler.update(step, [7] * len(step.plan.sampling)):
             scheduler.finish(request, FinishReason.LENGTH)
     assert all(positions == list(range(1, 200)) for positions in scored.values())

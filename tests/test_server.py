@@ -1,6 +1,8 @@
-"""The HTTP server as clients see it: a real `minidcp serve` process on 4 ranks, spoken to by the openai
-client and, where that would not send or show something, by httpx. Clients that leave are watched from
-inside: the same application in this process, where the engine's blocks can be counted.
+"""The HTTP server as clients see it: a real `minidcp serve` process with 4 ranks.
+
+The openai client talks to it, or httpx where that client would not send or show something. Clients
+that leave are tested with the application in this process, where the engine's blocks can be
+counted.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ def api(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         server.wait_until_healthy()
         yield Api(server.url, str(demo))
         assert server.stop() in (0, -signal.SIGTERM)
-        assert "Traceback" not in server.stderr.read_text()  # after all that the tests below have sent
+        # In spite of everything that the tests below have sent.
+        assert "Traceback" not in server.stderr.read_text()
     finally:
         server.kill()
 
 
 @pytest.fixture(scope="module")
 def greedy(api: Api) -> list[str]:
-    """The texts of a greedy completion's events: 48 tokens."""
+    """The texts of the events of a greedy completion of 48 tokens."""
     texts = [chunk.choices[0].text for chunk in api.stream(max_tokens=48)]
     assert len(texts) == 48
     return texts
@@ -49,7 +52,9 @@ def text_of(chunks: list[Completion], index: int = 0) -> str:
     return "".join(c.text for chunk in chunks for c in chunk.choices if c.index == index)
 
 
-def test_streaming_gives_an_event_per_token_and_the_same_text(api: Api, tokenizer: Tokenizer) -> None:
+def test_streaming_gives_an_event_per_token_and_the_same_text(
+    api: Api, tokenizer: Tokenizer
+) -> None:
     whole = api.complete(max_tokens=48)
     assert whole.object == "text_completion"
     assert whole.model == api.model
@@ -58,11 +63,13 @@ def test_streaming_gives_an_event_per_token_and_the_same_text(api: Api, tokenize
     assert whole.usage.completion_tokens == 48
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + 48
 
-    with api.http.stream("POST", "/v1/completions", json=api.body(max_tokens=48, stream=True)) as response:
+    with api.http.stream(
+        "POST", "/v1/completions", json=api.body(max_tokens=48, stream=True)
+    ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = list(response.iter_lines())
     events, blanks = lines[::2], lines[1::2]
-    assert set(blanks) == {""}  # and so no comments
+    assert set(blanks) == {""}  # so there are no comments
     assert all(line.startswith("data: ") for line in events)
     assert events.pop() == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in events]
@@ -83,18 +90,23 @@ def test_a_usage_chunk_comes_where_it_is_asked_for(api: Api) -> None:
     assert usage.usage.total_tokens == usage.usage.prompt_tokens + LENGTH
     assert all(chunk.usage is None for chunk in chunks)
     for options in ({"include_usage": False}, {"include_usage": None}, {}):
-        assert all(c.usage is None and c.choices for c in api.stream(max_tokens=2, stream_options=options))
+        assert all(
+            c.usage is None and c.choices for c in api.stream(max_tokens=2, stream_options=options)
+        )
 
 
 def test_usage_counts_cached_tokens(api: Api) -> None:
     prompt = [BOS, *range(5, 5 + 3 * TOKENS_PER_BLOCK)]
     usages = [api.complete(prompt, max_tokens=2).usage for _ in range(2)]
     assert [usage.prompt_tokens for usage in usages] == [len(prompt)] * 2
-    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, 3 * TOKENS_PER_BLOCK]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [
+        0,
+        3 * TOKENS_PER_BLOCK,
+    ]
 
 
 def find_stops(texts: list[str]) -> dict[str, str]:
-    """Stop strings that occur in a completion whose events had these texts, by how they lie in its tokens."""
+    """Stop strings that occur in a completion, by their position in its tokens' texts."""
     stops = {}
     whole = "".join(texts)
     for at in range(8, len(texts) - 2):
@@ -152,7 +164,7 @@ def test_stop_token_ids(api: Api, greedy: list[str], tokenizer: Tokenizer) -> No
     answer = api.complete(max_tokens=48, stop_token_ids=[511, *ids])
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text == "".join(greedy[:at])
-    assert answer.usage.completion_tokens == at + 1  # the stop token counts, and has no text
+    assert answer.usage.completion_tokens == at + 1  # the stop token counts, but has no text
     chunks = api.stream(max_tokens=48, stop_token_ids=ids)
     assert text_of(chunks) == "".join(greedy[:at])
     assert len(chunks) == at + 1
@@ -166,13 +178,17 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(api: Api) -> None:
     assert text_of(api.stream(**sampling)) == alone
 
     async def crowd() -> list[Completion]:
-        others = [api.complete_async(f"How many {n}", temperature=1, max_tokens=8 * n) for n in range(1, 6)]
+        others = [
+            api.complete_async(f"How many {n}", temperature=1, max_tokens=8 * n)
+            for n in range(1, 6)
+        ]
         same = [api.complete_async(**sampling), api.complete_async(temperature=1, seed=8)]
         return await asyncio.gather(*others[:3], *same, *others[3:])
 
     texts = [answer.choices[0].text for answer in asyncio.run(crowd())]
     assert texts[3] == alone != texts[4]
-    assert len({api.complete(temperature=1).choices[0].text for _ in range(2)}) == 2  # none: a new one each
+    # Without a seed, each request gets a new one.
+    assert len({api.complete(temperature=1).choices[0].text for _ in range(2)}) == 2
 
 
 def test_top_k_and_top_p_that_leave_one_token_are_greedy(api: Api) -> None:
@@ -182,7 +198,10 @@ def test_top_k_and_top_p_that_leave_one_token_are_greedy(api: Api) -> None:
 
 
 def test_concurrent_requests_do_not_mix(api: Api) -> None:
-    prompts = [f"{word} and so on" for word in ("Once", "Every", "How", "Now", "The", "user", "asks", "0 1 2")]
+    prompts = [
+        f"{word} and so on"
+        for word in ("Once", "Every", "How", "Now", "The", "user", "asks", "0 1 2")
+    ]
 
     async def all_at_once() -> list[Completion]:
         return await asyncio.gather(*(api.complete_async(p, max_tokens=12) for p in prompts))
@@ -195,12 +214,17 @@ def test_concurrent_requests_do_not_mix(api: Api) -> None:
 def test_logprobs(api: Api) -> None:
     answer = api.complete(logprobs=3)
     logprobs = answer.choices[0].logprobs
-    columns = (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset)
+    columns = (
+        logprobs.tokens,
+        logprobs.token_logprobs,
+        logprobs.top_logprobs,
+        logprobs.text_offset,
+    )
     assert [len(column) for column in columns] == [LENGTH] * 4
     assert logprobs.text_offset[0] == 0
     assert logprobs.text_offset == sorted(logprobs.text_offset)
     for token, logprob, top in zip(*columns[:3], strict=True):
-        assert 1 <= len(top) <= 3  # two ids may share a text
+        assert 1 <= len(top) <= 3  # two ids may have the same text
         assert top[token] == logprob == max(top.values()) <= 0  # greedy
 
     chunks = [chunk.choices[0].logprobs for chunk in api.stream(logprobs=3)]
@@ -210,8 +234,10 @@ def test_logprobs(api: Api) -> None:
     assert all(len(chunk.top_logprobs) == 1 for chunk in chunks)
 
     sampled = api.complete(logprobs=1, temperature=1, seed=5).choices[0].logprobs
-    for token, logprob, top in zip(sampled.tokens, sampled.token_logprobs, sampled.top_logprobs, strict=True):
-        assert token in top  # also where it was not the likeliest
+    for token, logprob, top in zip(
+        sampled.tokens, sampled.token_logprobs, sampled.top_logprobs, strict=True
+    ):
+        assert token in top  # even if it was not the likeliest
         assert logprob <= max(top.values())
     assert max(len(top) for top in sampled.top_logprobs) == 2
     assert api.complete(logprobs=0, max_tokens=2).choices[0].logprobs.token_logprobs
@@ -256,9 +282,10 @@ def test_max_tokens_and_its_other_name(api: Api) -> None:
 
 
 def test_every_optional_field_takes_null(api: Api) -> None:
-    names = """max_tokens max_completion_tokens temperature top_p top_k seed stop stop_token_ids ignore_eos
-        skip_special_tokens logprobs stream stream_options n best_of echo suffix presence_penalty
-        frequency_penalty repetition_penalty min_tokens min_p logit_bias response_format tools user model"""
+    names = """max_tokens max_completion_tokens temperature top_p top_k seed stop stop_token_ids
+        ignore_eos skip_special_tokens logprobs stream stream_options n best_of echo suffix
+        presence_penalty frequency_penalty repetition_penalty min_tokens min_p logit_bias
+        response_format tools user model"""
     response = api.post({"prompt": PROMPT} | dict.fromkeys(names.split()))
     assert response.status_code == 200, response.text
     assert 1 <= response.json()["usage"]["completion_tokens"] <= 16
@@ -280,8 +307,10 @@ def test_biases_and_penalties_by_their_effect(api: Api) -> None:
     plain = tokens()
     forced = tokens(logit_bias={"300": 100})
     assert len(set(forced)) == 1 and forced != plain
-    assert len(set(tokens(logit_bias={"300": 100}, presence_penalty=2, frequency_penalty=2))) == 1  # 100 wins
-    assert len(set(tokens(logit_bias={"300": 20}, frequency_penalty=2))) > 1  # once said often enough
+    # A bias of 100 wins against penalties.
+    assert len(set(tokens(logit_bias={"300": 100}, presence_penalty=2, frequency_penalty=2))) == 1
+    # A bias of 20 loses after some repetitions.
+    assert len(set(tokens(logit_bias={"300": 20}, frequency_penalty=2))) > 1
     assert tokens(min_p=1, temperature=1) == plain
     stops = dict(max_tokens=24, logit_bias={"300": 100}, stop_token_ids=[300])
     assert api.complete(**stops).usage.completion_tokens == 1
@@ -295,7 +324,7 @@ def first_words(api: Api) -> str:
 
 @pytest.fixture
 def unharmed(api: Api, first_words: str) -> Iterator[None]:
-    """After the test the server answers as before it."""
+    """Check that after the test the server answers as before."""
     yield
     assert api.http.get("/health").status_code == 200
     assert api.complete(max_tokens=3).choices[0].text == first_words
@@ -374,7 +403,9 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG_VALUES + WRONG_TYPES + UNSUPPORTED, ids=repr)
-def test_wrong_fields_are_refused_by_name(api: Api, unharmed: None, field: str, value: object) -> None:
+def test_wrong_fields_are_refused_by_name(
+    api: Api, unharmed: None, field: str, value: object
+) -> None:
     check_error(api.post(api.body(**{field: value})), 400, field, field)
 
 
@@ -387,20 +418,28 @@ def test_errors_reach_the_openai_client(api: Api, unharmed: None) -> None:
         api.complete(temperature=-1)
     assert refused.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match=r"n 200: .*128"):
-        api.stream(n=200)  # no stream has begun: a status can still say it
+        api.stream(n=200)  # the stream has not begun, so the status can be an error
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         api.complete(model="no-such-model")
 
 
-@pytest.mark.parametrize(("length", "max_tokens"), [(CONTEXT, 1), (10 * CONTEXT, 1), (3, CONTEXT - 2), (3, 10**30)])
-def test_what_exceeds_the_context_is_refused(api: Api, unharmed: None, length: int, max_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "max_tokens"), [(CONTEXT, 1), (10 * CONTEXT, 1), (3, CONTEXT - 2), (3, 10**30)]
+)
+def test_what_exceeds_the_context_is_refused(
+    api: Api, unharmed: None, length: int, max_tokens: int
+) -> None:
     response = api.post(api.body([5] * length, max_tokens=max_tokens))
     check_error(response, 400, f"This model's maximum context length is {CONTEXT} tokens")
     assert str(length + max_tokens) in response.text
 
 
-@pytest.mark.parametrize("content", [b"", b"{bad", b'{"prompt": "a"', b"\xff\xfe", b"[]", b'"text"', b"null"])
-def test_bodies_that_are_no_json_object_are_refused(api: Api, unharmed: None, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{bad", b'{"prompt": "a"', b"\xff\xfe", b"[]", b'"text"', b"null"]
+)
+def test_bodies_that_are_no_json_object_are_refused(
+    api: Api, unharmed: None, content: bytes
+) -> None:
     check_error(api.post_bytes(content), 400, "")
 
 
@@ -422,7 +461,7 @@ def test_models(api: Api) -> None:
     assert (card.id, card.root, card.max_model_len) == (api.model, api.model, CONTEXT)
 
 
-# From here on the application runs in this process.
+# From here on, the application runs in this process.
 
 
 @pytest.fixture
@@ -431,7 +470,9 @@ def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR] == []
 
 
-def test_eos_ends_a_completion_and_ignore_eos_is_obeyed(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_ends_a_completion_and_ignore_eos_is_obeyed(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [[BOS, n] for n in range(5, 9)]
     ends = replace(local.engine.model_config, eos_token_ids=tuple(range(0, 512, 8)))
     monkeypatch.setattr(local.engine, "model_config", ends)
@@ -482,8 +523,10 @@ def test_a_client_that_leaves_frees_its_blocks(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_all_its_prompts(local: Local, no_errors_logged: None, stream: bool) -> None:
-    """Two of the four run, two wait."""
+def test_a_client_that_leaves_frees_all_its_prompts(
+    local: Local, no_errors_logged: None, stream: bool
+) -> None:
+    """Two of the four requests run, and two wait."""
     prompts = [[BOS, n] for n in range(5, 9)]
     with local.expect_leaving():
         body = local.api.body(prompts, **LONG, stream=stream)

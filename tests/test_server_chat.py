@@ -1,4 +1,4 @@
-"""Chats, several choices per prompt, and the tokenizer's endpoints, as clients of the server see them."""
+"""Chats, several choices per prompt, and the tokenizer's endpoints, as clients see them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def api(local: Local) -> Api:
 @pytest.fixture
 def inner(local: Local, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
     """The server's tokenizer, with a template that the test may change."""
-    monkeypatch.setattr(local.engine.tokenizer, "chat_template", local.engine.tokenizer.chat_template)
+    monkeypatch.setattr(
+        local.engine.tokenizer, "chat_template", local.engine.tokenizer.chat_template
+    )
     return local.engine.tokenizer
 
 
 def render(tokenizer: Tokenizer) -> list[int]:
-    """MESSAGES by hand, as the demo's template has them."""
+    """Render MESSAGES by hand, like the demo's template."""
     system, one, answer, two = (message["content"] for message in MESSAGES)
     bos, eos = tokenizer.id_to_token(BOS), tokenizer.id_to_token(1)
     text = f"{bos}{system}\n\nUser: {one}\n\nAssistant: {answer}{eos}User: {two}\n\nAssistant:"
@@ -51,7 +53,9 @@ def text_of(chunks: list[ChatCompletionChunk], index: int = 0) -> str:
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_chat_is_the_completion_of_the_rendered_tokens(api: Api, tokenizer: Tokenizer, sampling: dict) -> None:
+def test_a_chat_is_the_completion_of_the_rendered_tokens(
+    api: Api, tokenizer: Tokenizer, sampling: dict
+) -> None:
     ids = render(tokenizer)
     assert ids.count(BOS) == 1
     expected, answer = api.complete(ids, **sampling), api.chat(MESSAGES, **sampling)
@@ -74,8 +78,12 @@ def test_streaming_a_chat(api: Api) -> None:
     assert len(chunks) == LENGTH  # no event without a token
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
-    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (LENGTH - 1)
-    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (LENGTH - 1) + ["length"]
+    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (
+        LENGTH - 1
+    )
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (LENGTH - 1) + [
+        "length"
+    ]
     assert text_of(chunks) == whole
     assert not any(chunk.usage for chunk in chunks)
 
@@ -86,18 +94,22 @@ def test_streaming_a_chat(api: Api) -> None:
 
     body = api.body(max_tokens=2, stream=True, messages=MESSAGES)
     with api.http.stream("POST", CHAT, json=body) as response:
-        first, second, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        first, second, done = [
+            line.removeprefix("data: ") for line in response.iter_lines() if line
+        ]
     assert done == "[DONE]"
     assert set(json.loads(first)["choices"][0]["delta"]) == {"role", "content"}
     assert set(json.loads(second)["choices"][0]["delta"]) == {"content"}
 
 
-def test_limits_of_a_chat(api: Api, tokenizer: Tokenizer, local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_chat(
+    api: Api, tokenizer: Tokenizer, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert api.chat(MESSAGES, max_tokens=3).usage.completion_tokens == 3
     answer = api.chat(MESSAGES, max_tokens=3, max_completion_tokens=5)
     assert answer.usage.completion_tokens == 5
     monkeypatch.setattr(local.engine, "max_model_len", len(render(tokenizer)) + 40)
-    answer = api.chat(MESSAGES, max_tokens=None)  # neither is given: what the context has room for
+    answer = api.chat(MESSAGES, max_tokens=None)  # without a limit: until the context is full
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (40, "length")
 
 
@@ -111,7 +123,9 @@ def test_stops_of_a_chat(api: Api) -> None:
     assert (text_of(chunks), chunks[-1].choices[0].finish_reason) == (expected, "stop")
 
 
-def test_content_in_parts_and_other_fields_reach_the_template(api: Api, inner: PreTrainedTokenizerBase) -> None:
+def test_content_in_parts_and_other_fields_reach_the_template(
+    api: Api, inner: PreTrainedTokenizerBase
+) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     answers = [
         api.chat([{"role": "user", "content": content}]).choices[0].message.content
@@ -119,7 +133,9 @@ def test_content_in_parts_and_other_fields_reach_the_template(api: Api, inner: P
     ]
     assert answers[0] == answers[1] != answers[2]
 
-    inner.chat_template = "{{ messages[0].role }} {{ messages[0].tool_call_id }} {{ messages[0].content }}"
+    inner.chat_template = (
+        "{{ messages[0].role }} {{ messages[0].tool_call_id }} {{ messages[0].content }}"
+    )
     message = {"role": "tool", "content": "é", "tool_call_id": "call-1"}
     tokens = api.post({"messages": [message]}, "/tokenize").json()["tokens"]
     assert tokens == inner("tool call-1 é", add_special_tokens=False)["input_ids"]
@@ -138,11 +154,14 @@ def test_logprobs_of_a_chat(api: Api, tokenizer: Tokenizer) -> None:
         )
         assert entry.top_logprobs[0].token == entry.token  # greedy
         assert PART in entry.token or bytes(entry.bytes).decode() == entry.token
-    assert any(PART in entry.token for entry in entries)  # and even so the bytes make the text:
+    assert any(PART in entry.token for entry in entries)  # even so, the bytes give the text
     data = b"".join(bytes(entry.bytes) for entry in entries)
     assert codecs.decode(data, errors="replace") == choice.message.content
 
-    chunks = [c.choices[0].logprobs.content for c in api.chat_stream(MESSAGES, logprobs=True, top_logprobs=1)]
+    chunks = [
+        c.choices[0].logprobs.content
+        for c in api.chat_stream(MESSAGES, logprobs=True, top_logprobs=1)
+    ]
     assert [len(content) for content in chunks] == [1] * LENGTH
     assert [content[0].token for content in chunks] == columns.tokens[:LENGTH]
     assert all(len(content[0].top_logprobs) == 1 for content in chunks)
@@ -164,7 +183,7 @@ def test_n_choices_of_a_chat(api: Api) -> None:
 
     chunks = api.chat_stream(MESSAGES, n=4, **SAMPLED)
     assert len(chunks) == 4 * LENGTH
-    assert [text_of(chunks, index) for index in range(4)] == texts  # the seed repeats
+    assert [text_of(chunks, index) for index in range(4)] == texts  # the seed gives the same texts
     for index in range(4):
         roles = [c.delta.role for chunk in chunks for c in chunk.choices if c.index == index]
         assert roles == ["assistant"] + [None] * (LENGTH - 1)
@@ -184,16 +203,23 @@ def test_n_choices_of_each_of_several_prompts(api: Api) -> None:
     assert all(len(choice.logprobs.tokens) == LENGTH for choice in answer.choices)
     chunks = api.stream(prompts, n=3, **SAMPLED)
     for index, text in enumerate(texts):
-        assert "".join(c.text for chunk in chunks for c in chunk.choices if c.index == index) == text
+        assert (
+            "".join(c.text for chunk in chunks for c in chunk.choices if c.index == index) == text
+        )
 
 
 def test_seeds_of_n_choices(api: Api) -> None:
     seven, eight, none, again = (
-        {choice.text for choice in api.complete(n=4, temperature=1, seed=seed).choices} for seed in (7, 8, None, None)
+        {choice.text for choice in api.complete(n=4, temperature=1, seed=seed).choices}
+        for seed in (7, 8, None, None)
     )
-    assert len(seven | eight | none | again) == 16  # neighbouring seeds share no choice; without one, all differ
+    # Seeds 7 and 8 have no choice in common. Without a seed, all choices differ.
+    assert len(seven | eight | none | again) == 16
     for seed in (2**63 - 1, -(2**63 - 1)):
-        assert len({choice.text for choice in api.complete(n=2, temperature=1, seed=seed).choices}) == 2
+        assert (
+            len({choice.text for choice in api.complete(n=2, temperature=1, seed=seed).choices})
+            == 2
+        )
     assert len({choice.text for choice in api.complete(n=3).choices}) == 1  # greedy
 
 
@@ -218,8 +244,16 @@ WRONG = [
     ("messages", [{"role": "user", "content": 5}], "messages 5"),
     ("messages", [{"role": "user", "content": None}], "chat template refuses them"),
     ("messages", [{"role": "user", "content": "\ud800"}], "not valid Unicode"),
-    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
-    ("messages", [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "b", "text": "c"}]}], "'b'"),
+    (
+        "messages",
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        "'image_url'",
+    ),
+    (
+        "messages",
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "b", "text": "c"}]}],
+        "'b'",
+    ),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "with a text"),
     ("temperature", -1, "temperature -1"),
     ("max_tokens", 0, "max_tokens 0"),
@@ -238,24 +272,31 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("field", "value", "words"), WRONG, ids=repr)
-def test_wrong_fields_of_a_chat_are_refused_by_name(api: Api, field: str, value: object, words: str) -> None:
+def test_wrong_fields_of_a_chat_are_refused_by_name(
+    api: Api, field: str, value: object, words: str
+) -> None:
     body = api.body(messages=MESSAGES) | {field: value}
     check_error(api.post(body, CHAT), 400, words, field)
 
 
 def test_other_errors_of_a_chat(api: Api) -> None:
     check_error(api.post({"model": api.model}, CHAT), 400, "messages: Field required", "messages")
-    check_error(api.post({"model": "gpt-2", "messages": MESSAGES}, CHAT), 404, "'gpt-2' does not exist")
+    check_error(
+        api.post({"model": "gpt-2", "messages": MESSAGES}, CHAT), 404, "'gpt-2' does not exist"
+    )
     check_error(api.post(api.body(best_of=3, n=2)), 400, "best_of 3: must be n, 2", "best_of")
     long = [{"role": "user", "content": "0 " * CONTEXT}]
-    check_error(api.post(api.body(messages=long), CHAT), 400, f"maximum context length is {CONTEXT} tokens")
+    check_error(
+        api.post(api.body(messages=long), CHAT), 400, f"maximum context length is {CONTEXT} tokens"
+    )
     with pytest.raises(openai.BadRequestError, match="image_url"):
         part = {"type": "image_url", "image_url": {"url": "data:,"}}
-        api.chat_stream([{"role": "user", "content": [part]}])  # no stream has begun
+        api.chat_stream([{"role": "user", "content": [part]}])  # the stream has not begun
 
 
 def test_optional_fields_of_a_chat_take_null(api: Api) -> None:
-    names = "model max_completion_tokens temperature top_p top_k seed stop n logprobs top_logprobs stream tools"
+    names = """model max_completion_tokens temperature top_p top_k seed stop n logprobs top_logprobs
+        stream tools"""
     body = {"messages": MESSAGES, "max_tokens": 2, "user": "me"} | dict.fromkeys(names.split())
     assert api.post(body, CHAT).status_code == 200
 
@@ -275,7 +316,9 @@ def test_templates_that_refuse_or_are_missing(api: Api, inner: PreTrainedTokeniz
     check_error(api.post({"messages": halved}, CHAT), 400, "not \\ud83d", "messages")
 
 
-def test_without_a_tokenizer_only_completions_of_token_ids_work(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_tokenizer_only_completions_of_token_ids_work(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local.engine, "tokenizer", None)
     words = "the checkpoint has no tokenizer"
     check_error(local.api.post({"messages": MESSAGES}, CHAT), 400, words, "messages")
@@ -291,9 +334,19 @@ def test_without_a_tokenizer_only_completions_of_token_ids_work(local: Local, mo
 def test_tokenizing_round_trips(api: Api, tokenizer: Tokenizer, text: str) -> None:
     with_bos = api.post({"prompt": text}, "/tokenize").json()
     ids = tokenizer.encode(text).ids
-    assert with_bos == {"count": len(ids), "max_model_len": CONTEXT, "tokens": ids, "token_strs": None}
+    assert with_bos == {
+        "count": len(ids),
+        "max_model_len": CONTEXT,
+        "tokens": ids,
+        "token_strs": None,
+    }
     bare = api.post(
-        {"model": api.model, "prompt": text, "add_special_tokens": False, "return_token_strs": True},
+        {
+            "model": api.model,
+            "prompt": text,
+            "add_special_tokens": False,
+            "return_token_strs": True,
+        },
         "/tokenize",
     ).json()
     assert [BOS, *bare["tokens"]] == ids
@@ -326,7 +379,9 @@ def test_tokenizing_messages(api: Api, tokenizer: Tokenizer) -> None:
     ],
     ids=repr,
 )
-def test_wrong_bodies_for_the_tokenizer(api: Api, path: str, body: dict, words: str, param: str) -> None:
+def test_wrong_bodies_for_the_tokenizer(
+    api: Api, path: str, body: dict, words: str, param: str
+) -> None:
     check_error(api.post(body, path), 400, words, param)
     check_error(api.post({"prompt": "a", "tokens": [5]} | {"model": "gpt-2"}, path), 404, "'gpt-2'")
 
@@ -336,7 +391,9 @@ def test_version_and_tokenizer_info(api: Api, tokenizer: Tokenizer) -> None:
     info = api.http.get("/tokenizer_info").json()
     names = {"bos_token": tokenizer.id_to_token(BOS), "eos_token": tokenizer.id_to_token(1)}
     assert info.pop("tokenizer_class")
-    assert info == dict(vocab_size=tokenizer.get_vocab_size(), special_tokens=names, has_chat_template=True)
+    assert info == dict(
+        vocab_size=tokenizer.get_vocab_size(), special_tokens=names, has_chat_template=True
+    )
 
 
 def test_the_schema_describes_bodies_and_answers(api: Api) -> None:

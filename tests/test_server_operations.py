@@ -1,4 +1,4 @@
-"""Running the server: keys, limits, metrics, probes, and its end, as operators and their tools see them."""
+"""Running the server, as operators and their tools see it: limits, metrics, probes, its end."""
 
 from __future__ import annotations
 
@@ -28,8 +28,17 @@ BODY_LIMIT = 2_000_000
 @pytest.fixture(scope="module")
 def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ["--ranks", "threads", "--tp-size", "4", "--dcp-size", "2", "--max-num-seqs", "2"]
-    flags += ["--max-num-queued-requests", "3", "--max-body-bytes", str(BODY_LIMIT), "--served-model-name", "demo"]
-    server = Server(demo, tmp_path_factory.mktemp("operations"), *flags, "--sse-keep-alive-interval", "0.02")
+    flags += [
+        "--max-num-queued-requests",
+        "3",
+        "--max-body-bytes",
+        str(BODY_LIMIT),
+        "--served-model-name",
+        "demo",
+    ]
+    server = Server(
+        demo, tmp_path_factory.mktemp("operations"), *flags, "--sse-keep-alive-interval", "0.02"
+    )
     try:
         server.wait_until_healthy()
         yield server
@@ -44,13 +53,15 @@ def api(server: Server) -> Api:
 
 
 def read_metrics(api: Api) -> dict[str, float]:
-    """By name and the labels that differ."""
+    """The metrics, by name and the labels that differ."""
     response = api.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     values = {}
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
-            labels = {k: v for k, v in sample.labels.items() if k not in ("engine", "model_name", "le")}
+            labels = {
+                k: v for k, v in sample.labels.items() if k not in ("engine", "model_name", "le")
+            }
             values[" ".join([sample.name, *labels.values()])] = sample.value
     return values
 
@@ -58,7 +69,9 @@ def read_metrics(api: Api) -> dict[str, float]:
 def test_metrics_count_what_happened(api: Api) -> None:
     before = read_metrics(api)
     usage = api.complete([0, *range(5, 70)], max_tokens=7).usage
-    again = api.complete([0, *range(5, 70)], max_tokens=7, logit_bias={9: 100}, stop_token_ids=[9]).usage
+    again = api.complete(
+        [0, *range(5, 70)], max_tokens=7, logit_bias={9: 100}, stop_token_ids=[9]
+    ).usage
     after = read_metrics(api)
 
     def grown(name: str) -> float:
@@ -69,8 +82,14 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert grown("vllm:prefix_cache_queries_total") == 2 * usage.prompt_tokens
     assert grown("vllm:prompt_tokens_total") == 2 * usage.prompt_tokens
     assert grown("vllm:generation_tokens_total") == 7 + 1
-    assert grown("vllm:request_success_total length") == grown("vllm:request_success_total stop") == 1
-    for histogram in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+    assert (
+        grown("vllm:request_success_total length") == grown("vllm:request_success_total stop") == 1
+    )
+    for histogram in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+    ):
         assert grown(f"vllm:{histogram}_count") == 2
         assert 0 <= grown(f"vllm:{histogram}_sum") < 10
     assert grown("vllm:inter_token_latency_seconds_count") == 6
@@ -91,9 +110,13 @@ def test_load_and_page(api: Api, server: Server) -> None:
     load = api.http.get("/load").json()
     assert (load["running"], load["waiting"]) == (2, 0)
     used = load["kv_tokens"]["used"]
-    assert used[:2] == used[2:] and used[0] - used[1] in (0, 1, 2) and used[1] > 0  # two groups of two
+    # There are two DCP groups of two ranks.
+    assert used[:2] == used[2:]
+    assert used[0] - used[1] in (0, 1, 2)
+    assert used[1] > 0
     blocks = load["kv_blocks"]
-    assert blocks["live"] > 0 and blocks["live"] + blocks["cached"] + blocks["free"] == blocks["total"]
+    assert blocks["live"] > 0
+    assert blocks["live"] + blocks["cached"] + blocks["free"] == blocks["total"]
     assert requests.whole.result(60).status_code == 200
     wait_until(lambda: api.http.get("/load").json()["running"] == 0, 60, "they are still there")
 
@@ -101,18 +124,26 @@ def test_load_and_page(api: Api, server: Server) -> None:
 def test_more_than_may_wait_get_503_with_retry_after(api: Api) -> None:
     with ThreadPoolExecutor(9) as threads:
         bodies = [api.body([5, n], max_tokens=60) for n in range(5, 14)]
-        answers = list(threads.map(lambda body: httpx.post(f"{api.url}/v1/completions", json=body, timeout=60), bodies))
+        answers = list(
+            threads.map(
+                lambda body: httpx.post(f"{api.url}/v1/completions", json=body, timeout=60), bodies
+            )
+        )
     codes = sorted(answer.status_code for answer in answers)
     assert codes[:5] == [200] * 5 and set(codes[5:]) <= {200, 503} and 503 in codes
     refused = next(answer for answer in answers if answer.status_code == 503)
     assert refused.headers["retry-after"] == "1"
     assert "--max-num-queued-requests" in refused.json()["error"]["message"]
+    # A request that could never wait, because there is not enough room for it.
     check_error(
         api.post(api.body([[5]] * 6)), 400, "n: 6 completions in one request; at most 5", "n"
-    )  # could never wait
+    )
     check_error(api.post(api.body([[5]] * 200_000, n=128)), 400, "n: 25600000 completions", "n")
     with ThreadPoolExecutor(2) as threads:
-        others = [threads.submit(api.complete, [[5, n], [6, n], [7, n]][: 3 - n], max_tokens=100) for n in (0, 1)]
+        others = [
+            threads.submit(api.complete, [[5, n], [6, n], [7, n]][: 3 - n], max_tokens=100)
+            for n in (0, 1)
+        ]
         wait_until(lambda: api.http.get("/load").json()["waiting"] == 3, 5, "they do not wait")
         streamed = api.post(api.body(stream=True))
         assert streamed.status_code == 503 and streamed.headers["retry-after"] == "1"
@@ -130,10 +161,12 @@ def test_request_ids_are_echoed_and_logged(api: Api, server: Server) -> None:
 
 
 def test_silent_streams_get_comments_where_asked_for(api: Api) -> None:
-    """The flag is on here: while two others run, a waiting stream says nothing but comments."""
+    """With the flag, a waiting stream gets comments while two other requests run."""
     with ThreadPoolExecutor(2) as threads:
         others = [threads.submit(api.complete, [5, n], max_tokens=100) for n in (5, 6)]
-        wait_until(lambda: read_metrics(api)["vllm:num_requests_running"] == 2, 5, "they do not run")
+        wait_until(
+            lambda: read_metrics(api)["vllm:num_requests_running"] == 2, 5, "they do not run"
+        )
         text = api.http.post("/v1/completions", json=api.body(stream=True)).text
         assert all(other.result() for other in others)
     assert text.count(": keep-alive\n\n") >= 1
@@ -166,7 +199,7 @@ def test_a_second_ctrl_c_ends_at_once(demo: Path, tmp_path: Path) -> None:
 def test_bodies_that_are_too_large(api: Api) -> None:
     check_error(api.post_bytes(b"[" * (BODY_LIMIT + 1)), 413, "--max-body-bytes")
 
-    def chunks() -> Iterator[bytes]:  # no Content-Length: only counting helps
+    def chunks() -> Iterator[bytes]:  # without Content-Length, so the server must count
         for _ in range(30):
             yield b" " * (BODY_LIMIT // 10)
 
@@ -175,7 +208,7 @@ def test_bodies_that_are_too_large(api: Api) -> None:
             response = client.post(f"{api.url}/v1/completions", content=chunks())
             check_error(response, 413, "--max-body-bytes")
         except httpx.WriteError:
-            pass  # the server had answered and closed before all was sent
+            pass  # the server answered and closed before everything was sent
     assert api.http.get("/health").status_code == 200
 
 
@@ -202,7 +235,9 @@ def test_a_prompt_of_megabytes_is_refused_without_tokenizing_it(api: Api) -> Non
             ("/tokenize", dict(prompt=text)),
         ):
             start = time.monotonic()
-            check_error(api.post(body, path), 400, "This model's maximum context length is 8192 tokens")
+            check_error(
+                api.post(body, path), 400, "This model's maximum context length is 8192 tokens"
+            )
             assert time.monotonic() - start < 2
         done.set()
         probing.result()
@@ -214,18 +249,51 @@ def test_slow_readers_hold_up_nobody(api: Api) -> None:
     with socket.create_connection((httpx.URL(api.url).host, httpx.URL(api.url).port)) as slow:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         slow.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        assert slow.recv(100).startswith(b"HTTP/1.1 200")  # and nothing after that
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")  # it reads nothing after that
         for _ in range(3):
             assert api.complete(max_tokens=8).usage.completion_tokens == 8
-    wait_until(lambda: read_metrics(api)["vllm:num_requests_running"] == 0, 10, "the slow one is still there")
+    wait_until(
+        lambda: read_metrics(api)["vllm:num_requests_running"] == 0,
+        10,
+        "the slow one is still there",
+    )
 
 
 def test_random_bodies_never_hurt(api: Api) -> None:
-    """10,000 of them: JSON with random fields and values, and bytes."""
+    """10,000 bodies: JSON with random fields and values, and random bytes."""
     rng = random.Random(5)
-    names = ["prompt", "max_tokens", "temperature", "stop", "n", "logprobs", "echo", "stream", "model", "top_k"]
+    names = [
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "stop",
+        "n",
+        "logprobs",
+        "echo",
+        "stream",
+        "model",
+        "top_k",
+    ]
     names += ["logit_bias", "seed", "messages", "tokens"]
-    values = [None, True, -1, 0, 1, 2.5, 1e400, "x", "", [], [5], [[5]], {}, {"5": 1}, [None], "\ud800", 10**30]
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2.5,
+        1e400,
+        "x",
+        "",
+        [],
+        [5],
+        [[5]],
+        {},
+        {"5": 1},
+        [None],
+        "\ud800",
+        10**30,
+    ]
     paths = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
     codes = set()
     for i in range(10_000):
@@ -250,7 +318,10 @@ def test_api_key(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             response = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
             assert response.json()["error"]["type"] == "authentication_error"
-            assert httpx.post(f"{server.url}/v1/completions", headers=headers, json={}).status_code == 401
+            assert (
+                httpx.post(f"{server.url}/v1/completions", headers=headers, json={}).status_code
+                == 401
+            )
         assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
         assert KEY not in server.stdout.read_text() + server.stderr.read_text()
     finally:
@@ -273,7 +344,8 @@ def test_503_until_the_model_is_there(demo: Path, tmp_path: Path) -> None:
                     continue
                 seen.add(response.status_code)
                 if response.status_code == 503:
-                    assert "loading" in response.json()["error"]["message"] and response.headers["retry-after"]
+                    assert "loading" in response.json()["error"]["message"]
+                    assert response.headers["retry-after"]
         assert codes == {"/health": {503, 200}, "/v1/models": {503, 200}, "/version": {200}}
     finally:
         server.kill()
@@ -287,9 +359,12 @@ def test_request_timeout(demo: Path, tmp_path: Path) -> None:
         response = api.post(api.body(**LONG))
         assert response.status_code == 504 and "0.5 s" in response.json()["error"]["message"]
         lines = api.post(api.body(**LONG, stream=True)).text.split("\n\n")
-        assert len(lines) > 5 and json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == 504
+        assert len(lines) > 5
+        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == 504
         assert lines[-2] == "data: [DONE]"
-        wait_until(lambda: read_metrics(api)["vllm:num_requests_running"] == 0, 3, "they are still there")
+        wait_until(
+            lambda: read_metrics(api)["vllm:num_requests_running"] == 0, 3, "they are still there"
+        )
         assert read_metrics(api)["vllm:request_success_total abort"] == 2
     finally:
         server.kill()
@@ -297,7 +372,7 @@ def test_request_timeout(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("patient", [True, False])
 def test_sigterm_under_load(demo: Path, tmp_path: Path, patient: bool) -> None:
-    """Running requests end in peace; those that would take longer than --shutdown-timeout get an error event."""
+    """Running requests are finished. After --shutdown-timeout they get an error event."""
     server = Server(demo, tmp_path, "--shutdown-timeout", "30" if patient else "0.5")
     try:
         server.wait_until_healthy()
@@ -327,11 +402,15 @@ def test_health_notices_a_stuck_rank(demo: Path, tmp_path: Path) -> None:
         requests = InFlight(server.url, max_tokens=300)
         os.kill(ranks[1], signal.SIGSTOP)
         start = time.monotonic()
-        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 6, "nobody notices")
+        wait_until(
+            lambda: httpx.get(f"{server.url}/health").status_code == 503, 6, "nobody notices"
+        )
         assert time.monotonic() - start > 1
         assert "stuck" in httpx.get(f"{server.url}/health").json()["error"]["message"]
         os.kill(ranks[1], signal.SIGCONT)
-        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, 10, "it does not recover")
+        wait_until(
+            lambda: httpx.get(f"{server.url}/health").status_code == 200, 10, "it does not recover"
+        )
         assert requests.whole.result(60).json()["usage"]["completion_tokens"] == 300
     finally:
         server.kill()
@@ -341,4 +420,5 @@ def test_health_notices_a_stuck_rank(demo: Path, tmp_path: Path) -> None:
 def test_prompt_in_the_curl_that_is_printed(server: Server) -> None:
     line = next(line for line in server.stdout.read_text().splitlines() if line.startswith("curl"))
     body = json.loads(line[line.index("-d '") + 4 : -1])
-    assert body["prompt"] == PROMPT and httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    assert body["prompt"] == PROMPT
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200

@@ -1,4 +1,4 @@
-"""benchmarks/serving.py against the demo model: every request is accounted for, and there is something to see."""
+"""benchmarks/serving.py with the demo model: every request is counted, and a chart is drawn."""
 
 from __future__ import annotations
 
@@ -14,17 +14,35 @@ from servers import Server
 
 def test_every_request_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Server(Path(DEMO), tmp_path, "--ranks", "threads", "--tp-size", "2", "--dcp-size", "2")
-    flags = ["--concurrency", "1,3", "--input-len", "60", "--output-len", "12", "--rounds", "2", "--least", "4"]
+    flags = [
+        "--concurrency",
+        "1,3",
+        "--input-len",
+        "60",
+        "--output-len",
+        "12",
+        "--rounds",
+        "2",
+        "--least",
+        "4",
+    ]
     try:
         server.wait_until_healthy()
-        serving.main([server.url, *flags, "--label", "two ranks", "--json", str(tmp_path / "out.json")])
+        serving.main(
+            [server.url, *flags, "--label", "two ranks", "--json", str(tmp_path / "out.json")]
+        )
         metrics = httpx.get(f"{server.url}/metrics").text
     finally:
         server.kill()
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["label"] == "two ranks"
-    assert [(row["concurrency"], row["requests"], row["errors"]) for row in result["rows"]] == [(1, 4, 0), (3, 6, 0)]
-    finished = [line for line in metrics.splitlines() if line.startswith("vllm:request_success_total")]
+    assert [(row["concurrency"], row["requests"], row["errors"]) for row in result["rows"]] == [
+        (1, 4, 0),
+        (3, 6, 0),
+    ]
+    finished = [
+        line for line in metrics.splitlines() if line.startswith("vllm:request_success_total")
+    ]
     assert sum(float(line.split()[-1]) for line in finished) >= 4 + 6
     for row in result["rows"]:
         assert 6 < row["output_tokens"] < 20 and 30 < row["input_tokens"] < 90

@@ -1,5 +1,6 @@
-"""Kernels' variants: whatever number of tokens a step has, start has compiled what it needs (`ModelRunner.run_prefills`
-and the graphs of decode steps), so that no request waits for a compiler. Launches are recorded instead of made."""
+"""Variants of kernels: at start everything is compiled that a step with any number of tokens needs,
+so no request waits for a compiler. `ModelRunner.warm_up` and the capture of decode graphs do that.
+The launches are only recorded here."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from minidcp.engine.cuda_graph import ladder
-from minidcp.kernels import GPU, experts, kv_store, linear, merge, norm
+from minidcp.kernels import DeviceProperties, experts, kv_store, linear, merge, norm, tiles
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
+from minidcp.worker.cuda_graph import ladder
 
 Variants = set[object]
 BUDGET = 8192
@@ -22,7 +23,7 @@ empty = partial(torch.empty, device="meta")
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
-    """Fills with the variants that are launched: a kernel's constants, and what Triton specialises integers by."""
+    """The launched variants: the kernels' constants, and how Triton specialises integers."""
     seen: Variants = set()
 
     def record(self: JITFunction[object], *args: object, **options: object) -> None:
@@ -37,14 +38,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
     monkeypatch.setattr(JITFunction, "run", record)
     for module in (experts, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
-    monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0), 132, 232448))
+    properties = DeviceProperties((9, 0), 132, 232448)
+    monkeypatch.setattr(experts, "get_device_properties", lambda: properties)
     return seen
 
 
 def run_experts(experts_of: int, inter: int, hidden: int, tokens: int) -> None:
-    gate_up, down = empty(experts_of, 2 * inter, hidden).bfloat16(), empty(experts_of, hidden, inter).bfloat16()
+    gate_up = empty(experts_of, 2 * inter, hidden).bfloat16()
+    down = empty(experts_of, hidden, inter).bfloat16()
     ids = empty(tokens, TOP_K, dtype=torch.int32)
-    experts.run_experts(empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids).sum()
+    experts.run_experts(
+        empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids
+    ).sum()
 
 
 def merge_prefill(tokens: int) -> None:
@@ -61,7 +66,7 @@ def merge_from_peers(tokens: int) -> None:
 
 
 def read_from_peers(tokens: int) -> None:
-    """Latents, raw q, and absorbed q."""
+    """The widths are those of latents, q, and absorbed q."""
     for width in (576, 192 * HEADS, 576 * HEADS):
         read_peers(MEETING, POINTERS, width, 0, empty(tokens, 8, width).bfloat16())
 
@@ -75,7 +80,9 @@ def compare_best_tokens(rows: int) -> None:
 
 
 def absorb(tokens: int) -> None:
-    linear.multiply_by_head(empty(tokens, HEADS, 192).bfloat16()[..., :128], empty(HEADS, 512, 128).bfloat16())
+    linear.multiply_by_head(
+        empty(tokens, HEADS, 192).bfloat16()[..., :128], empty(HEADS, 512, 128).bfloat16()
+    )
 
 
 def normalise(tokens: int) -> None:
@@ -88,17 +95,23 @@ def normalise(tokens: int) -> None:
 def store(tokens: int) -> None:
     kv, q = empty(tokens, 576).bfloat16(), empty(tokens, HEADS, 192).bfloat16()
     slots, cache = empty(tokens, dtype=torch.int32), empty(10, 16, 576).bfloat16()
-    kv_store.store_latents(kv, q[..., 128:], empty(512).bfloat16(), 1e-6, empty(tokens, 64), cache, slots)
+    kv_store.store_latents(
+        kv, q[..., 128:], empty(512).bfloat16(), 1e-6, empty(tokens, 64), cache, slots
+    )
 
 
 @pytest.mark.parametrize(
     "run",
-    [partial(run_experts, 66, 1408, 2048), partial(run_experts, 162, 192, 5120), partial(run_experts, 10, 96, 256)],
+    [
+        partial(run_experts, 66, 1408, 2048),
+        partial(run_experts, 162, 192, 5120),
+        partial(run_experts, 10, 96, 256),
+    ],
     ids=["V2-Lite", "V2, rank of 8", "by the rule"],
 )
 def test_experts(run: Callable[[int], None], launched: Variants) -> None:
     number, inter, hidden = run.args  # type: ignore[attr-defined]
-    bounds = [n for n in experts.list_tiles(number, TOP_K, hidden, inter) if n <= BUDGET]
+    bounds = [n for n in tiles.list_tiles(number, TOP_K, hidden, inter) if n <= BUDGET]
     check(run, [*bounds, *ladder(256)], launched)
 
 
@@ -114,7 +127,7 @@ def test_what_prompts_and_decode_rows_run(run: Callable[[int], None], launched: 
 
 @pytest.mark.parametrize(("run", "most"), [(merge_prefill, BUDGET), (merge_from_peers, 1024)])
 def test_what_prompts_run(run: Callable[[int], None], most: int, launched: Variants) -> None:
-    """Where context is seen. Of q that is sent there are at most 1,024 tokens."""
+    """Prompts with context. At most 1,024 tokens send their q at a time."""
     check(run, [], launched, decoding=1, most=most)
 
 
@@ -123,9 +136,16 @@ def test_what_sampling_runs(launched: Variants) -> None:
 
 
 def check(
-    run: Callable[[int], None], more: list[int], launched: Variants, decoding: int = 0, most: int = BUDGET
+    run: Callable[[int], None],
+    more: list[int],
+    launched: Variants,
+    decoding: int = 0,
+    most: int = BUDGET,
 ) -> None:
-    """With what start runs: steps of powers of two, of which so many rows decode by themselves, and `more` as it is."""
+    """Check that start launches every variant that steps of up to `most` tokens need.
+
+    Start runs steps of powers of two, in which `decoding` rows decode, and the sizes in `more`.
+    """
     for size in {*more, *(max(1, (1 << i) - decoding) for i in range(14))}:
         run(size)
     at_start = set(launched)

@@ -1,4 +1,4 @@
-"""The contract of an attention back-end. `reference.py` is the shortest complete one."""
+"""The contract of an attention back-end. Next: `reference.py`, the shortest complete one."""
 
 from typing import Protocol
 
@@ -8,20 +8,38 @@ from minidcp.batch import CacheRows, Partial, Varlen
 
 
 class AttentionBackend(Protocol):
-    """Attention over one rank's shard of the latent cache, and among new tokens. Every `lse` is [tokens, heads]
-    float32, natural logarithm, -inf where a token sees nothing; its output may then be anything. A back-end that
-    computes otherwise converts at its own edge."""
+    """Attention over one rank's shard of the latent cache, and among new tokens.
+
+    Every `lse` is [tokens, heads] float32, a natural logarithm, and -inf where a token sees
+    nothing. The output of such a token may be anything, NaN too. A back-end that computes in
+    another base, or marks empty rows in another way, converts at its own edge.
+    """
 
     name: str  # for the log
-    graphs: bool  # whether CUDA graphs can capture it: it never waits for the device
+    graphs: bool  # whether CUDA graphs can capture it, which means it never waits for the device
 
-    def plan(self, rows: CacheRows) -> None:
-        """Set rows.prepared to what every layer's `decode` of these rows shares; called once per step."""
+    def prepare(self, rows: CacheRows) -> None:
+        """Set rows.prepared to what `decode` needs in every layer. Called once per step."""
 
-    def decode(self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None) -> Partial:
-        """Absorbed attention of B rows over this rank's shard: q_latent [B, H, kv_lora_rank] with W_UK absorbed, q_pe
-        [B, H, rope] rotated, one layer's cache kv [num_blocks, block_size, kv_lora_rank + rope] -> [B, H, kv_lora_rank]
-        before W_UV, and lse. The output would best be `out`; who cannot write there returns another tensor."""
+    def decode(
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
+    ) -> Partial:
+        """Absorbed attention of B queries over this rank's shard.
+
+        "Absorbed" means that W_UK has been moved from the keys to the queries, so that queries
+        meet the cached latents as they are: q · (W_UK c) = (W_UKᵀ q) · c.
+
+        Args:
+            q_latent: [B, H, kv_lora_rank], the query with W_UK absorbed.
+            q_pe: [B, H, rope], rotated.
+            kv: [num_blocks, block_size, kv_lora_rank + rope], the cache of one layer.
+            out: [B, H, kv_lora_rank], contiguous. If given, the output is written there.
+
+        Returns the output [B, H, kv_lora_rank], before W_UV, and lse [B, H].
+        """
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
-        """MHA over packed sequences: q [Tq, H, Dqk], k [Tk, H, Dqk], v [Tk, H, Dv] -> [Tq, H, Dv], lse."""
+        """MHA over packed sequences.
+
+        q [Tq, H, Dqk], k [Tk, H, Dqk], v [Tk, H, Dv] -> output [Tq, H, Dv] and lse [Tq, H].
+        """

@@ -1,80 +1,75 @@
-"""FlashAttention-3: decode with q 64 + qv 512 over the paged latent cache, prefill in MHA form. The kernels come from
-whichever package is installed: the official `flash_attn_interface`, or the copy inside vLLM, whose one shared object is
-loaded without importing vLLM. Never both: their symbols collide."""
-
-import importlib
-import importlib.util
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+"""FlashAttention-3: decode with q 64 + qv 512 over the paged latent cache, prefill in MHA form. The
+operators, and what each positional argument is, are in `kernels/fa3.py`."""
 
 import torch
 from torch import Tensor
 
 from minidcp.batch import CacheRows, Partial, Varlen
-
-LATENT_DIM, ROPE_DIM = 512, 64
-COMPILED_DIMS = LATENT_DIM, ROPE_DIM, 192, 128  # the last two of q and k, and of v, in prefill
-
-
-@dataclass(frozen=True)
-class Operators:
-    """FA3's two operators. Their arguments are positional, and the same but for what stands here: of `fwd` q, k, v, new
-    k and v, qv, out, cu_seqlens of q, k and new k, used lengths of q and k, longest q and k, page table, …"""
-
-    source: str
-    ops: Any
-    chunk: tuple[int, ...] = ()  # attention_chunk, which vLLM's have not
-    tail: tuple[object, ...] = ()  # sinks and vLLM's own context parallelism: all off
-
-
-def load_operators() -> Operators:
-    """Raises ImportError, saying what is missing, if neither package is there."""
-    if importlib.util.find_spec("flash_attn_interface") is not None:
-        importlib.import_module("flash_attn_interface")  # registers them
-        return Operators("flash_attn_interface", torch.ops.flash_attn_3, chunk=(0,))
-    spec = importlib.util.find_spec("vllm")
-    folders = [Path(f) for f in (spec.submodule_search_locations or [])] if spec else []
-    files = [f for folder in folders for f in folder.glob("vllm_flash_attn/_vllm_fa3_C*.so")]
-    if not files:
-        raise ImportError("neither flash_attn_interface nor a vLLM with FlashAttention-3 is there")
-    torch.ops.load_library(str(files[0]))
-    return Operators("vllm.vllm_flash_attn", torch.ops._vllm_fa3_C, tail=(None, 1, 0, None))
+from minidcp.kernels.fa3 import LATENT_DIM, Operators
 
 
 class FA3Backend:
-    """FlashAttention-3 on one rank; `softmax_scale` multiplies the scores. `num_heads` are those of the DCP group."""
+    """FlashAttention-3 on one rank.
+
+    `softmax_scale` multiplies the scores. `num_heads` are the heads of the DCP group.
+    """
 
     graphs = True
 
-    def __init__(self, operators: Operators, softmax_scale: float, num_heads: int, block_size: int) -> None:
+    def __init__(
+        self, operators: Operators, softmax_scale: float, num_heads: int, block_size: int
+    ) -> None:
         self.name = f"fa3 from {operators.source}"
-        self.ops, self.chunk, self.tail = operators.ops, operators.chunk, operators.tail
-        self.softmax_scale, self.num_heads, self.block_size = softmax_scale, num_heads, block_size
+        self.operators = operators
+        self.softmax_scale = softmax_scale
+        self.num_heads = num_heads
+        self.block_size = block_size
 
-    def plan(self, rows: CacheRows) -> None:
-        lens, max_len = rows.local_lens, rows.block_table.shape[1] * self.block_size
-        rows.prepared = self.ops.get_scheduler_metadata(
-            len(lens), 1, max_len, self.num_heads, 1, ROPE_DIM, LATENT_DIM, torch.bfloat16, lens, None, None, None,
-            None, None, self.block_size, 0, False, -1, -1, *self.chunk, False, 0, None, 0,
-        )  # fmt: skip
+    def prepare(self, rows: CacheRows) -> None:
+        """Compute the scheduler's metadata once for all layers: it saves 2 to 5 % of decode."""
+        rows.prepared = self.operators.schedule_decode(
+            rows.local_lens,
+            max_seqlen_k=rows.block_table.shape[1] * self.block_size,
+            num_heads=self.num_heads,
+            page_size=self.block_size,
+        )
 
-    def decode(self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None) -> Partial:
-        k, v = kv[:, :, None, LATENT_DIM:], kv[:, :, None, :LATENT_DIM]
-        result, lse, *_ = self.ops.fwd(
-            q_pe[:, None], k, v, None, None, q_latent[:, None], None if out is None else out[:, None], None, None,
-            None, None, rows.local_lens, 1, rows.block_table.shape[1] * kv.shape[1], rows.block_table, None, None,
-            None, None, None, None, None, None, self.softmax_scale, False, -1, -1, *self.chunk, 0.0, True,
-            rows.prepared, 0, None, 0, *self.tail,
-        )  # fmt: skip
+    def decode(
+        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
+    ) -> Partial:
+        assert isinstance(rows.prepared, Tensor)
+        # FA3 calls the rotary part k and the latent v. Both are views of the same cache rows.
+        k = kv[:, :, None, LATENT_DIM:]  # [num_blocks, block_size, 1, rope]
+        v = kv[:, :, None, :LATENT_DIM]  # [num_blocks, block_size, 1, kv_lora_rank]
+        result, lse = self.operators.forward(
+            q_pe[:, None],  # [B, 1, H, rope]
+            k,
+            v,
+            self.softmax_scale,
+            causal=False,
+            max_seqlen_q=1,
+            max_seqlen_k=rows.block_table.shape[1] * self.block_size,
+            qv=q_latent[:, None],  # [B, 1, H, kv_lora_rank]
+            out=None if out is None else out[:, None],
+            seqused_k=rows.local_lens,
+            page_table=rows.block_table,
+            scheduler_metadata=rows.prepared,
+        )
         return result[:, 0], lse[..., 0]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
-        out, lse, *_ = self.ops.fwd(
-            q, k, v, None, None, None, None, varlen.cu_seqlens_q, varlen.cu_seqlens_k, None, None, None,
-            max(varlen.lens_q), max(varlen.lens_k), None, None, None, None, None, None, None, None, None,
-            self.softmax_scale, varlen.causal, -1, -1, *self.chunk, 0.0, True, None, 0, None, 0, *self.tail,
-        )  # fmt: skip
-        if not varlen.causal:  # a sequence without keys is written +inf by some builds
+        out, lse = self.operators.forward(
+            q,
+            k,
+            v,
+            self.softmax_scale,
+            causal=varlen.causal,
+            max_seqlen_q=max(varlen.lens_q),
+            max_seqlen_k=max(varlen.lens_k),
+            cu_seqlens_q=varlen.cu_seqlens_q,
+            cu_seqlens_k=varlen.cu_seqlens_k,
+        )
+        if not varlen.causal:
+            # Some builds write +inf for a sequence without keys.
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return out, lse.transpose(0, 1)

@@ -1,7 +1,8 @@
-"""Tokens to text, one at a time: never half a character, never a stop string."""
+"""Tokens to text, one token at a time: never half a character, never a stop string."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,58 +15,95 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids. ValueError: it cannot be read."""
+    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids.
+
+    Raises ValueError if there is one that cannot be read.
+    """
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
     except Exception as error:
         raise ValueError(f"{path}: the tokenizer cannot be loaded ({error})") from error
     return tokenizer
 
 
 class Detokenizer:
-    """The text of one completion as it grows. It is held back while it ends inside a character, or in what may become a
-    stop string; before `min_tokens` these do not stop."""
+    """The text of one completion as it grows.
+
+    Text is held back while it ends inside a character, or while its end may become a stop string.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> None:
-        self.tokenizer, self.params = tokenizer, params
+        self.tokenizer = tokenizer
+        self.params = params
         self.ids: list[int] = []
-        # Text up to token `read` is out; decoding starts at `prefix` as a token's text can depend on the one before it.
-        self.prefix = self.read = 0
-        self.pending = ""
-        self.stopped = False
+        self.stopped = False  # whether a stop string has ended the completion
+
+        # The text of tokens [0, num_decoded) is out or held back. The text of a token can depend on
+        # the token before it, so decoding starts at an earlier token.
+        self.decode_start = 0
+        self.num_decoded = 0
+        self.held_back = ""
 
     def append(self, token: int) -> str:
-        """Add a token; returns the text that is now certain. A stop string is cut and sets `stopped`."""
+        """Add a token. Returns the text that is now certain, up to a stop string if there is."""
         self.ids.append(token)
-        return self.flush(is_last=False)
+        return self.release_text(is_last=False)
 
-    def flush(self, is_last: bool = True) -> str:
-        """What was held back and is certain now: up to a stop string or, if more may follow, to one's beginning."""
+    def flush(self) -> str:
+        """The text that was held back; to be called after the last token."""
+        return self.release_text(is_last=True)
+
+    def release_text(self, is_last: bool) -> str:
         if self.tokenizer is None or self.stopped:
             return ""
-        before, after = self.decode(self.prefix, self.read), self.decode(self.prefix, len(self.ids))
-        if not is_last and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
-            return ""  # inside a character
-        self.prefix, self.read = self.read, len(self.ids)
-        text = self.pending + after[len(before) :]
-        stops = self.params.stop if len(self.ids) > self.params.min_tokens else ()
-        found = [at for at in map(text.find, stops) if at >= 0]
-        self.stopped = bool(found)
-        held = 0 if is_last else max((overlap(text, stop) for stop in stops), default=0)
-        end = min(found, default=len(text) - held)
-        self.pending = text[end:]
+        known = self.decode(self.decode_start, self.num_decoded)
+        text = self.decode(self.decode_start, len(self.ids))
+
+        is_inside_character = text.endswith(REPLACEMENT) or len(text) <= len(known)
+        if is_inside_character and not is_last:
+            return ""
+
+        self.decode_start = self.num_decoded
+        self.num_decoded = len(self.ids)
+        return self.cut_at_stop(self.held_back + text[len(known) :], is_last)
+
+    def cut_at_stop(self, text: str, is_last: bool) -> str:
+        """The text before the first stop string, or before what may become one."""
+        stops: Sequence[str] = ()
+        if self.params.may_stop_after(len(self.ids)):
+            stops = self.params.stop
+        found = [text.find(stop) for stop in stops if stop in text]
+
+        if found:
+            self.stopped = True
+            end = min(found)
+        elif is_last:
+            end = len(text)
+        else:
+            end = len(text) - max((count_overlap(text, stop) for stop in stops), default=0)
+
+        self.held_back = text[end:]
         return text[:end]
 
     def decode(self, start: int, end: int) -> str:
         assert self.tokenizer is not None
-        options = dict(skip_special_tokens=self.params.skip_special_tokens, clean_up_tokenization_spaces=False)
-        return str(self.tokenizer.decode(self.ids[start:end], **options))
+        text = self.tokenizer.decode(
+            self.ids[start:end],
+            skip_special_tokens=self.params.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return str(text)
 
 
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+def count_overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`, at most."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

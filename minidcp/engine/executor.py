@@ -1,5 +1,5 @@
-"""The ranks as the driver sees them: start them, send every one the same commands, hear reports. They are threads of
-this process, processes started here, or torchrun's. What a rank does is in `worker.py`."""
+"""The ranks as the driver sees them: start them, send all of them the same commands, hear reports.
+What a rank does with a command is in `worker/worker.py`. Next: `engine.py`."""
 
 import contextlib
 import logging
@@ -16,135 +16,179 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from minidcp.config import EngineConfig
-from minidcp.engine.model_runner import StepResult
-from minidcp.engine.worker import Command, Failed, Ready, serve_and_exit, serve_rank
+from minidcp.batch import StepResult
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState, build_thread_states
+from minidcp.resolve import ResolvedConfig, under_torchrun
+from minidcp.worker.worker import Command, Failed, Ready, Report, serve_and_exit, serve_rank
 
 R = TypeVar("R", Ready, StepResult)
-STOP_SECONDS = 5.0  # for ranks to leave by themselves before they are killed
+
+STOP_SECONDS = 5.0  # how long ranks may take to leave by themselves before they are killed
+CAUSE_SECONDS = 1.0  # how long to wait for a report that explains the first failure
 
 
 class EngineDeadError(RuntimeError):
-    """A rank ended; every request in flight is lost and the engine takes no more."""
+    """A rank ended. Every request in flight is lost, and the engine takes no more."""
 
 
 class Executor:
-    """The driver's end of all ranks: a connection to each, which a thread reads; a closed one means a dead rank.
-    Steps are answered in the order they were submitted. Under torchrun, ranks other than 0 do not return."""
+    """The driver's end of all ranks, which has one connection to each of them.
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
-        self.config, self.model_config = config, model_config
+        driver                                     every rank
+        send ------- StepPlan, int, None --------> serve_commands
+        receive <--- Ready, StepResult, Failed --- report
+
+    config.ranks says what ranks are, and so what carries messages and how ranks find each other:
+
+        ranks      connection                       ranks meet
+        threads    pipe                             at barriers, in memory
+        processes  pipe, inherited by the process   through a store that the driver hosts
+        torchrun   socket; a pipe for rank 0        through torchrun's store
+
+    A thread reads each connection. A connection that ends means a dead rank. Steps are answered in
+    the order in which they were submitted. Under torchrun the constructor returns only in the
+    process of rank 0: the other processes serve it as ranks, and end when it does.
+    """
+
+    def __init__(self, config: ResolvedConfig, model_config: ModelConfig) -> None:
+        self.config = config
+        self.model_config = model_config
         self.connections: list[Connection] = []
-        self.reports: queue.SimpleQueue[Ready | StepResult | Failed] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()  # once more, to be seen before their turn
-        self.failure: str | None = None
-        self.threads: list[threading.Thread] = []  # that are ranks
-        self.barriers: list[threading.Barrier] = []  # at which they wait for each other
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        starts = {"threads": self.start_threads, "processes": self.start_processes, "torchrun": self.accept_torchrun}
-        starts[config.ranks]()
+
+        # Reports in the order of their arrival. A failure is put into `failures` too, where it is
+        # seen before the results that are still waiting in `reports`.
+        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()
+        self.failure: str | None = None  # why no more commands are taken
+
+        self.threads: list[threading.Thread] = []  # ranks that are threads
+        self.barriers: list[threading.Barrier] = []  # where they wait for each other
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}  # ranks that were started here
+
+        if config.ranks == "threads":
+            self.start_threads()
+        elif config.ranks == "processes":
+            self.start_processes()
+        else:
+            self.accept_torchrun()
 
     def start_threads(self) -> None:
-        """For the CPU. A rank that fails breaks the barriers its peers wait at."""
-        states, self.barriers = build_thread_states(self.config.tp_size, self.config.dcp_size)
+        """Start ranks as threads of this process, for the CPU.
+
+        A rank that fails breaks the barriers at which its peers wait.
+        """
+        states, self.barriers = build_thread_states(
+            self.config.tp_size, self.config.dcp_size, self.config.dcp_comm_backend
+        )
         for rank, state in enumerate(states):
             self.start_thread(rank, state)
 
+    def start_thread(self, rank: int, state: ParallelState | None = None) -> None:
+        """Start a rank as a thread of this process. Without a state it joins other processes."""
+        own_end, rank_end = Pipe()
+
+        def run() -> None:
+            with rank_end:
+                ok = serve_rank(rank, rank_end, state, own_process=False)
+                if not ok:
+                    self.abort_barriers()
+
+        thread = threading.Thread(target=run, name=f"rank {rank}", daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        self.connect(rank, own_end)
+
     def start_processes(self) -> None:
-        """On this machine; they end when this process does, however it ends."""
-        # As torchrun's agent does: host the store (the system picks the port); the ranks find it in their environment.
+        """Start ranks as processes on this machine. They end when this process ends, in any way."""
+        # As torchrun's agent does: host the store (the system picks the port). The ranks find it in
+        # their environment.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        level = logging.getLogger("minidcp").getEffectiveLevel()
         for rank in range(self.config.tp_size):
-            ours, theirs = Pipe()
-            env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.config.tp_size))
-            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-            env |= dict(GLOO_SOCKET_IFNAME="lo", MINIDCP_LOG_LEVEL=str(level))
-            start = "from minidcp.engine.worker import main; main()"
-            command = [sys.executable, "-c", start, str(theirs.fileno())]
-            self.processes[rank] = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
-            theirs.close()
-            self.connect(rank, ours)
+            own_end, rank_end = Pipe()
+            process = spawn_rank(rank, self.config.tp_size, self.store.port, rank_end)
+            self.processes[rank] = process
+            rank_end.close()
+            self.connect(rank, own_end)
 
     def accept_torchrun(self) -> None:
-        """Rank 0's process is the driver and, in a thread, a rank; the others serve it, and end when it does."""
-        host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-        store = dist.PrefixStore("minidcp", dist.TCPStore(host, port, is_master=False))  # torchrun's
+        """Make the processes that torchrun started the ranks.
+
+        The process of rank 0 is the driver and, in a thread, rank 0. It leaves its address in
+        torchrun's store, where the others find it. These do not return from here.
+        """
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.PrefixStore("minidcp", dist.TCPStore(host, port, is_master=False))
         if not is_driver():
-            control, secret = store.get("minidcp/control").decode().split()
-            connection = Client((host, int(control)), authkey=bytes.fromhex(secret))
-            connection.send(rank)
-            serve_and_exit(rank, connection)
-        size, key = self.config.tp_size, os.urandom(32)
+            serve_torchrun_rank(host, store)
+
+        size = self.config.tp_size
+        key = os.urandom(32)
         with Listener((host, 0), backlog=size, authkey=key) as listener:
             store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
             self.start_thread(0)
             for _ in range(size - 1):
                 connection = listener.accept()
-                self.connect(connection.recv(), connection)
-
-    def start_thread(self, rank: int, state: ParallelState | None = None) -> None:
-        """Have rank `rank` in a thread of this process; without a state it joins other processes."""
-        ours, theirs = Pipe()
-
-        def run() -> None:
-            with theirs:
-                if not serve_rank(rank, theirs, state, own_process=False):
-                    for barrier in self.barriers:
-                        barrier.abort()
-
-        self.threads.append(threading.Thread(target=run, name=f"rank {rank}", daemon=True))
-        self.threads[-1].start()
-        self.connect(rank, ours)
+                rank = connection.recv()
+                self.connect(rank, connection)
 
     def connect(self, rank: int, connection: Connection) -> None:
+        """Tell a rank what to load, and start to read what it reports."""
         self.connections.append(connection)
         connection.send((self.config, self.model_config))
+        reader = threading.Thread(
+            target=self.read_reports,
+            args=(rank, connection),
+            name=f"reports of rank {rank}",
+            daemon=True,
+        )
+        reader.start()
 
-        def read() -> None:
-            try:
-                with connection:
-                    while not isinstance(report := connection.recv(), Failed):
-                        self.reports.put(report)
-            except (EOFError, OSError):
-                code = "unknown"
-                with contextlib.suppress(KeyError, subprocess.TimeoutExpired):  # it is not ours, or has not ended yet
-                    code = str(self.processes[rank].wait(1.0))
-                report = Failed(f"rank {rank}: its process ended (exit code {code})", died=True)
-            except Exception as error:
-                report = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
-            self.failures.put(report)
-            self.reports.put(report)
+    def read_reports(self, rank: int, connection: Connection) -> None:
+        """Queue a rank's reports until it fails or its connection ends."""
+        try:
+            with connection:
+                report = connection.recv()
+                while not isinstance(report, Failed):
+                    self.reports.put(report)
+                    report = connection.recv()
+            failure = report
+        except (EOFError, OSError):
+            code = self.get_exit_code(rank)
+            failure = Failed(f"rank {rank}: its process ended (exit code {code})", died=True)
+        except Exception as error:
+            failure = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
 
-        threading.Thread(target=read, name=f"reports of rank {rank}", daemon=True).start()
+        self.failures.put(failure)
+        self.reports.put(failure)
 
-    def send(self, command: Command) -> None:
-        message = ForkingPickler.dumps(command)
-        for connection in self.connections:
-            with contextlib.suppress(OSError):  # the connection's reader reports the end
-                connection.send_bytes(message)
-
-    def receive(self, kind: type[R]) -> R:
-        """The oldest report not received yet, unless a rank has ended."""
-        report = self.reports.get()
-        if isinstance(report, Failed):
-            self.fail()
-        assert isinstance(report, kind)
-        return report
+    def get_exit_code(self, rank: int) -> str:
+        if rank not in self.processes:  # it was not started here
+            return "unknown"
+        try:
+            return str(self.processes[rank].wait(1.0))
+        except subprocess.TimeoutExpired:  # it has closed the connection and goes on
+            return "unknown"
 
     def wait_ready(self) -> list[Ready]:
-        """One Ready per rank. ValueError: they found the checkpoint or an option wrong; EngineDeadError: one ended."""
+        """One Ready per rank.
+
+        Raises ValueError if ranks found the checkpoint or an option wrong, EngineDeadError if one
+        ended.
+        """
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
     def submit(self, command: Command) -> None:
-        """Hand a command to every rank, unless one has ended."""
+        """Send a command to every rank. Raises EngineDeadError if one has ended."""
         self.check()
         self.send(command)
 
     def collect(self) -> StepResult:
-        """The result of the oldest step not collected yet. Raises EngineDeadError if a rank ended."""
+        """Wait for the result of the oldest step that has not been collected yet.
+
+        Raises EngineDeadError if a rank ended.
+        """
         self.check()
         return self.receive(StepResult)
 
@@ -155,52 +199,119 @@ class Executor:
         if not self.failures.empty():
             self.fail()
 
+    def send(self, command: Command) -> None:
+        message = ForkingPickler.dumps(command)
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # the thread that reads it reports its end
+                connection.send_bytes(message)
+
+    def receive(self, kind: type[R]) -> R:
+        """The oldest report that has not been received yet, unless a rank has ended."""
+        report = self.reports.get()
+        if isinstance(report, Failed):
+            self.fail()
+        assert isinstance(report, kind)
+        return report
+
     def fail(self) -> NoReturn:
-        """One rank's end makes its peers fail too: find the cause among their reports, end all, raise."""
-        first = cause = self.failures.get()
-        deadline = time.monotonic() + 1.0
-        while not (cause.died or cause.user_error):
-            try:
-                cause = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                cause = first
-                break
+        """End all ranks, because one has failed, and raise the cause."""
+        cause = self.find_cause()
         self.failure = cause.reason
         self.stop(kill=True)
         if cause.user_error:
             raise ValueError(cause.reason)
         raise EngineDeadError(cause.reason)
 
+    def find_cause(self) -> Failed:
+        """The failure behind the reports. When one rank ends, its peers fail as well.
+
+        A process that died or a user's error is the cause for certain. If no rank reports one soon,
+        the first report is taken for the cause.
+        """
+        first = self.failures.get()
+        failure = first
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while not failure.died and not failure.user_error:
+            try:
+                failure = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return first
+        return failure
+
     def close(self) -> None:
+        """End the ranks. Safe to call twice, and after a failure."""
         if self.failure is None:
             self.failure = "the engine is closed"
             self.stop(kill=False)
 
     def stop(self, kill: bool) -> None:
         """End every rank: politely, or at once because one has failed."""
-        for barrier in self.barriers if kill else ():
-            barrier.abort()
-        if not kill or self.config.ranks == "threads":  # which cannot be killed
+        if kill:
+            self.abort_barriers()
+        if not kill or self.config.ranks == "threads":  # threads cannot be killed
             self.send(None)
             for thread in self.threads:
                 thread.join(STOP_SECONDS)
-        deadline = time.monotonic() + (0 if kill else STOP_SECONDS)
+
+        self.end_processes(0.0 if kill else STOP_SECONDS)
+        if self.config.ranks == "torchrun":
+            for connection in self.connections:
+                shut_down(connection)
+
+    def abort_barriers(self) -> None:
+        for barrier in self.barriers:
+            barrier.abort()
+
+    def end_processes(self, seconds: float) -> None:
+        """Kill the processes that have not ended by themselves after so many seconds."""
+        deadline = time.monotonic() + seconds
         for process in self.processes.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for connection in self.connections if self.config.ranks == "torchrun" else ():
-            # Ends its process, whatever that waits for. To close it is its reader's, which may be about to.
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
-                line.shutdown(socket.SHUT_RDWR)
+
+
+def spawn_rank(
+    rank: int, world_size: int, store_port: int, connection: Connection
+) -> subprocess.Popen[bytes]:
+    """Start a process that serves as a rank. It inherits its end of the connection."""
+    env = dict(os.environ)
+    env["RANK"] = env["LOCAL_RANK"] = str(rank)
+    env["WORLD_SIZE"] = str(world_size)
+    env["MASTER_ADDR"] = "127.0.0.1"
+    env["MASTER_PORT"] = str(store_port)
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 is not to host the store
+    env["GLOO_SOCKET_IFNAME"] = "lo"
+    env["MINIDCP_LOG_LEVEL"] = str(logging.getLogger("minidcp").getEffectiveLevel())
+
+    descriptor = connection.fileno()
+    start = "from minidcp.worker.worker import main; main()"
+    command = [sys.executable, "-c", start, str(descriptor)]
+    return subprocess.Popen(command, env=env, pass_fds=[descriptor])
+
+
+def serve_torchrun_rank(host: str, store: dist.Store) -> NoReturn:
+    """Connect to the driver, serve it as this process's rank, and end the process."""
+    rank = int(os.environ["RANK"])
+    port, key = store.get("minidcp/control").decode().split()
+    connection = Client((host, int(port)), authkey=bytes.fromhex(key))
+    connection.send(rank)
+    serve_and_exit(rank, connection)
+
+
+def shut_down(connection: Connection) -> None:
+    """End the process at the other end of a socket, whatever it is waiting for.
+
+    Only the thread that reads the connection may close it, and may be about to: hence a duplicate.
+    """
+    with contextlib.suppress(OSError):
+        duplicate = os.dup(connection.fileno())
+        with socket.socket(fileno=duplicate) as line:
+            line.shutdown(socket.SHUT_RDWR)
 
 
 def is_driver() -> bool:
-    """False in torchrun's processes other than rank 0: those serve as ranks, and do nothing else."""
+    """False in torchrun's processes other than rank 0: they serve as ranks and do nothing else."""
     return not under_torchrun() or os.environ["RANK"] == "0"
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,192 +1,297 @@
-"""Continuous batching in integers: decode rows first, then chunks of prompts within the token budget; the youngest
-request is preempted when blocks run out. No tensors, no ranks, no text: `engine.py` turns what comes back into that."""
+"""Continuous batching in integers: decode rows first, then prompt chunks within the token budget of
+a step. The youngest request is preempted when blocks run out. No tensors, no ranks and no text:
+those are in `engine.py`. Next: `executor.py`."""
 
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from minidcp.batch import Admission, StepPlan
+from minidcp.batch import MAX_SCORED_TOKENS, Admission, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
-MAX_SCORED = 256  # prompt tokens of a step whose log-probabilities are wanted: logits are large
-GROWTH = 64  # tokens that every running request has room for when another is admitted, which it might else preempt soon
+# A request is admitted only if all running requests can still grow by so many tokens. Otherwise it
+# might be preempted soon after, and its prompt would be computed twice.
+GROWTH = 64
 
 
 @dataclass
-class PlannedStep:
-    """A plan and whose rows it holds; the workers get the plan only."""
+class ScheduledStep:
+    """A plan and the requests behind it. The workers get only the plan."""
 
     plan: StepPlan = field(default_factory=StepPlan)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # of the plan's rows, in order
+    admitted: list[Request] = field(default_factory=list)  # those that start running in this step
 
 
 class Scheduler:
-    """Plans steps ahead of their results: a request's next token may be sampled but not known yet. The caller plans
-    step n + 1 while step n runs, and hands in n's tokens afterwards. That is safe because workers execute plans in
-    order: whatever a late plan overwrites, earlier ones have read."""
+    """Plans steps before the results of earlier steps are known.
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, budget: int, mixed_steps: bool = True) -> None:
-        self.blocks, self.budget = blocks, budget  # tokens of a step
-        self.mixed_steps, self.decoded_last = mixed_steps, False
+    The caller plans step n + 1 while step n runs, and hands in the tokens of step n afterwards. So
+    the next token of a request may be sampled, or about to be, and still unknown here. This is safe
+    because workers execute plans in order: when a later plan overwrites something, the earlier
+    plans have already read it.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, budget: int, mixed_steps: bool = True
+    ) -> None:
+        self.blocks = blocks
+        self.budget = budget  # tokens of a step at most
+        self.mixed_steps = mixed_steps  # whether a step may hold both decode rows and prompt chunks
+        self.decoded_last = False
+
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
+
         self.num_preemptions = 0
-        self.num_queried_tokens = 0  # of requests that came to run
-        self.num_cached_tokens = 0  # that the prefix cache saved from being computed
+        self.num_queried_tokens = 0  # looked up in the prefix cache, at every admission
+        self.num_cached_tokens = 0  # found there, and so not computed
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self) -> PlannedStep | None:
-        """The next step, or None if nothing can be planned before a running step's tokens are known."""
-        step, turns = PlannedStep(), [self.add_decodes, self.add_prefills]
-        if not self.mixed_steps and self.decoded_last:  # they take turns where there is both to do
-            turns.reverse()
-        for add in turns:
-            if self.mixed_steps or not step.requests:
-                add(step)
+    def schedule(self) -> ScheduledStep | None:
+        """The next step. None: nothing can be planned before a running step's tokens are known."""
+        step = ScheduledStep()
+        if self.mixed_steps:
+            self.add_decodes(step)
+            self.add_prefills(step)
+        elif self.decoded_last:  # decodes and prefills take turns where both are waiting
+            self.add_prefills(step)
+            if not step.requests:
+                self.add_decodes(step)
+        else:
+            self.add_decodes(step)
+            if not step.requests:
+                self.add_prefills(step)
+
         self.decoded_last = step.plan.num_decode > 0
         return step if step.requests else None
 
-    def add_decodes(self, step: PlannedStep) -> None:
+    def add_decodes(self, step: ScheduledStep) -> None:
         for request in list(self.running):
-            if request.slot >= 0 and self.can_decode(request) and self.grow(request, step):
+            if request.slot < 0:  # preempted in this very loop
+                continue
+            if self.can_decode(request) and self.make_room(request, step):
                 self.add_row(step, request, 1)
         step.plan.num_decode = len(step.requests)
 
-    def add_prefills(self, step: PlannedStep) -> None:
+    def add_prefills(self, step: ScheduledStep) -> None:
+        """Go on with the prompts of running requests, then admit waiting ones, oldest first."""
         budget = self.budget - step.plan.num_decode
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
+
         while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
             budget -= self.add_chunk(step, self.running[-1], budget)
 
-    def may_score(self, request: Request, step: PlannedStep) -> bool:
-        return request.params.prompt_logprobs is None or len(step.plan.scored) < MAX_SCORED
-
     def can_decode(self, request: Request) -> bool:
-        """Its last token is sampled (known here or not), not computed yet, and may have a successor."""
-        is_last_missing = request.num_computed == len(request.tokens) + request.num_in_flight - 1
-        may_go_on = request.num_outputs + request.num_in_flight < request.max_tokens
-        return is_last_missing and may_go_on and not request.is_prefilling
+        """Whether only its last token is not computed yet, and another may follow that token."""
+        if request.is_prefilling:
+            return False
+        num_tokens = len(request.tokens) + request.num_in_flight
+        num_outputs = request.num_outputs + request.num_in_flight
+        return request.num_computed == num_tokens - 1 and num_outputs < request.max_tokens
 
-    def grow(self, request: Request, step: PlannedStep) -> bool:
-        """Make room for one more token, preempting younger requests if need be; False: it was preempted."""
+    def may_score(self, request: Request, step: ScheduledStep) -> bool:
+        """Whether the step has room for log-probabilities of the prompt, if they are wanted."""
+        is_scored = request.params.prompt_logprobs is not None
+        return not is_scored or len(step.plan.scored) < MAX_SCORED_TOKENS
+
+    def make_room(self, request: Request, step: ScheduledStep) -> bool:
+        """Make room for one more token, by preempting younger requests if necessary.
+
+        Returns False if the request itself was preempted because no younger one was left.
+        """
         if request.num_computed < len(request.blocks) * self.blocks.tokens_per_block:
             return True
-        while (blocks := self.blocks.allocate(1)) is None:
-            victim = self.running[-1]
-            self.preempt(victim)
-            if victim is request:
+
+        blocks = self.blocks.allocate(1)
+        while blocks is None:
+            youngest = self.running[-1]
+            self.preempt(youngest)
+            if youngest is request:
                 return False
-        self.hand_over(request, blocks, step)
+            blocks = self.blocks.allocate(1)
+
+        self.append_blocks(request, blocks, step)
         return True
 
-    def hand_over(self, request: Request, blocks: list[int], step: PlannedStep) -> None:
+    def append_blocks(self, request: Request, blocks: list[int], step: ScheduledStep) -> None:
         """Append blocks to the request's table, here and (through the plan) on every rank."""
-        step.plan.new_blocks += [(request.slot, index, b) for index, b in enumerate(blocks, len(request.blocks))]
+        for index, block in enumerate(blocks, start=len(request.blocks)):
+            step.plan.new_blocks.append((request.slot, index, block))
         request.blocks += blocks
 
-    def admit(self, request: Request, step: PlannedStep) -> bool:
-        """Move a waiting request to running, with blocks for all its known tokens and one more. Those of its longest
-        cached beginning are shared; at least one token is always computed, and all whose logits are wanted."""
-        if not self.free_slots or request.num_in_flight or not self.may_score(request, step):
+    def admit(self, request: Request, step: ScheduledStep) -> bool:
+        """Start running the first waiting request, if there is a slot and enough room.
+
+        It gets blocks for all its known tokens and one more.
+        """
+        if not self.free_slots or not self.may_score(request, step):
             return False
-        params, size = request.params, self.blocks.tokens_per_block
-        usable = (len(request.tokens) - 1) // size if params.prompt_logprobs is None else 0
-        if self.blocks.prefix_cache:
-            self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
-        shared = self.blocks.share(request.block_hashes[:usable])
-        count, most = len(request.tokens) // size + 1 - len(shared), GROWTH * len(self.running)
-        growth = (min(GROWTH, r.max_tokens - r.num_outputs) for r in self.running)  # counted only where blocks are few
-        fresh = self.blocks.allocate(count, most // size) or self.blocks.allocate(count, sum(growth) // size)
-        if fresh is None:
+        if request.num_in_flight > 0:  # a token that was sampled before its preemption
+            return False
+
+        shared = self.share_cached_blocks(request)
+        num_blocks = len(request.tokens) // self.blocks.tokens_per_block + 1
+        num_new_blocks = num_blocks - len(shared)
+        if not self.has_room_to_grow(num_new_blocks):
             self.blocks.release(shared)
             return False
+        new = self.blocks.allocate(num_new_blocks)
+        assert new is not None
+
         self.waiting.popleft()
-        request.slot = heapq.heappop(self.free_slots)
-        request.num_computed = len(shared) * size
-        request.prefill_end = len(request.tokens)
-        request.num_published = len(shared)
-        self.num_queried_tokens += len(request.tokens)
-        self.num_cached_tokens += request.num_computed
-        if not request.num_outputs:
-            request.cached_tokens = request.num_computed
-        self.hand_over(request, shared + fresh, step)
-        num_prompt = len(request.prompt_token_ids)
-        history = tuple(request.tokens) if params.is_penalised else ()
-        step.plan.admitted.append(Admission(request.slot, params, request.seed, num_prompt, request.stop_ids, history))
-        self.running.append(request)
+        self.start_running(request, len(shared))
+        self.append_blocks(request, shared + new, step)
+        step.admitted.append(request)
+        step.plan.admitted.append(describe_admission(request))
         return True
 
-    def add_chunk(self, step: PlannedStep, request: Request, budget: int) -> int:
+    def share_cached_blocks(self, request: Request) -> list[int]:
+        """Take a reference to the blocks of the longest cached prefix that the request can use."""
+        if not self.blocks.prefix_cache:
+            return []
+        self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
+
+        if request.params.prompt_logprobs is not None:
+            return []  # the logits of all its tokens are wanted
+        # At least one token must be computed, to get the logits of the next one.
+        num_usable = (len(request.tokens) - 1) // self.blocks.tokens_per_block
+        return self.blocks.share(request.block_hashes[:num_usable])
+
+    def has_room_to_grow(self, num_new_blocks: int) -> bool:
+        """Whether there are so many blocks, and enough left for GROWTH tokens per running request.
+
+        A request that will end sooner needs less.
+        """
+        num_spare = self.blocks.num_available - num_new_blocks
+        tokens_per_block = self.blocks.tokens_per_block
+
+        # Mostly this bound suffices, and it costs nothing. The sum goes over all running requests.
+        if GROWTH * len(self.running) // tokens_per_block <= num_spare:
+            return True
+        growth = sum(min(GROWTH, r.max_tokens - r.num_outputs) for r in self.running)
+        return growth // tokens_per_block <= num_spare
+
+    def start_running(self, request: Request, num_shared_blocks: int) -> None:
+        num_cached_tokens = num_shared_blocks * self.blocks.tokens_per_block
+        request.slot = heapq.heappop(self.free_slots)
+        request.num_computed = num_cached_tokens
+        request.prefill_end = len(request.tokens)
+        request.num_published = num_shared_blocks
+        self.running.append(request)
+
+        self.num_queried_tokens += len(request.tokens)
+        self.num_cached_tokens += num_cached_tokens
+        if request.num_outputs == 0:
+            request.cached_tokens = num_cached_tokens
+
+    def add_chunk(self, step: ScheduledStep, request: Request, budget: int) -> int:
         """Add as many of the request's missing tokens as the budget allows; returns how many."""
         start = request.num_computed
         length = min(budget, len(request.tokens) - start)
         if request.params.prompt_logprobs is not None:
-            length = min(length, MAX_SCORED - len(step.plan.scored))
-            scored = range(start + 1, min(start + length + 1, len(request.prompt_token_ids)))
-            step.plan.scored += [(len(step.requests), start + length - p, request.tokens[p]) for p in scored]
+            length = min(length, MAX_SCORED_TOKENS - len(step.plan.scored))
+            self.add_scored_tokens(step, request, length)
+
         step.plan.tokens += request.tokens[start : start + length]
         self.add_row(step, request, length)
         return length
 
-    def add_row(self, step: PlannedStep, request: Request, length: int) -> None:
-        plan = step.plan
-        plan.slots.append(request.slot)
-        plan.starts.append(request.num_computed)
-        plan.lengths.append(length)
+    def add_scored_tokens(self, step: ScheduledStep, request: Request, length: int) -> None:
+        """Ask for the log-probabilities of the prompt tokens that follow this chunk's tokens."""
+        row = len(step.requests)  # the one that the chunk is about to get
+        start = request.num_computed
+        end = start + length
+        last = min(end, len(request.prompt_token_ids) - 1)
+        for position in range(start + 1, last + 1):
+            distance = end - position  # from the row's last token to the one before `position`
+            step.plan.scored.append((row, distance, request.tokens[position]))
+
+    def add_row(self, step: ScheduledStep, request: Request, length: int) -> None:
+        """Add a row for the request's next `length` tokens."""
+        step.plan.slots.append(request.slot)
+        step.plan.starts.append(request.num_computed)
+        step.plan.lengths.append(length)
         step.requests.append(request)
         request.num_computed += length
-        if request.num_computed >= len(request.tokens):  # the row holds the last token: sample its successor
-            plan.sampling.append(len(step.requests) - 1)
+
+        if request.num_computed >= len(request.tokens):  # with its last token: sample the next one
+            step.plan.sampling.append(len(step.requests) - 1)
             request.num_in_flight += 1
 
-    def update(self, step: PlannedStep, tokens: list[int]) -> list[Request]:
-        """Hand in a step's sampled tokens; returns the requests that each of them belongs to, in order. A finished
-        request is returned too (its token is one too many); the caller passes it over."""
+    def update(self, step: ScheduledStep, tokens: list[int]) -> list[Request]:
+        """Hand in the tokens that a step sampled. Returns the request of each token, in order.
+
+        A request may have finished while the step ran. It is returned too, but the token is one too
+        many, and the caller must skip it.
+        """
         requests = [step.requests[row] for row in step.plan.sampling]
         for request, token in zip(requests, tokens, strict=True):
             request.num_in_flight -= 1
             if request.finish_reason is None:
                 request.tokens.append(token)
+
         for request in step.requests:
             if request.slot >= 0:
                 self.publish(request)
         return requests
 
     def publish(self, request: Request) -> None:
-        """Offer the blocks that are full, computed and known to the prefix cache."""
+        """Offer its blocks that are full of computed, known tokens to the prefix cache."""
         if not self.blocks.prefix_cache:
             return
-        # A step still in flight may compute the last of them; no later plan can read it too early.
-        size = self.blocks.tokens_per_block
-        first, full = request.num_published, min(request.num_computed, len(request.tokens)) // size
-        if full > first:
-            self.blocks.hash_blocks(request.tokens, request.block_hashes, full * size)
-            self.blocks.publish(request.blocks[first:full], request.block_hashes[first:full])
-            request.num_published = full
+
+        # The last of these may be computed by a step still in flight. No later plan can read it
+        # too early, because plans are executed in order.
+        tokens_per_block = self.blocks.tokens_per_block
+        num_known_computed = min(request.num_computed, len(request.tokens))
+        num_full = num_known_computed // tokens_per_block
+        if num_full <= request.num_published:
+            return
+
+        self.blocks.hash_blocks(request.tokens, request.block_hashes, num_full * tokens_per_block)
+        new = slice(request.num_published, num_full)
+        self.blocks.publish(request.blocks[new], request.block_hashes[new])
+        request.num_published = num_full
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
         if request.slot >= 0:
-            self.leave(request)
+            self.stop_running(request)
         elif request.finish_reason is None:
             self.waiting.remove(request)
         request.finish_reason = reason
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's blocks; it is computed anew, first in line, when there is room."""
-        self.leave(request)
+        """Take a running request's blocks away. It is first in line to be computed again."""
+        self.stop_running(request)
         request.num_computed = 0
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
-    def leave(self, request: Request) -> None:
+    def stop_running(self, request: Request) -> None:
         self.running.remove(request)
         self.blocks.release(request.blocks)
+        request.blocks = []
+        request.num_published = 0
         heapq.heappush(self.free_slots, request.slot)
-        request.blocks, request.num_published, request.slot = [], 0, -1
+        request.slot = -1
+
+
+def describe_admission(request: Request) -> Admission:
+    """What the workers must know about a request that starts running."""
+    counts_history = request.params.has_penalties
+    return Admission(
+        slot=request.slot,
+        params=request.params,
+        seed=request.seed,
+        num_prompt=len(request.prompt_token_ids),
+        stop_ids=request.stop_ids,
+        history=tuple(request.tokens) if counts_history else (),
+    )

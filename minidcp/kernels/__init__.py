@@ -1,4 +1,7 @@
-"""Kernels: tensors in, tensors out. Each is in Triton and, under a name that ends in _ref, in torch."""
+"""Kernels: tensors in, tensors out. A file holds one operation: first its definition in torch (its
+name ends in `_ref`), then the Triton kernel, then the function that chooses between the two.
+
+This file has what all kernels share. A good file to read next is `norm.py`."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,12 +13,12 @@ from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether x's kernels are Triton's: on GPUs, and on CPUs where Triton's interpreter is on, for tests."""
+    """Whether kernels for x run in Triton: on GPUs, and on CPUs in Triton's interpreter (tests)."""
     return bool(x.is_cuda or triton.knobs.runtime.interpret)
 
 
-class GPU(NamedTuple):
-    """What kernels are fitted to; by default that of Triton's interpreter."""
+class DeviceProperties(NamedTuple):
+    """What tile sizes depend on. The defaults are for Triton's interpreter."""
 
     capability: tuple[int, int] = (0, 0)  # (9, 0) is Hopper
     multiprocessors: int = 64
@@ -23,24 +26,37 @@ class GPU(NamedTuple):
 
 
 @cache
-def gpu() -> GPU:
-    """The one that this process uses."""
+def get_device_properties() -> DeviceProperties:
+    """Properties of the GPU that this process uses."""
     if triton.knobs.runtime.interpret or not torch.cuda.is_available():
-        return GPU()
+        return DeviceProperties()
+
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return GPU((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)
+    return DeviceProperties(
+        capability=(found.major, found.minor),
+        multiprocessors=found.multi_processor_count,
+        shared_memory=found.shared_memory_per_block_optin,
+    )
 
 
 @cache
 def launch_early() -> dict[str, bool]:
-    """Arguments of a kernel that begins with `wait_for_previous`: from Hopper on it is launched while the kernel before
-    it still runs (CUDA's programmatic dependent launch), which hides a launch's latency in a chain of short kernels."""
-    return {"EARLY": True, "launch_pdl": True} if gpu().capability >= (9, 0) else {"EARLY": False}
+    """Launch options of a kernel that begins with `wait_for_previous`.
+
+    From Hopper on, such a kernel is launched while the kernel before it is still running (CUDA's
+    programmatic dependent launch). This hides the launch latency in a chain of short kernels.
+    """
+    if get_device_properties().capability >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
 
 
 @triton.jit
 def wait_for_previous(EARLY: tl.constexpr):
-    """Until all kernels before this one are done; before it, read only weights. From here the next may be launched."""
+    """Wait until all earlier kernels are done, then let the next kernel be launched.
+
+    Only weights may be read before this call: everything else may still be being written.
+    """
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,6 +1,5 @@
-"""Which rank holds token p, and where: the only place where this arithmetic stands. Token p of a request lives on DCP
-rank p % N. A block covers block_size × N consecutive tokens and has the same id on every rank, so there is one block
-table. Functions take an int or an integer array. Read `block_manager.py` next."""
+"""Which rank of a DCP group stores token p of a request, and where. All of this arithmetic is here.
+The functions take an int or an integer array. Next: `block_manager.py`."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,16 +12,20 @@ Ints = TypeVar("Ints", int, NDArray[np.int64])
 
 @dataclass(frozen=True)
 class Interleave:
-    """The layout of `size` ranks' shards with `block_size` local slots per block.
+    """Token p of a request lives on rank p % size of its DCP group.
 
-    size 4, block_size 2:   block      |     0     |     1
-                            rank 0     |  0     4  |  8    12
-                            rank 1     |  1     5  |  9    13
-                            rank 2     |  2     6  | 10    14
-                            rank 3     |  3     7  | 11    15"""
+    A block covers block_size * size consecutive tokens. It has block_size slots on every rank and
+    the same id everywhere, so one block table serves all ranks. With size 4 and block_size 2:
 
-    size: int
-    block_size: int
+        block   |    0    |    1
+        rank 0  |  0   4  |  8  12
+        rank 1  |  1   5  |  9  13
+        rank 2  |  2   6  | 10  14
+        rank 3  |  3   7  | 11  15
+    """
+
+    size: int  # ranks of the group
+    block_size: int  # tokens per block and rank
 
     @property
     def tokens_per_block(self) -> int:
@@ -33,17 +36,20 @@ class Interleave:
         return pos % self.size
 
     def local_slot(self, pos: Ints) -> Ints:
-        """The index of token `pos` within its owner's shard; block `local_slot // block_size`."""
+        """The index of token `pos` among the tokens of the request that its owner stores."""
         return pos // self.size
 
     def local_len(self, seq_len: Ints, rank: int) -> Ints:
         """How many of the tokens [0, seq_len) rank `rank` stores."""
         return (seq_len + self.size - 1 - rank) // self.size
 
-    def cache_slot(self, block_id: Ints, local_slot: Ints) -> Ints:
-        """The row of a rank's flat cache for `local_slot`, whose block got the id `block_id`."""
+    def cache_row(self, block_id: Ints, local_slot: Ints) -> Ints:
+        """The row of a rank's flat cache that `local_slot` has in the block `block_id`.
+
+        The block is entry local_slot // block_size of the request's block table.
+        """
         return block_id * self.block_size + local_slot % self.block_size
 
     def num_blocks(self, seq_len: int) -> int:
-        """How many blocks hold the tokens [0, seq_len)."""
+        """How many blocks the tokens [0, seq_len) take."""
         return -(-seq_len // self.tokens_per_block)

@@ -1,224 +1,362 @@
-"""DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it. Prefill attends in MHA form,
-decode absorbed; `MLAAttention` shows both. Kernels are in `kernels/`, who holds a token in `kv_cache/interleave.py`."""
+"""DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it. Prompts
+attend in MHA form, decode rows absorbed; `MLAAttention` has both. Kernels are in `kernels/`; which
+rank holds a token is in `kv_cache/interleave.py`. Next: `query.py`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minidcp.attention import AttentionBackend
-from minidcp.batch import CacheRows, ForwardBatch
-from minidcp.kernels.experts import Parts
+from minidcp.batch import CacheRows, ContextPiece, ForwardBatch, Partial, Varlen
+from minidcp.kernels.experts import ExpertOutputs
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding, join
+from minidcp.models.query import LATENT_NORM_EPS, make_query, read_q_down_proj
 from minidcp.models.rope import rotary_table
 from minidcp.models.weights import Shard, Weights
-from minidcp.parallel.exchange import Exchange, exchange_p2p, gather_heads
 from minidcp.parallel.state import ParallelState
-
-LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What every layer of one rank is built from."""
-
-    config: ModelConfig
-    state: ParallelState
-    attention: AttentionBackend
-    exchange: Exchange
-    group_heads: bool  # whether it needs W_UK and W_UV of all heads of its DCP group
-    replicated_q: bool  # whether it computes their q, too
+from minidcp.resolve import ResolvedConfig
 
 
 class MLAAttention:
-    """Multi-head latent attention (arXiv:2405.04434 §2.1): H heads of this rank, G of its DCP group."""
+    """Multi-head latent attention (arXiv:2405.04434, §2.1).
 
-    def __init__(self, blueprint: Blueprint, weights: Weights) -> None:
-        c, state, bias = blueprint.config, blueprint.state, blueprint.config.attention_bias
-        tp, dcp = state.tp, state.dcp
-        self.config, self.state, self.replicated_q = c, state, blueprint.replicated_q
-        self.attention, self.exchange = blueprint.attention, blueprint.exchange
-        self.num_heads = c.num_attention_heads // tp.size
-        own_heads = Shard(0, tp.rank, tp.size)
-        group_heads = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
-        own = slice(dcp.rank * self.num_heads, (dcp.rank + 1) * self.num_heads)  # of the group's heads
+    A token's keys and values are linear maps of one latent vector c, which all heads share:
+    k = (W_UK c, k_pe) and v = W_UV c. Only c and the rotated k_pe are cached. "Absorbed" attention
+    never makes k and v. It moves W_UK to the query and W_UV behind the sum over the tokens:
 
-        kv_a = Linear.read(c.hidden_size, c.latent_dim, weights.scope("kv_a_proj_with_mqa"), bias=bias)
-        kv_a = kv_a.reorder_rope(1, c.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS)
-        lora, q_in, q_scope = c.q_lora_rank is not None, c.q_lora_rank or c.hidden_size, weights.scope("q_proj")
-        if lora:
-            q_a = Linear.read(c.hidden_size, q_in, weights.scope("q_a_proj"), bias=bias)
-            self.q_a_layernorm = RMSNorm(q_in, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
-            q_scope = weights.scope("q_b_proj")
-        q_shard = group_heads if self.replicated_q else own_heads
-        q = Linear.read(q_in, c.num_attention_heads * c.qk_head_dim, q_scope, q_shard)
-        q = q.reorder_rope(c.num_attention_heads // q_shard.count, c.qk_rope_head_dim)
-        # What is computed from the layer's input in one product, the latents last; then q, where it is not among it.
-        self.a_proj = join(q_a, kv_a) if lora else kv_a if self.replicated_q else join(q, kv_a)
-        self.q_b_proj = q if lora or self.replicated_q else None
-        self.own_q_b_proj = self.q_b_proj
-        if self.replicated_q:
-            self.own_q_b_proj = Linear(q.weight.view(-1, c.qk_head_dim, q_in)[own].flatten(0, 1))
+        q_nope · (W_UK c) = (W_UKᵀ q_nope) · c        Σ p (W_UV c) = W_UV Σ p c
 
-        width, kv_shard = c.qk_nope_head_dim + c.v_head_dim, group_heads if blueprint.group_heads else own_heads
-        # W_UK and W_UV are its halves.
-        kv_b = weights.read("kv_b_proj.weight", c.num_attention_heads * width, c.kv_lora_rank, shard=kv_shard)
-        w_uk, w_uv = kv_b.view(-1, width, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        kv_b = torch.cat([w_uv, w_uk], 1)  # in the order that `decompress` wants; what follows are views of it
-        self.group_w_uv, self.group_w_uk = kv_b.split([c.v_head_dim, c.qk_nope_head_dim], 1)  # [G or H, v or nope, C]
-        self.kv_b = kv_b[own] if blueprint.group_heads else kv_b  # [H, v + nope, C]
-        self.w_uv, self.w_uk = self.kv_b.split([c.v_head_dim, c.qk_nope_head_dim], 1)  # [H, v, C], [H, nope, C]
+    In shapes, T are tokens, H the heads of this rank, G those of its DCP group, C is kv_lora_rank.
+    """
 
-        o_in, by_input = c.num_attention_heads * c.v_head_dim, Shard(1, tp.rank, tp.size)
-        self.o_proj = Linear.read(o_in, c.hidden_size, weights.scope("o_proj"), by_input, bias)
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: ResolvedConfig,
+        state: ParallelState,
+        attention: AttentionBackend,
+        weights: Weights,
+    ) -> None:
+        tp = state.tp
+        self.config = config
+        self.attention = attention
+        self.dcp = state.dcp
+        self.exchange = state.exchange
+        self.replicates_q = options.replicates_q
+        self.num_heads = config.num_attention_heads // tp.size  # H
+
+        # One product gives the latents and whatever q needs from the layer's input.
+        self.query = make_query(config, state, self.replicates_q, weights)
+        q_down_proj = read_q_down_proj(config, state, self.replicates_q, weights)
+        kv_a_proj = Linear.read(
+            config.hidden_size,
+            config.latent_dim,
+            weights.scope("kv_a_proj_with_mqa"),
+            bias=config.attention_bias,
+        )
+        kv_a_proj = kv_a_proj.reorder_rope(1, config.qk_rope_head_dim)
+        self.down_proj = kv_a_proj
+        if q_down_proj is not None:
+            self.down_proj = join(q_down_proj, kv_a_proj)
+        self.kv_a_layernorm = RMSNorm(
+            config.kv_lora_rank, weights.scope("kv_a_layernorm"), LATENT_NORM_EPS
+        )
+
+        self.read_kv_b(weights, state, options.needs_group_heads)
+        self.o_proj = Linear.read(
+            config.num_attention_heads * config.v_head_dim,
+            config.hidden_size,
+            weights.scope("o_proj"),
+            shard=Shard(1, tp.rank, tp.size),
+            bias=config.attention_bias,
+        )
+
+    def read_kv_b(self, weights: Weights, state: ParallelState, needs_group_heads: bool) -> None:
+        """Read W_UK and W_UV, the halves of kv_b_proj, for the own heads or for the group's."""
+        config = self.config
+        tp = state.tp
+        dcp = state.dcp
+        shard = Shard(0, tp.rank, tp.size)
+        if needs_group_heads:
+            shard = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
+        widths = [config.qk_nope_head_dim, config.v_head_dim]
+        out_dim = config.num_attention_heads * sum(widths)
+        kv_b = weights.read("kv_b_proj.weight", out_dim, config.kv_lora_rank, shard=shard)
+        w_uk, w_uv = kv_b.view(-1, sum(widths), config.kv_lora_rank).split(widths, 1)
+
+        # In the order that `decompress` wants. All attributes are views of this one tensor.
+        kv_b = torch.cat([w_uv, w_uk], 1)  # [G or H, v + nope, C]
+        widths.reverse()
+        self.group_w_uv, self.group_w_uk = kv_b.split(widths, 1)  # [G or H, v or nope, C]
+        if needs_group_heads:
+            begin = dcp.rank * self.num_heads
+            kv_b = kv_b[begin : begin + self.num_heads]
+        self.kv_b = kv_b  # [H, v + nope, C]
+        self.w_uv, self.w_uk = kv_b.split(widths, 1)  # [H, v, C] and [H, nope, C]
 
     def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """x [T, hidden], replicated -> this rank's summand of the output [T, hidden]."""
-        d, width = batch.num_decode, self.config.latent_dim
-        joint = self.a_proj(x)
-        first, new = joint[:, :-width], joint[:, -width:]
-        if self.q_b_proj is not None:
-            first = x if first.shape[1] == 0 else self.q_a_layernorm(first)
+        """x [T, hidden], replicated -> this rank's summand of the output [T, hidden].
 
-        def store(q: Tensor, rows: slice) -> Tensor:
-            q_pe, norm = q[..., -self.config.qk_rope_head_dim :], self.kv_a_layernorm
-            return store_latents(new[rows], q_pe, norm.weight, norm.eps, cos_sin[rows], kv, batch.slot_mapping[rows])
+        cos_sin [T, rope] are the tokens' angles, kv [num_blocks, block_size, C + rope] is this
+        layer's cache.
+        """
+        latent_dim = self.config.latent_dim
+        down = self.down_proj(x)
+        q_down = down[:, :-latent_dim]
+        new_latents = down[:, -latent_dim:]  # [T, C + rope], not normed and rotated yet
+        q_input = self.query.make_input(x, q_down)
 
-        parts = []
+        outs = []
         if batch.decode is not None:
-            rows, place = slice(d), None
-            if batch.decode.narrow and not self.replicated_q:  # the next collective gathers it
-                place = self.state.dcp.empty((d, self.num_heads * self.config.qk_head_dim), x)
-            q = self.project_q(first[rows], self.replicated_q, place)
-            store(q, rows)
-            parts.append(self.attend_shards(q, kv, batch.decode)[0])
+            rows = slice(0, batch.num_decode)
+            q = self.project_decode_q(q_input[rows], batch.decode)
+            self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
+            out, _ = self.attend_cache(q, kv, batch.decode)
+            outs.append(out)
         if batch.prefill is not None:
-            rows, sends_q = slice(d, None), any(isinstance(piece, CacheRows) for piece in batch.context)
-            q = self.project_q(first[rows], self.replicated_q and sends_q)
-            latents = store(q, rows)
-            parts.append(self.prefill(q, latents, kv, batch))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+            rows = slice(batch.num_decode, None)
+            q = self.project_prefill_q(q_input[rows], batch)
+            latents = self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
+            outs.append(self.prefill(q, latents, kv, batch.prefill, batch.context))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.o_proj(out.flatten(1))
 
-    def attend_shards(self, q: Tensor, kv: Tensor, rows: CacheRows) -> tuple[Tensor, Tensor]:
-        """Absorbed form over the sharded cache; q [T, H, nope + rope], or [T, G, …] where q is replicated -> [T, H, v]
-        and lse [T, H].
-
-        Absorption and W_UV commute with the exchange (its weights are scalars per head), so they can stand on either
-        side of it. Wide: this rank's heads, 576 values of q and 512 of output cross per head. Narrow: the group's
-        heads, 192 and 128 cross. Where ranks read each other's memory, what crosses is written there at once."""
-        c, dcp, tokens = self.config, self.state.dcp, len(q)
-        if rows.narrow and not self.replicated_q:
-            q = gather_heads(q, dcp)  # [T, G, nope + rope]
-        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        if rows.narrow or self.replicated_q or dcp.size == 1:
-            q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)
-        else:
-            wide = dcp.empty((tokens, self.num_heads, c.latent_dim), q)
-            multiply_by_head(q_nope, self.w_uk.mT, wide[..., : c.kv_lora_rank])
-            wide[..., c.kv_lora_rank :] = q_pe
-            # [T, G, C + rope]
-            q_latent, q_pe = gather_heads(wide, dcp).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-
-        # Other exchanges than p2p fill the group's memory before they have read the partial.
-        place = None
-        if self.exchange is exchange_p2p:
-            dim = c.v_head_dim if rows.narrow else c.kv_lora_rank
-            place = dcp.empty((tokens, q_latent.shape[1], dim), q)
-        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows, None if rows.narrow else place)
+    def project_decode_q(self, q_input: Tensor, rows: CacheRows) -> Tensor:
+        """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated."""
+        if self.replicates_q:
+            return self.query.project_group(q_input)
         if rows.narrow:
-            return self.exchange(multiply_by_head(latent, self.group_w_uv, place), lse, dcp)
-        if dcp.size > 1:
-            latent, lse = self.exchange(latent, lse, dcp)
+            return self.query.project_own(q_input, self.exchange.q_buffer)  # gathered as it is
+        return self.query.project_own(q_input)
+
+    def project_prefill_q(self, q_input: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated and meets the cache."""
+        meets_cache = any(isinstance(piece, CacheRows) for piece in batch.context)
+        if self.replicates_q and meets_cache:
+            return self.query.project_group(q_input)
+        return self.query.project_own(q_input)
+
+    def store(
+        self,
+        new_latents: Tensor,
+        q: Tensor,
+        cos_sin: Tensor,
+        kv: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Norm and rotate the latents and store this rank's share; rotate q in place.
+
+        Returns all latents [T, C + rope], normed and rotated.
+        """
+        q_pe = q[..., -self.config.qk_rope_head_dim :]
+        norm = self.kv_a_layernorm
+        return store_latents(new_latents, q_pe, norm.weight, norm.eps, cos_sin, kv, slot_mapping)
+
+    def split_q(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q_nope [T, …, nope] and q_pe [T, …, rope]."""
+        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return q_nope, q_pe
+
+    def attend_cache(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
+        """Absorbed attention over the sharded cache: output [T, H, v] and lse [T, H].
+
+        q is rotated, [T, H, nope + rope], or [T, G, nope + rope] if it is replicated.
+        """
+        if self.dcp.size == 1:
+            return self.decode_alone(q, kv, rows)
+        if rows.narrow:
+            return self.decode_narrow(q, kv, rows)
+        return self.decode_wide(q, kv, rows)
+
+    def decode_alone(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
+        """One rank has the whole context: nothing crosses."""
+        q_nope, q_pe = self.split_q(q)
+        q_latent = multiply_by_head(q_nope, self.w_uk.mT)  # [T, H, C]
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows)  # [T, H, C]
         return multiply_by_head(latent, self.w_uv), lse
 
-    def prefill(self, q: Tensor, latents: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
-        """MHA form, this rank's heads: new tokens among themselves, merged by LSE with what they find in the cache;
-        q [T, H, nope + rope] (or [T, G, …]) -> [T, H, v]. For the two ways to the cache see `ContextPolicy`."""
-        assert batch.prefill is not None
-        every, first = q, self.state.dcp.rank * self.num_heads if q.shape[1] > self.num_heads else 0
-        q = q[:, first : first + self.num_heads]
-        out, lse = self.attention.prefill(q, *self.decompress(latents), batch.prefill)
-        for piece in batch.context:
-            some = piece.tokens
+    def decode_wide(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
+        """W_UK before the gather, W_UV after the merge: both for own heads only."""
+        if self.replicates_q:
+            q_nope, q_pe = self.split_q(q)
+            q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
+        else:
+            q_latent, q_pe = self.gather_absorbed(q)
+
+        partial = self.exchange.out_buffer(q_latent.shape, q)  # [T, G, C]
+        partial, lse = self.attention.decode(q_latent, q_pe, kv, rows, partial)
+        latent, lse = self.exchange.merge(partial, lse)  # [T, H, C]
+        return multiply_by_head(latent, self.w_uv), lse
+
+    def decode_narrow(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
+        """W_UK after the gather, W_UV before the merge: both for all heads of the group."""
+        if not self.replicates_q:
+            q = self.exchange.gather_q(q)  # [T, G, nope + rope]
+        q_nope, q_pe = self.split_q(q)
+        q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows)  # [T, G, C]
+
+        shape = (*latent.shape[:2], self.config.v_head_dim)
+        partial = self.exchange.out_buffer(shape, latent)  # [T, G, v]
+        multiply_by_head(latent, self.group_w_uv, partial)
+        return self.exchange.merge(partial, lse)
+
+    def gather_absorbed(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q [T, H, nope + rope] -> q_latent [T, G, C] and q_pe [T, G, rope]."""
+        latent_rank = self.config.kv_lora_rank
+        q_nope, q_pe = self.split_q(q)
+        absorbed = self.exchange.q_buffer((*q.shape[:2], self.config.latent_dim), q)
+        multiply_by_head(q_nope, self.w_uk.mT, absorbed[..., :latent_rank])
+        absorbed[..., latent_rank:] = q_pe
+        gathered = self.exchange.gather_q(absorbed)  # [T, G, C + rope]
+        return gathered[..., :latent_rank], gathered[..., latent_rank:]
+
+    def prefill(
+        self,
+        q: Tensor,
+        latents: Tensor,
+        kv: Tensor,
+        varlen: Varlen,
+        context: Sequence[CacheRows | ContextPiece],
+    ) -> Tensor:
+        """New tokens among themselves in MHA form, merged with what they find in the cache.
+
+        q [T, H, nope + rope] (or [T, G, …]) and latents [T, C + rope] -> [T, H, v]. The two ways
+        to the cache are explained in `attention/context.py`.
+        """
+        own_q = self.take_own_heads(q)
+        k, v = self.decompress(latents)
+        out, lse = self.attention.prefill(own_q, k, v, varlen)
+        for piece in context:
+            tokens = piece.tokens
             if isinstance(piece, CacheRows):
-                seen, seen_lse = self.attend_shards(every[some], kv, piece)
+                seen, seen_lse = self.attend_cache(q[tokens], kv, piece)
             else:
-                shard = kv.flatten(0, 1)[piece.slots]  # [S, C + rope]
-                context = self.state.dcp.all_gather(shard)[piece.row, piece.owner]  # [P, C + rope]
-                seen, seen_lse = self.attention.prefill(q[some], *self.decompress(context), piece.varlen)
-            out[some], lse[some] = merge_partials(torch.stack([out[some], seen]), torch.stack([lse[some], seen_lse]))
+                seen, seen_lse = self.attend_gathered(own_q[tokens], kv, piece)
+            outs = torch.stack([out[tokens], seen])
+            lses = torch.stack([lse[tokens], seen_lse])
+            out[tokens], lse[tokens] = merge_partials(outs, lses)
         return out
 
-    def project_q(self, x: Tensor, group: bool, out: Tensor | None = None) -> Tensor:
-        """x [T, q's input], or q itself [T, H · (nope + rope)] -> q [T, H or G, nope + rope], not rotated yet."""
-        proj = self.q_b_proj if group else self.own_q_b_proj
-        q = x if proj is None else proj(x, out)
-        return q.view(len(x), -1, self.config.qk_head_dim)
+    def attend_gathered(self, q: Tensor, kv: Tensor, piece: ContextPiece) -> Partial:
+        """MHA over a piece of context from all ranks: own heads, q [T, H, nope + rope]."""
+        shard = kv.flatten(0, 1)[piece.cache_rows]  # [S, C + rope]
+        by_rank = self.dcp.all_gather(shard)  # [S, N, C + rope]
+        context = by_rank[piece.sent_index, piece.owner]  # [P, C + rope]
+        k, v = self.decompress(context)
+        return self.attention.prefill(q, k, v, piece.varlen)
+
+    def take_own_heads(self, q: Tensor) -> Tensor:
+        if q.shape[1] == self.num_heads:
+            return q
+        begin = self.dcp.rank * self.num_heads
+        return q[:, begin : begin + self.num_heads]
 
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads, which lie in one tensor."""
-        c, rope = self.config, self.config.qk_rope_head_dim
-        kv = latents.new_empty(len(latents), self.num_heads, c.v_head_dim + c.qk_head_dim)
-        kv_c = latents[:, :-rope].expand(self.num_heads, -1, -1)
-        torch.bmm(kv_c, self.kv_b.mT, out=kv[..., :-rope].transpose(0, 1))
-        kv[..., -rope:] = latents[:, None, -rope:]
-        return kv[..., c.v_head_dim :], kv[..., : c.v_head_dim]
+        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of the own heads.
+
+        Both are views of one tensor [T, H, v + nope + rope], so that one product fills them.
+        """
+        config = self.config
+        rope_dim = config.qk_rope_head_dim
+        kv_c = latents[:, :-rope_dim].expand(self.num_heads, -1, -1)  # [H, T, C]
+        k_pe = latents[:, None, -rope_dim:]  # [T, 1, rope]
+
+        width = config.v_head_dim + config.qk_head_dim
+        vk = latents.new_empty(len(latents), self.num_heads, width)
+        torch.bmm(kv_c, self.kv_b.mT, out=vk[..., :-rope_dim].transpose(0, 1))
+        vk[..., -rope_dim:] = k_pe
+        return vk[..., config.v_head_dim :], vk[..., : config.v_head_dim]
 
 
 class DecoderLayer:
-    def __init__(self, blueprint: Blueprint, index: int, weights: Weights) -> None:
-        config, mlp = blueprint.config, weights.scope("mlp")
-        self.tp, hidden, eps = blueprint.state.tp, config.hidden_size, config.rms_norm_eps
+    def __init__(
+        self,
+        index: int,
+        config: ModelConfig,
+        options: ResolvedConfig,
+        state: ParallelState,
+        attention: AttentionBackend,
+        weights: Weights,
+    ) -> None:
+        self.tp = state.tp
+        hidden = config.hidden_size
+        eps = config.rms_norm_eps
+        mlp_weights = weights.scope("mlp")
         self.input_layernorm = RMSNorm(hidden, weights.scope("input_layernorm"), eps)
-        self.post_attention_layernorm = RMSNorm(hidden, weights.scope("post_attention_layernorm"), eps)
-        self.self_attn = MLAAttention(blueprint, weights.scope("self_attn"))
-        dense = not config.is_moe_layer(index)
-        self.mlp = MLP(hidden, config.intermediate_size, self.tp, mlp) if dense else MoE(config, self.tp, mlp)
+        self.post_attention_layernorm = RMSNorm(
+            hidden, weights.scope("post_attention_layernorm"), eps
+        )
+        self.self_attn = MLAAttention(config, options, state, attention, weights.scope("self_attn"))
+        self.mlp: MLP | MoE
+        if config.is_moe_layer(index):
+            self.mlp = MoE(config, self.tp, mlp_weights)
+        else:
+            self.mlp = MLP(hidden, config.intermediate_size, self.tp, mlp_weights)
 
     def __call__(
-        self, x: Tensor | Parts, residual: Tensor | None, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
-    ) -> tuple[Tensor | Parts, Tensor]:
-        """The layer's last summand and the residual stream without it, so that the next norm adds both."""
-        x, residual = self.input_layernorm.add(x, residual)
+        self,
+        x: Tensor | ExpertOutputs,
+        residual: Tensor | None,
+        cos_sin: Tensor,
+        kv: Tensor,
+        batch: ForwardBatch,
+    ) -> tuple[Tensor | ExpertOutputs, Tensor]:
+        """The MLP's output, and the residual stream without it: the next norm adds the two."""
+        x, residual = self.input_layernorm.add_and_norm(x, residual)
         x = self.tp.all_reduce(self.self_attn(x, cos_sin, kv, batch))
-        x, residual = self.post_attention_layernorm.add(x, residual)
+        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
         x = self.mlp(x)
         if self.tp.size > 1:
-            x = self.tp.all_reduce(x.sum() if isinstance(x, Parts) else x)
+            x = self.tp.all_reduce(x.sum() if isinstance(x, ExpertOutputs) else x)
         return x, residual
 
 
 class DeepseekV2ForCausalLM:
-    """The whole model on one rank, for positions below `max_model_len`."""
+    """The whole model on one rank, for positions below `options.max_model_len`."""
 
-    def __init__(self, blueprint: Blueprint, weights: Weights, max_model_len: int) -> None:
-        config, state = blueprint.config, blueprint.state
-        self.attention = blueprint.attention
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: ResolvedConfig,
+        state: ParallelState,
+        attention: AttentionBackend,
+        weights: Weights,
+    ) -> None:
+        self.attention = attention
         model = weights.scope("model")
         self.embed_tokens = VocabParallelEmbedding(config, state.tp, model.scope("embed_tokens"))
-        self.layers = [DecoderLayer(blueprint, i, model.scope(f"layers.{i}")) for i in range(config.num_hidden_layers)]
+        self.layers = []
+        for index in range(config.num_hidden_layers):
+            scope = model.scope(f"layers.{index}")
+            self.layers.append(DecoderLayer(index, config, options, state, attention, scope))
         self.norm = RMSNorm(config.hidden_size, model.scope("norm"), config.rms_norm_eps)
+
         head = self.embed_tokens.weight
         if not config.tie_word_embeddings:
             by_token = Shard(0, state.tp.rank, state.tp.size)
-            head = weights.read("lm_head.weight", config.vocab_size, config.hidden_size, shard=by_token)
+            head = weights.read(
+                "lm_head.weight", config.vocab_size, config.hidden_size, shard=by_token
+            )
         self.lm_head = LMHead(head, config.vocab_size, state.tp)
-        self.cos_sin = rotary_table(config.rope, config.qk_rope_head_dim, max_model_len).to(head.device)
+        table = rotary_table(config.rope, config.qk_rope_head_dim, options.max_model_len)
+        self.cos_sin = table.to(head.device)
 
     def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """token_ids [T] -> this rank's logits [S, V / N] of the batch's sampled tokens; see `LMHead`."""
+        """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index."""
         for rows in (batch.decode, *batch.context):
             if isinstance(rows, CacheRows):
-                self.attention.plan(rows)
+                self.attention.prepare(rows)
+
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
-        x: Tensor | Parts = self.embed_tokens(token_ids)
+        x: Tensor | ExpertOutputs = self.embed_tokens(token_ids)
         residual = None
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos_sin, cache[i], batch)
-        return self.lm_head(self.norm.add(x, residual)[0][batch.sample_index])
+        for layer, kv in zip(self.layers, cache, strict=True):
+            x, residual = layer(x, residual, cos_sin, kv, batch)
+        x, _ = self.norm.add_and_norm(x, residual)
+        return self.lm_head(x[batch.sample_index])

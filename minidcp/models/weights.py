@@ -1,5 +1,6 @@
-"""Where weights come from: safetensors read slice by slice, so that a rank reads only its share. What the model
-asks for, by Hugging Face's names, is recorded first: a checkpoint that lacks or adds any is refused unread."""
+"""Where weights come from: safetensors, read slice by slice, so that a rank reads only its share.
+What the model asks for, by Hugging Face's names, is recorded first. A checkpoint that lacks a
+tensor, or has one too many, is then refused before it is read."""
 
 import json
 import zlib
@@ -15,25 +16,52 @@ from tqdm import tqdm
 
 from minidcp.config import require
 
+MAX_LISTED = 8  # how many names an error message lists
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts along `dim`. Parts are rounded up to a multiple of `align` and padded with
-    zeros: zero rows of an up projection meet zero columns of the down projection, and change nothing."""
+    """Part `index` of `count` equal parts along `dim`.
+
+    The size of a part is rounded up to a multiple of `align`, and what is missing at the end is
+    zeros. That changes nothing: zero rows of an up projection meet zero columns of the down
+    projection.
+    """
 
     dim: int = 0
     index: int = 0
     count: int = 1
     align: int = 1
 
-    def bounds(self, length: int) -> tuple[int, int, int]:
-        """(start, stop, size): the rows [start, stop) that exist, of a part of `size` rows."""
-        size = -(-length // (self.count * self.align)) * self.align
+    def part_size(self, length: int) -> int:
+        """Rows of a part, zeros included, where the whole tensor has `length` rows."""
+        return -(-length // (self.count * self.align)) * self.align
+
+    def bounds(self, length: int) -> tuple[int, int]:
+        """The rows [start, stop) of the whole tensor that are in this part."""
+        size = self.part_size(length)
         start = min(self.index * size, length)
-        return start, min(start + size, length), size
+        return start, min(start + size, length)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        return *whole[: self.dim], self.bounds(whole[self.dim])[2], *whole[self.dim + 1 :]
+        """The shape of a part of a tensor with shape `whole`."""
+        return *whole[: self.dim], self.part_size(whole[self.dim]), *whole[self.dim + 1 :]
+
+    def cut(self, whole: Any, shape: tuple[int, ...]) -> Tensor:
+        """This part of a tensor with that shape, or of safetensors' slice of one, unpadded."""
+        start, stop = self.bounds(shape[self.dim])
+        index = (slice(None),) * self.dim + (slice(start, stop),)
+        part: Tensor = whole[index]
+        return part
+
+    def pad(self, part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Append the zeros that a part of a tensor with shape `shape` ends with."""
+        missing = self.part_size(shape[self.dim]) - part.shape[self.dim]
+        if missing == 0:
+            return part
+        # F.pad takes pairs (before, after) from the last dim on.
+        dims_behind = len(shape) - self.dim - 1
+        return F.pad(part, [0, 0] * dims_behind + [0, missing])
 
 
 WHOLE = Shard()
@@ -41,7 +69,10 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Weights:
-    """A source seen from one module: names are relative to `prefix`, shapes those of whole tensors."""
+    """A source as one module sees it: names are relative to `prefix`.
+
+    Shapes are those of whole tensors.
+    """
 
     source: "WeightSource"
     prefix: str = ""
@@ -54,114 +85,166 @@ class Weights:
 
 
 class RecordingSource:
-    """Hands out tensors without storage and records what was asked for: a model's list of weights."""
+    """Hands out tensors without storage, and records what was asked for."""
 
     def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.sizes: dict[str, int] = {}  # values that this rank holds
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of whole tensors
+        self.sizes: dict[str, int] = {}  # how many values this rank holds
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
         part = torch.empty(shard.shape(shape), device="meta")
-        self.shapes[name], self.sizes[name] = shape, part.numel()
+        self.shapes[name] = shape
+        self.sizes[name] = part.numel()
         return part
 
 
 class CheckpointSource:
-    """A directory of safetensors in the hub's format. Raises ValueError if a file is missing or damaged."""
+    """A directory of safetensors in the hub's format.
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False) -> None:
-        self.path, self.dtype, self.device, self.bytes_read = path, dtype, device, 0
+    Raises ValueError if a file is missing or damaged.
+    """
+
+    def __init__(
+        self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False
+    ) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.device = device
+        self.bytes_read = 0
         self.files: dict[str, Any] = {}
         self.file_of = self.find_tensors()
-        self.bar = tqdm(desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress)
+        self.bar = tqdm(
+            desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress
+        )
 
     def find_tensors(self) -> dict[str, str]:
-        """The file of every tensor: from the index where there is one, else of the single file."""
-        index, single = self.path / "model.safetensors.index.json", "model.safetensors"
+        """The file of every tensor: from the index if there is one, else of the single file."""
+        index = self.path / "model.safetensors.index.json"
         if index.exists():
             try:
                 return dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{index}: not a safetensors index") from None
-        require((self.path / single).exists(), f"{self.path}: neither {index.name} nor {single} is there")
+
+        single = "model.safetensors"
+        is_there = (self.path / single).exists()
+        require(is_there, f"{self.path}: neither {index.name} nor {single} is there")
         return dict.fromkeys(self.open(single).keys(), single)
 
     def open(self, file: str) -> Any:
         if file not in self.files:
+            path = self.path / file
             try:
-                self.files[file] = safe_open(self.path / file, framework="pt", device="cpu")
+                self.files[file] = safe_open(path, framework="pt", device="cpu")
             except FileNotFoundError:
-                raise ValueError(f"{self.path / file}: no such file, but the checkpoint's index names it") from None
+                raise ValueError(
+                    f"{path}: no such file, but the checkpoint's index names it"
+                ) from None
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.path / file}: truncated or not safetensors ({error})") from None
+                raise ValueError(f"{path}: truncated or not safetensors ({error})") from None
         return self.files[file]
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError with a list of what is missing, left over or of another shape than the model asks for."""
+        """Compare the checkpoint's tensors with the shapes of those that the model asks for.
+
+        Raises ValueError with a list of what is missing, left over or of another shape.
+        """
         held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
-        problems = {"missing": sorted(expected.keys() - held), "not part of this model": sorted(held - expected.keys())}
-        wrong = []
+        missing = sorted(expected.keys() - held)
+        left_over = sorted(held - expected.keys())
+        misshapen = []
         for name in sorted(expected.keys() & held):
+            file = self.file_of[name]
             try:
-                shape = tuple(self.open(self.file_of[name]).get_slice(name).get_shape())
+                shape = tuple(self.open(file).get_slice(name).get_shape())
             except SafetensorError:
-                problems["missing"].append(f"{name} (in the index, not in {self.file_of[name]})")
+                missing.append(f"{name} (in the index, not in {file})")
                 continue
             if shape != expected[name]:
-                wrong.append(f"{name} {list(shape)}, config.json says {list(expected[name])}")
-        problems["of another shape"] = wrong
-        some = {what: names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8) for what, names in problems.items()}
-        found = "; ".join(f"{len(problems[what])} {what}: {', '.join(names)}" for what, names in some.items() if names)
+                wanted = list(expected[name])
+                misshapen.append(f"{name} {list(shape)}, config.json says {wanted}")
+
+        problems = [
+            describe_problem("missing", missing),
+            describe_problem("not part of this model", left_over),
+            describe_problem("of another shape", misshapen),
+        ]
+        found = "; ".join(problem for problem in problems if problem)
         require(not found, f"{self.path}: the weights do not fit config.json: {found}")
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        start, stop, size = shard.bounds(shape[shard.dim])
-        part: Tensor = self.open(self.file_of[name]).get_slice(name)[(slice(None),) * shard.dim + (slice(start, stop),)]
+        tensor = self.open(self.file_of[name]).get_slice(name)
+        part = shard.cut(tensor, shape)
         self.bytes_read += part.nbytes
         self.bar.update()
         part = part.to(device=self.device, dtype=self.dtype)
-        missing = size - (stop - start)
-        behind = [0, 0] * (len(shape) - shard.dim - 1)  # F.pad counts dims from the last
-        return F.pad(part, [*behind, 0, missing]) if missing else part
+        return shard.pad(part, shape)
 
     def close(self) -> None:
         self.bar.close()
         self.files.clear()
 
 
+def describe_problem(problem: str, names: list[str]) -> str:
+    """ "3 missing: a, b, c"; empty if there are no names. Only the first few are listed."""
+    if not names:
+        return ""
+    listed = names[:MAX_LISTED]
+    if len(names) > MAX_LISTED:
+        listed.append(f"and {len(names) - MAX_LISTED} more")
+    return f"{len(names)} {problem}: {', '.join(listed)}"
+
+
 class RandomSource:
-    """Random weights of the right shapes, for measuring without a checkpoint: std 0.02, norms 1. With all but equal
-    weights the router would send every token to the same experts, and steps would look faster than they are."""
+    """Random weights of the right shapes, to measure without a checkpoint: std 0.02, norms 1.
+
+    Weights that are almost equal would be wrong: the router would send every token to the same
+    experts, and steps would look faster than they are. Every rank makes the whole tensor, seeded
+    by its name, and keeps its part. So all layouts of ranks have the same random model.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device, self.bytes_read = dtype, device, 0
+        self.dtype = dtype
+        self.device = device
+        self.bytes_read = 0
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        out = torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
-        if out.dim() > 1:
-            # Seeded by name and part, so that what is replicated is equal on all ranks.
-            generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {shard.index}".encode()))
-            out.normal_(0, 0.02, generator=generator)
-            self.bytes_read += out.nbytes
-        return out
+        if len(shape) == 1:
+            return torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
+
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+        whole.normal_(0, 0.02, generator=generator)
+        part = shard.pad(shard.cut(whole, shape), shape)
+        self.bytes_read += part.nbytes
+        return part if part.shape == whole.shape else part.clone()  # do not keep the whole alive
 
 
 WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
-def find_model(model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")) -> Path:
-    """The local directory of `model`: a path, or a name on the Hugging Face hub (downloaded with progress). Raises
-    ValueError if it is neither a directory nor a hub name that can be downloaded."""
+def find_model(
+    model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")
+) -> Path:
+    """The local directory of `model`: a path, or a name on the Hugging Face hub.
+
+    A hub model is downloaded, with progress. Raises ValueError if it is neither a directory nor a
+    name that can be downloaded.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists()
-    require(not looks_like_path, f"--model-path {model!r}: no such directory")
-    from huggingface_hub import snapshot_download  # imports slowly, and a local model never needs it
+    is_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    require(is_hub_name and not path.exists(), f"--model-path {model!r}: no such directory")
+
+    # It is slow to import, and a local model never needs it.
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        first_line = (str(error).splitlines() or [""])[0]
         message = "no such directory, and it could not be downloaded from the Hugging Face hub"
-        raise ValueError(f"--model-path {model!r}: {message} ({why})") from None
+        raise ValueError(
+            f"--model-path {model!r}: {message} ({type(error).__name__}: {first_line})"
+        ) from None

@@ -1,49 +1,133 @@
-"""The DCP exchange: from partial attention over my shard for the group's heads to whole attention for my heads. Exact:
-softmax over a union of shards is the LSE-weighted mean of the shards' results (`kernels/merge.py`)."""
+"""The DCP exchange: from partial attention over my shard, for all heads of the DCP group, to whole
+attention for my heads. It is exact, because softmax over a union of shards is the mean of the
+shards' results, weighted by their log-sum-exps. Next: `state.py`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from minidcp.batch import Partial
 from minidcp.kernels.merge import merge_partials
 from minidcp.parallel.group import Group
-from minidcp.parallel.symmetric import SymmetricGroup
-
-# (out [T, N * H, D], lse [T, N * H] fp32, natural log, -inf where the shard is empty; group of N ranks)
-# -> (out [T, H, D], lse [T, H]) over the union of the shards, for this rank's H heads.
-Exchange = Callable[[Tensor, Tensor, Group], tuple[Tensor, Tensor]]
 
 
-def gather_heads(q: Tensor, group: Group) -> Tensor:
-    """[T, H, D] of this rank's heads -> [T, N * H, D] of the group's, in rank order."""
-    return group.all_gather(q).flatten(1, 2)
+class Exchange(ABC):
+    """How the N ranks of a DCP group share queries and merge partial attention.
+
+    With out_i and lse_i from shard i, both for the same head, the attention over all shards is
+
+        lse = ln Σ_i exp(lse_i)        out = Σ_i exp(lse_i - lse) out_i
+
+    The weights exp(lse_i - lse) are scalars per head. Hence linear maps of q and of out, such as
+    W_UK and W_UV, may stand on either side of the exchange, and it can be chosen what crosses:
+
+        wide:   q after W_UK (576 values per head of DeepSeek-V2), out before W_UV (512)
+        narrow: q before W_UK (192), out after W_UV (128); each rank then multiplies by W_UK and
+                W_UV for all heads of the group
+
+    New latents never cross: every rank computes them for all tokens, and stores its own share.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def q_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory to build q in, if `gather_q` takes it next."""
+        return self.group.empty(shape, like)
+
+    def gather_q(self, q: Tensor) -> Tensor:
+        """q [T, H, D] of this rank's heads -> [T, N * H, D] of the group's, in rank order."""
+        return self.group.all_gather(q).flatten(1, 2)
+
+    def out_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory to build the partial output in, if `merge` takes it next."""
+        return like.new_empty(shape)
+
+    @abstractmethod
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        """Attention over the union of the shards, for this rank's H heads.
+
+        out [T, N * H, D] and lse [T, N * H], of this rank's shard -> [T, H, D] and [T, H]. Every
+        lse is float32, a natural logarithm, and -inf where a shard is empty. The output of an
+        empty shard may be anything: it is masked, never multiplied by zero.
+        """
 
 
-def exchange_ag_rs(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """All-gather the LSEs, rescale the own partial by exp(lse - lse of the union), reduce-scatter it."""
-    tokens, dim = len(out), out.shape[2]
-    lses = group.all_gather(lse).transpose(0, 1)
-    scaled, merged_lse = merge_partials(out.expand(group.size, -1, -1, -1), lses, only=group.rank)
-    own = merged_lse.view(tokens, group.size, -1)[:, group.rank]
-    return group.reduce_scatter(scaled.view(tokens, group.size, -1, dim)), own
+class NoExchange(Exchange):
+    """For a DCP group of one rank, whose shard is the whole context."""
+
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        return out, lse
 
 
-def exchange_a2a(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """One all-to-all of outputs and LSEs packed in one buffer, then the LSE-weighted merge."""
-    tokens, heads, dim = out.shape
-    lanes = lse.element_size() // out.element_size()  # of out's dtype that hold one LSE: 1 or 2
-    packed = group.empty((tokens, heads, dim + lanes), out)
-    packed[..., :dim] = out
-    packed[..., dim:].view(torch.float32)[..., 0] = lse
-    received = group.all_to_all(packed.view(tokens, group.size, -1, dim + lanes)).transpose(0, 1)
-    return merge_partials(received[..., :dim], received[..., dim:].view(torch.float32)[..., 0])
+class AllGatherReduceScatter(Exchange):
+    """All-gather the LSEs, scale the own partial by exp(lse_i - lse), reduce-scatter the result."""
+
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        rank = self.group.rank
+        size = self.group.size
+        tokens, _, dim = out.shape
+
+        all_lses = self.group.all_gather(lse).transpose(0, 1)  # [N, T, N * H]
+        same_for_all = out.expand(size, -1, -1, -1)  # only the own one is read
+        scaled, merged_lse = merge_partials(same_for_all, all_lses, only=rank)
+        own_lse = merged_lse.view(tokens, size, -1)[:, rank]
+        return self.group.reduce_scatter(scaled.view(tokens, size, -1, dim)), own_lse
 
 
-def exchange_p2p(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+class AllToAll(Exchange):
+    """One all-to-all of outputs and LSEs in one buffer, then the weighted merge."""
+
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        tokens, heads, dim = out.shape
+        # An LSE takes the place of one value of out if that is float32, of two if it is bf16.
+        lse_width = lse.element_size() // out.element_size()
+        packed = self.group.empty((tokens, heads, dim + lse_width), out)
+        packed[..., :dim] = out
+        packed[..., dim:].view(torch.float32)[..., 0] = lse
+
+        by_rank = packed.view(tokens, self.group.size, -1, dim + lse_width)
+        received = self.group.all_to_all(by_rank).transpose(0, 1)  # [N, T, H, dim + lse_width]
+        lses = received[..., dim:].view(torch.float32)[..., 0]
+        return merge_partials(received[..., :dim], lses)
+
+
+class PeerGroup(Protocol):
+    """A group whose ranks read each other's memory, as `SymmetricGroup` does."""
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor: ...
+
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        """`Exchange.merge` in one kernel."""
+
+
+class PeerToPeer(Exchange):
     """One kernel that waits for the peers, reads their partials where they lie, and merges them."""
-    assert isinstance(group, SymmetricGroup)  # engine.py has seen to it
-    return group.merge(out, lse)
+
+    def __init__(self, group: Any) -> None:
+        """`group` is a Group and a PeerGroup; `resolve.py` asks for p2p only where there is one."""
+        super().__init__(group)
+        self.peers: PeerGroup = group
+
+    def out_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return self.peers.empty(shape, like)
+
+    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+        return self.peers.merge(out, lse)
 
 
-EXCHANGES: dict[str, Exchange] = {"ag_rs": exchange_ag_rs, "a2a": exchange_a2a, "p2p": exchange_p2p}
+EXCHANGES: dict[str, Callable[[Group], Exchange]] = {
+    "ag_rs": AllGatherReduceScatter,
+    "a2a": AllToAll,
+    "p2p": PeerToPeer,
+}
+
+
+def make_exchange(name: str, group: Group) -> Exchange:
+    """The exchange of a DCP group; `name` is a resolved --dcp-comm-backend."""
+    if group.size == 1:
+        return NoExchange(group)
+    return EXCHANGES[name](group)

@@ -1,6 +1,6 @@
-"""Collectives between ranks: one contract, and its implementations for processes and for threads. Where a collective
-takes or gives something of every rank, the ranks are in dim 1, behind the tokens, as the heads of a model are. Which
-ranks form which group is `state.py`'s; what is exchanged, `exchange.py`'s."""
+"""Collectives between ranks: one contract, with implementations for processes and for threads.
+Which ranks form which group is in `state.py`; what decode context parallelism sends through a
+group is in `exchange.py`, which comes next."""
 
 import threading
 
@@ -10,105 +10,136 @@ from torch import Tensor
 
 
 class Group:
-    """`size` ranks that call the same collectives in the same order. Results are equal on all ranks, bit for bit, where
-    the contract says they are the same tensor. Inputs are never changed. This class is the group of one rank."""
+    """`size` ranks that call the same collectives in the same order.
 
-    rank, size = 0, 1
-    received_bytes = 0  # from other ranks, since the start
+    Dim 0 is tokens. Where a collective takes or gives something for every rank, the ranks are in
+    dim 1, as the heads of a model are. Results that the contract calls the same on all ranks are
+    equal bit for bit. Inputs are never changed. This class itself is the group of one rank.
+    """
+
+    rank = 0
+    size = 1
+    received_bytes = 0  # received from other ranks since the start
 
     def begin_step(self) -> None:
-        """To be called by every rank before a step's (and a CUDA graph's) first collective."""
+        """Every rank calls this before the first collective of a step, and of a CUDA graph."""
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory of like's kind for the very next collective's input, which may then lie where it must, uncopied."""
+        """Memory in which to build the input of the very next collective.
+
+        A group that keeps inputs in memory of its own then need not copy it. Such a group raises
+        RuntimeError if another collective comes first, because that would overwrite the memory.
+        """
         return like.new_empty(shape)
 
-    def count(self, x: Tensor, peers: float = 1) -> None:
-        """Note that as many bytes as x has came from each of so many other ranks."""
-        self.received_bytes += round(x.nbytes * peers)
+    def count_received(self, x: Tensor, num_peers: float) -> None:
+        """Note that `num_peers` other ranks each sent as many bytes as x has."""
+        self.received_bytes += round(x.nbytes * num_peers)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of x [T, D]."""
+        """The sum over all ranks of x [T, D]; the same on all ranks."""
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[T, size, ...]: every rank's x [T, ...]; any strides."""
+        """Every rank's x [T, ...] -> [T, size, ...]. x may have any strides."""
         return x[:, None]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[T, ...]: the sum over the ranks of their x[:, rank], from x [T, size, ...]."""
+        """The sum over all ranks of their x[:, rank]: x [T, size, ...] -> [T, ...]."""
         return x[:, 0]
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """[T, size, ...]: entry [:, i] is rank i's x[:, rank], from x [T, size, ...]; any strides."""
+        """Entry [:, i] of the result is rank i's x[:, rank]: [T, size, ...] -> [T, size, ...].
+
+        x may have any strides.
+        """
         return x
 
 
 class TorchGroup(Group):
-    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs. It has the ranks first, hence the transposing."""
+    """A torch.distributed process group: NCCL on GPUs, Gloo on CPUs.
+
+    torch has the ranks in dim 0, hence the transposes.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self.group)
-        self.count(x, 2 * (self.size - 1) / self.size)  # at least, by any algorithm
+        # Any algorithm receives at least this much.
+        self.count_received(x, 2 * (self.size - 1) / self.size)
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
-        all_gather_into(out.view(-1), x.reshape(-1), group=self.group)  # Gloo wants equal dims
-        self.count(x, self.size - 1)
+        # Flat, because Gloo wants input and output to have equally many dims.
+        all_gather_into(out.view(-1), x.reshape(-1), group=self.group)
+        self.count_received(x, self.size - 1)
         return out.transpose(0, 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = x.new_empty(len(x), *x.shape[2:])
-        reduce_scatter_into(out.view(-1), x.transpose(0, 1).reshape(-1), group=self.group)
-        self.count(out, self.size - 1)
+        by_rank = x.transpose(0, 1).reshape(-1)
+        reduce_scatter_into(out.view(-1), by_rank, group=self.group)
+        self.count_received(out, self.size - 1)
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:
         by_rank = x.transpose(0, 1).contiguous()
         out = torch.empty_like(by_rank)
         dist.all_to_all_single(out, by_rank, group=self.group)
-        self.count(out[0], self.size - 1)
+        self.count_received(out[0], self.size - 1)
         return out.transpose(0, 1)
 
 
-# torch 2.13 renames these two and deprecates the old names; 2.11 has only the old ones.
+# torch 2.13 renames these two and deprecates the old names; torch 2.11 has only the old names.
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ThreadGroup(Group):
-    """Ranks are threads of one process: for the CPU, where eight ranks then start in a moment. They share the barrier,
-    and two sets of places for each rank's tensor, used in turn. A rank can be at most one collective ahead of the
-    slowest: it passes barrier n + 1 only after all have read what barrier n published, so when it writes for n + 2
-    nobody reads the places of n any more. Hence one barrier per collective is enough."""
+    """Ranks that are threads of one process: on a CPU, where eight ranks start in a moment.
 
-    def __init__(self, rank: int, barrier: threading.Barrier, places: list[list[Tensor | None]]) -> None:
-        self.rank, self.size = rank, barrier.parties
-        self.barrier, self.places, self.calls = barrier, places, 0
+    All ranks share a barrier and two boards. A board has a place for each rank's tensor. The
+    boards are used in turn, and then one barrier per collective is enough: a rank passes barrier
+    n + 1 only after all ranks have read what barrier n published. So when it writes for collective
+    n + 2, nobody reads the board of collective n any more.
+    """
 
-    def publish(self, x: Tensor, peers: float) -> list[Tensor]:
-        """Every rank's x; `peers` is what `count` takes. A copy: its owner may change x before all have read."""
-        self.count(x, peers)
-        places = self.places[self.calls % 2]
-        self.calls += 1
-        places[self.rank] = x.clone()
-        self.barrier.wait()  # BrokenBarrierError: another rank has failed
-        return [place for place in places if place is not None]
+    def __init__(
+        self, rank: int, barrier: threading.Barrier, boards: list[list[Tensor | None]]
+    ) -> None:
+        self.rank = rank
+        self.size = barrier.parties
+        self.barrier = barrier
+        self.boards = boards
+        self.num_calls = 0
+
+    def publish(self, x: Tensor) -> list[Tensor]:
+        """Every rank's x, by rank. Raises BrokenBarrierError if another rank has failed."""
+        board = self.boards[self.num_calls % 2]
+        self.num_calls += 1
+        board[self.rank] = x.clone()  # the caller may change x before all ranks have read it
+        self.barrier.wait()
+        return [tensor for tensor in board if tensor is not None]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        # Summed by every rank in the same order, hence the same bits everywhere.
-        return torch.stack(self.publish(x, self.size - 1)).sum(0)
+        self.count_received(x, self.size - 1)
+        # Every rank adds in the same order, so all get the same bits.
+        return torch.stack(self.publish(x)).sum(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self.publish(x, self.size - 1), 1)
+        self.count_received(x, self.size - 1)
+        return torch.stack(self.publish(x), 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        return torch.stack([part[:, self.rank] for part in self.publish(x, 1 - 1 / self.size)]).sum(0)
+        self.count_received(x, (self.size - 1) / self.size)
+        return torch.stack([part[:, self.rank] for part in self.publish(x)]).sum(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        return torch.stack([part[:, self.rank] for part in self.publish(x, 1 - 1 / self.size)], 1)
+        self.count_received(x, (self.size - 1) / self.size)
+        return torch.stack([part[:, self.rank] for part in self.publish(x)], 1)

@@ -1,4 +1,5 @@
-"""Which groups a rank belongs to. Built once per rank and handed to constructors; there is no global."""
+"""Which groups a rank belongs to, and their exchange. It is built once per rank and handed to
+constructors; there is no global. Next: `symmetric.py`."""
 
 import os
 import threading
@@ -7,74 +8,121 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from minidcp.parallel.exchange import Exchange, make_exchange
 from minidcp.parallel.group import Group, ThreadGroup, TorchGroup
 from minidcp.parallel.symmetric import SymmetricGroup
 
-# A rank may wait for a peer that still reads its weights; a dead peer is noticed by its closed socket.
+# A rank may have to wait for a peer that still reads its weights. A dead peer is noticed by its
+# closed socket, long before.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class ParallelState:
-    """One rank's view: `tp` are all ranks, `dcp` those that share an interleaved KV cache with this one and attend with
-    the heads of all of them: ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group g with consecutive heads."""
+    """One rank's view of the others.
+
+    `tp` are all ranks. `dcp` are the ranks that share one interleaved KV cache with this one, and
+    attend with the heads of all of them. Ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group
+    g. They have consecutive heads. Each group has the whole context, so tp_size / dcp_size copies
+    of the cache are kept.
+    """
 
     tp: Group
     dcp: Group
+    exchange: Exchange
 
     def begin_step(self) -> None:
-        """To be called before a step's first collective."""
-        for group in dict.fromkeys((self.tp, self.dcp)):  # in this order on every rank; they may be one
-            group.begin_step()
+        """Every rank calls this before the first collective of a step."""
+        self.tp.begin_step()
+        if self.dcp is not self.tp:
+            self.dcp.begin_step()
 
     @property
     def received_bytes(self) -> int:
-        return sum(group.received_bytes for group in {self.tp, self.dcp})
+        if self.dcp is self.tp:
+            return self.tp.received_bytes
+        return self.tp.received_bytes + self.dcp.received_bytes
 
 
-def build_thread_states(tp_size: int, dcp_size: int) -> tuple[list[ParallelState], list[threading.Barrier]]:
-    """The states of `tp_size` ranks that are threads, and what must be aborted when one of them fails."""
+def build_thread_states(
+    tp_size: int, dcp_size: int, exchange: str = "a2a"
+) -> tuple[list[ParallelState], list[threading.Barrier]]:
+    """The states of `tp_size` ranks that are threads, by rank.
+
+    Also returns the barriers, which must be aborted when one of the ranks fails.
+    """
     barriers: list[threading.Barrier] = []
+    tp_groups = make_thread_groups(tp_size, barriers)
+    dcp_groups: list[Group] = []
+    for _ in range(tp_size // dcp_size):
+        dcp_groups += make_thread_groups(dcp_size, barriers)
 
-    def join(size: int) -> list[Group]:
-        """A group of so many, as each of them has it."""
-        barriers.append(threading.Barrier(size))
-        places: list[list[Tensor | None]] = [[None] * size, [None] * size]
-        return [ThreadGroup(rank, barriers[-1], places) for rank in range(size)] if size > 1 else [Group()]
-
-    tp, dcp = join(tp_size), [group for _ in range(tp_size // dcp_size) for group in join(dcp_size)]
-    return [ParallelState(*groups) for groups in zip(tp, dcp, strict=True)], barriers
+    states = []
+    for tp, dcp in zip(tp_groups, dcp_groups, strict=True):
+        states.append(ParallelState(tp, dcp, make_exchange(exchange, dcp)))
+    return states, barriers
 
 
-def init_process_state(tp_size: int, dcp_size: int, comm: str, device: torch.device) -> ParallelState:
-    """Join the other processes as RANK, MASTER_ADDR and MASTER_PORT say, which torchrun or our own launcher has set,
-    and build this rank's groups. `comm` is "gloo", "nccl", or "symmetric", which needs Gloo only to find its peers."""
+def make_thread_groups(size: int, barriers: list[threading.Barrier]) -> list[Group]:
+    """One group of `size` threads, as each of them has it. Its barrier is added to `barriers`."""
+    if size == 1:
+        return [Group()]
+    barrier = threading.Barrier(size)
+    barriers.append(barrier)
+    boards: list[list[torch.Tensor | None]] = [[None] * size, [None] * size]
+    return [ThreadGroup(rank, barrier, boards) for rank in range(size)]
+
+
+def init_process_state(
+    tp_size: int, dcp_size: int, comm: str, exchange: str, device: torch.device
+) -> ParallelState:
+    """Join the other processes and build this rank's groups.
+
+    RANK, MASTER_ADDR and MASTER_PORT say how. torchrun or our own launcher has set them. `comm` is
+    gloo, nccl or symmetric. The last needs Gloo only to find its peers.
+    """
+    max_programs = 0
     if comm == "symmetric":
-        sharing = count_ranks_per_gpu(tp_size)
-        programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        if sharing > 1:
-            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-            programs = max(1, programs // (8 * sharing))  # the late ones need room
-    if not dist.is_initialized():
-        kind, mine = "nccl" if comm == "nccl" else "gloo", int(os.environ["RANK"])
-        dist.init_process_group(kind, "env://", COLLECTIVE_TIMEOUT, world_size=tp_size, rank=mine)
-    world = dist.group.WORLD
-    assert world is not None
+        max_programs = prepare_symmetric_memory(tp_size, device)
 
-    def wrap(group: dist.ProcessGroup) -> Group:
+    if not dist.is_initialized():
+        backend = "nccl" if comm == "nccl" else "gloo"
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(
+            backend, "env://", COLLECTIVE_TIMEOUT, world_size=tp_size, rank=rank
+        )
+
+    def make_group(group: dist.ProcessGroup) -> Group:
         if group.size() == 1:
             return Group()
-        return SymmetricGroup(group, device, programs) if comm == "symmetric" else TorchGroup(group)
+        if comm == "symmetric":
+            return SymmetricGroup(group, device, max_programs)
+        return TorchGroup(group)
 
-    tp = wrap(world)
+    world = dist.group.WORLD
+    assert world is not None
+    tp = make_group(world)
     if dcp_size == tp_size:
-        return ParallelState(tp, tp)
-    dcp, _ = dist.new_subgroups(dcp_size, timeout=COLLECTIVE_TIMEOUT)
-    return ParallelState(tp, wrap(dcp))
+        dcp = tp
+    else:
+        subgroup, _ = dist.new_subgroups(dcp_size, timeout=COLLECTIVE_TIMEOUT)
+        dcp = make_group(subgroup)
+    return ParallelState(tp, dcp, make_exchange(exchange, dcp))
+
+
+def prepare_symmetric_memory(tp_size: int, device: torch.device) -> int:
+    """Allow ranks to share GPUs where they must; how many programs a kernel may have that waits."""
+    max_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    sharing = count_ranks_per_gpu(tp_size)
+    if sharing == 1:
+        return max_programs
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    # Programs that wait must leave room for those of the ranks they wait for.
+    return max(1, max_programs // (8 * sharing))
 
 
 def count_ranks_per_gpu(tp_size: int) -> int:
-    """Above 1 when there are more ranks on this node than GPUs, which is meant for tests."""
-    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", tp_size)) // torch.cuda.device_count())
+    """Above 1 if there are more ranks on this node than GPUs, which is meant for tests."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", tp_size))
+    return -(-ranks_here // torch.cuda.device_count())

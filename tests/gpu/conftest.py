@@ -1,4 +1,4 @@
-"""GPU tests: `pytest -m gpu tests/gpu` on one Hopper GPU or two. Many ranks share them under MPS."""
+"""GPU tests: `pytest -m gpu tests/gpu` on one or two Hopper GPUs, which ranks share with MPS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import Oracle, make_checkpoint, make_prompt
 
-# What FA3 is compiled for, and the rest tiny.
+# The head dims that FA3 is compiled for. Everything else is tiny.
 GPU_DIMS = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -27,7 +27,7 @@ GPU_DIMS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """NVIDIA's multi-process service: without it eight ranks on one GPU take turns of milliseconds."""
+    """NVIDIA's multi-process service. Without it, ranks on one GPU take turns of milliseconds."""
     folder = tmp_path_factory.mktemp("mps")
     os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(folder / "pipe")
     os.environ["CUDA_MPS_LOG_DIRECTORY"] = str(folder / "log")
@@ -35,7 +35,7 @@ def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (folder / name).mkdir()
     subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
     yield
-    # It leaves when its last client has, which is this process: do not wait for it.
+    # It ends after its last client, which is this process, so do not wait for it.
     subprocess.Popen(["sh", "-c", "echo quit | nvidia-cuda-mps-control"], start_new_session=True)
 
 
@@ -50,7 +50,7 @@ def lite_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 def make_gpu_checkpoint(style: str, path: Path) -> Oracle:
-    """A bf16 checkpoint that FA3 takes, and prompts around the block edges."""
+    """A bf16 checkpoint that FA3 can run, and prompts with lengths around the block edges."""
     model = make_checkpoint(path, style, seed=1, **GPU_DIMS)
     model.to(torch.bfloat16).save_pretrained(path, max_shard_size="5MB")
     prompts = [make_prompt(n, 512) for n in (1, 3, 7, 16, 17, 127, 128, 129, 300, 700)]

@@ -1,4 +1,4 @@
-"""The engine on a GPU: graphs, back-ends, exchanges and many ranks must all say the same."""
+"""The engine on a GPU: graphs, back-ends, exchanges and many ranks must give the same tokens."""
 
 from __future__ import annotations
 
@@ -17,28 +17,41 @@ STEPS = 48
 @functools.cache
 def run(path: str, prompts: tuple[tuple[int, ...], ...], **options: object) -> list[RequestOutput]:
     params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=2)
-    defaults = dict(device="cuda", max_model_len=1024, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=512)
+    defaults = dict(
+        device="cuda",
+        max_model_len=1024,
+        num_blocks=400,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+    )
     if options.get("tp_size", 1) == 1:
-        defaults["ranks"] = "threads"  # no new process: starting one takes most of a test's time
+        defaults["ranks"] = "threads"  # starting a process would take most of the test's time
     with LLM(path, **(defaults | options)) as llm:
         return llm.generate([list(p) for p in prompts], params)
 
 
 @functools.cache
 def run_base(oracle: Oracle) -> tuple[list[RequestOutput], list[torch.Tensor]]:
-    """One rank with FA3 and graphs, and its errors against transformers in fp32."""
+    """The outputs of one rank with FA3 and graphs, and their errors against fp32."""
     outputs = run(str(oracle.path), tuple(map(tuple, oracle.prompts)))
     return outputs, [measure_errors(oracle.model, output) for output in outputs]
 
 
 def compare(oracle: Oracle, **options: object) -> None:
-    """No further from fp32 than one rank is, by half as much again; and other tokens than one rank's only
-    where rounding can decide: two log-probabilities that are each off by the noise move by twice that."""
+    """Compare an engine with one rank.
+
+    Its errors against fp32 are at most 1.5 times as large. Its tokens differ only where rounding
+    can decide: each of two log-probabilities is off by up to the noise, so their difference is off
+    by up to twice the noise.
+    """
     base, base_errors = run_base(oracle)
     noise = max(float(errors.max()) for errors in base_errors)
     ours, theirs, equal = [], [], 0
     for a, b, errors in zip(
-        base, run(str(oracle.path), tuple(map(tuple, oracle.prompts)), **options), base_errors, strict=True
+        base,
+        run(str(oracle.path), tuple(map(tuple, oracle.prompts)), **options),
+        base_errors,
+        strict=True,
     ):
         pairs = zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True)
         split = next((i for i, (x, y) in enumerate(pairs) if x.token_id != y.token_id), STEPS)
@@ -49,8 +62,11 @@ def compare(oracle: Oracle, **options: object) -> None:
         theirs.append(errors[: split + 1])
         ours.append(measure_errors(oracle.model, b, split + 1))
     own, base_rms = (float(torch.cat(x).square().mean().sqrt()) for x in (ours, theirs))
-    print(f"{options}: {equal} of {len(base) * STEPS} tokens equal; off fp32 by {own:.4f} (one rank "
-          f"{base_rms:.4f}) rms, {float(torch.cat(ours).max()):.4f} ({noise:.4f}) at most")  # fmt: skip
+    print(
+        f"{options}: {equal} of {len(base) * STEPS} tokens equal; "
+        f"off fp32 by {own:.4f} (one rank {base_rms:.4f}) rms, "
+        f"{float(torch.cat(ours).max()):.4f} ({noise:.4f}) at most"
+    )
     assert own < 1.5 * base_rms
     assert equal > len(base) * STEPS // 3
 
@@ -67,12 +83,18 @@ OPTIONS = {
     ),
     "8x8": dict(tp_size=8, dcp_size=8, prefill_strategy="gather_q"),
     "8x8 a2a, wide, triton": dict(
-        tp_size=8, dcp_size=8, dcp_comm_backend="a2a", exchange_policy="wide", attention_backend="triton"
+        tp_size=8,
+        dcp_size=8,
+        dcp_comm_backend="a2a",
+        exchange_policy="wide",
+        attention_backend="triton",
     ),
-    "8x8 replicated q": dict(tp_size=8, dcp_size=8, q_proj="replicated", prefill_strategy="gather_kv"),
+    "8x8 replicated q": dict(
+        tp_size=8, dcp_size=8, q_proj="replicated", prefill_strategy="gather_kv"
+    ),
     "8x1": dict(tp_size=8, dcp_size=1),
 }
-if torch.cuda.device_count() >= 2:  # NCCL wants a GPU for each rank
+if torch.cuda.device_count() >= 2:  # NCCL needs a GPU for each rank
     OPTIONS |= {
         "nccl 2x2": dict(tp_size=2, dcp_size=2, comm="nccl"),
         "nccl 2x2 ag_rs, narrow": dict(
@@ -93,8 +115,11 @@ def test_without_q_lora(lite_checkpoint: Oracle, name: str) -> None:
 
 
 def test_seeded_sampling_repeats_itself(checkpoint: Oracle) -> None:
-    """On four ranks; without the prefix cache, whose hits round otherwise."""
-    params = [SamplingParams(max_tokens=24, seed=i, top_p=0.9, top_k=40, ignore_eos=True) for i in range(10)]
+    """On four ranks, without the prefix cache: a hit would round differently."""
+    params = [
+        SamplingParams(max_tokens=24, seed=i, top_p=0.9, top_k=40, ignore_eos=True)
+        for i in range(10)
+    ]
     options = dict(tp_size=4, dcp_size=4, num_blocks=200, max_model_len=1024, max_num_seqs=8)
     with LLM(str(checkpoint.path), device="cuda", prefix_cache=False, **options) as llm:
         together = [o.outputs[0].token_ids for o in llm.generate(checkpoint.prompts, params)]

@@ -33,7 +33,7 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
     torch.set_default_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
-    group = SymmetricGroup(dist.group.WORLD, device, programs=4)
+    group = SymmetricGroup(dist.group.WORLD, device, max_programs=4)
     for name in work:
         globals()[name](group)
     torch.cuda.synchronize()
@@ -41,14 +41,14 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
 
 
 def test_collectives_and_exchanges() -> None:
-    spawn("use_collectives", "use_exchanges")
+    spawn("use_collectives", "use_exchanges", "use_reserved_memory")
 
 
 def use_collectives(group: SymmetricGroup) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         group.begin_step()
         check_collectives(use_every_collective(group, dtype), group.rank, SIZE, dtype)
-    # Larger than a buffer: in pieces. And a sum that each rank makes a part of.
+    # Larger than a buffer, so it goes in pieces. Each rank adds up a part of the all-reduce.
     rows = BUFFER_BYTES // (1 << 20) + 3
     x = torch.arange(rows * (1 << 18)).view(rows, -1).float() % 1000 + group.rank
     everyone = SIZE * (x - group.rank) + sum(range(SIZE))
@@ -58,16 +58,29 @@ def use_collectives(group: SymmetricGroup) -> None:
     parts = x.view(rows, SIZE, -1)
     assert torch.equal(group.reduce_scatter(parts), everyone.view(rows, SIZE, -1)[:, group.rank])
     swapped = group.all_to_all(parts)
-    assert all(torch.equal(swapped[:, r], parts[:, group.rank] - group.rank + r) for r in range(SIZE))
+    assert all(
+        torch.equal(swapped[:, r], parts[:, group.rank] - group.rank + r) for r in range(SIZE)
+    )
+
+
+def use_reserved_memory(group: SymmetricGroup) -> None:
+    """Memory from `empty` is for the next collective. Another tensor is refused there."""
+    group.begin_step()
+    x = torch.ones(4, 8)
+    reserved = group.empty(x.shape, x)
+    with pytest.raises(RuntimeError, match=r"memory from Group.empty would be overwritten"):
+        group.all_reduce(x)
+    assert torch.equal(group.all_reduce(reserved.copy_(x)), SIZE * x)
+    assert torch.equal(group.all_reduce(x), SIZE * x)
 
 
 def make_partial(rank: int, salt: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's partial attention; a third of the shards are empty and hold NaN."""
+    """A rank's partial attention. About a third of the shards are empty and hold NaN."""
     generator = torch.Generator("cuda").manual_seed(1000 * salt + rank)
     out = torch.randn(tokens, HEADS, dim, generator=generator).bfloat16()
     lse = torch.randn(tokens, HEADS, generator=generator) * 4
     empty = torch.rand(tokens, HEADS, generator=generator) < 0.35
-    empty[0, 0] = True  # nobody has seen anything
+    empty[0, 0] = True  # empty on every rank
     return out.masked_fill(empty[..., None], torch.nan), lse.masked_fill(empty, -torch.inf)
 
 
@@ -81,7 +94,9 @@ def merge_in_fp64(salt: int, tokens: int, dim: int, rank: int) -> tuple[torch.Te
     return (outs.masked_fill((lses == -torch.inf)[..., None], 0) * weights[..., None]).sum(0), lse
 
 
-def check(result: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+def check(
+    result: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     for actual, wanted, tolerance in zip(result, expected, (2e-2, 1e-4), strict=True):
         torch.testing.assert_close(actual.double(), wanted, atol=tolerance, rtol=tolerance)
 
@@ -94,16 +109,16 @@ def use_exchanges(group: SymmetricGroup) -> None:
             out, lse = make_partial(group.rank, tokens, tokens, dim)
             before = group.received_bytes
             for name, exchange in EXCHANGES.items():
-                check(exchange(out, lse, group), expected)
+                check(exchange(group).merge(out, lse), expected)
                 if name == "p2p":
                     own = HEADS // SIZE
                     assert group.received_bytes - before == 7 * tokens * own * (dim * 2 + 4)
                 before = group.received_bytes
-    # As much as a buffer holds, in place; and more.
+    # As much as fits into a buffer, built in place, and more than that.
     for tokens in (BUFFER_BYTES // (HEADS * 512 * 2), BUFFER_BYTES // (HEADS * 512 * 2) + 5):
         out, lse = make_partial(group.rank, 1, tokens, 512)
         placed = group.empty(out.shape, out).copy_(out)
-        check(EXCHANGES["p2p"](placed, lse, group), merge_in_fp64(1, tokens, 512, group.rank))
+        check(EXCHANGES["p2p"](group).merge(placed, lse), merge_in_fp64(1, tokens, 512, group.rank))
 
 
 @triton.jit
@@ -116,8 +131,10 @@ def spin_kernel(turns, sink):
 
 @pytest.mark.timeout(200)
 def test_replays_of_delayed_ranks() -> None:
-    """Graphs of several batch sizes and widths, replayed in random order with new inputs, on ranks that are
-    late at random points: equal to eager, bit for bit, and to fp64."""
+    """Replay graphs of several shapes in random order, on ranks that are late at random points.
+
+    The results are bit for bit those of eager steps, and close to fp64.
+    """
     spawn("replay_delayed")
 
 
@@ -128,22 +145,29 @@ def replay_delayed(group: SymmetricGroup) -> None:
     graphs = []
 
     def step(out, lse, q, hidden):
-        """Two layers: q gather, exchange from the group's memory, all-reduce; each after a delay."""
+        """Two layers of q gather, exchange and all-reduce, each after a delay."""
         group.begin_step()
         results = []
         for layer in range(2):
             spin_kernel[(1,)](turns[4 * layer :], sink)
             results.append(group.all_gather(group.empty(q.shape, q).copy_(q)))
             spin_kernel[(1,)](turns[4 * layer + 1 :], sink)
-            results += EXCHANGES["p2p"](group.empty(out.shape, out).copy_(out), lse, group)
+            partial = group.empty(out.shape, out).copy_(out)
+            results += EXCHANGES["p2p"](group).merge(partial, lse)
             spin_kernel[(1,)](turns[4 * layer + 2 :], sink)
             results.append(group.all_reduce(hidden))
-        group.all_gather(hidden[:, 0])  # an odd number in all: only begin_step sets the halves right again
+        # An odd number of collectives: only begin_step makes the halves right again.
+        group.all_gather(hidden[:, 0])
         return results
 
     for tokens, dim in shapes:
         out, lse = make_partial(group.rank, 0, tokens, dim)
-        inputs = out, lse, torch.zeros(tokens, 2, 192).bfloat16(), torch.zeros(tokens, 4096).bfloat16()
+        inputs = (
+            out,
+            lse,
+            torch.zeros(tokens, 2, 192).bfloat16(),
+            torch.zeros(tokens, 4096).bfloat16(),
+        )
         step(*inputs)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -176,5 +200,7 @@ def replay_delayed(group: SymmetricGroup) -> None:
         for layer in range(2):
             everyone, merged, merged_lse, total = results[4 * layer : 4 * layer + 4]
             check((merged, merged_lse), expected)
-            assert torch.equal(everyone, gathered[None, :, None, None].expand_as(everyone)), f"replay {i}"
+            assert torch.equal(everyone, gathered[None, :, None, None].expand_as(everyone)), (
+                f"replay {i}"
+            )
             assert (total == 8 * (i % 31) + 28).all(), f"replay {i}"

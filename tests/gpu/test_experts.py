@@ -1,4 +1,4 @@
-"""Routing, experts and products for few tokens in bf16 against fp64: the interpreter cannot check tensor cores."""
+"""Routing, experts and products in bf16 against fp64, because the interpreter cannot do bf16."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from checkpoints import Oracle
 from torch import Tensor
 
-from minidcp.kernels.experts import list_tiles, route, route_ref, run_experts, run_experts_ref
+from minidcp.kernels.experts import run_experts, run_experts_ref
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
+from minidcp.kernels.route import route, route_ref
+from minidcp.kernels.tiles import list_tiles
 from minidcp.model_config import ModelConfig
 
 pytestmark = pytest.mark.gpu
@@ -29,14 +31,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("hidden", "inter"), [(256, 96), (2048, 1408), (200, 40)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40, 130, 700, 3000])
 def test_experts(tokens: int, hidden: int, inter: int) -> None:
-    """Some experts are popular, some have no tokens. The same bits again, summed by the norm that follows, and in a
-    graph with other inputs before."""
+    """Some experts are popular, and some have no tokens.
+
+    The bits are the same in a second run, in a graph that ran with other inputs before, and where
+    the next norm adds up the experts.
+    """
     torch.manual_seed(tokens)
     count, top_k = 18, 6
-    gate_up, down = normal(count, 2 * inter, hidden) * hidden**-0.5, normal(count, hidden, inter) * inter**-0.5
+    gate_up = normal(count, 2 * inter, hidden) * hidden**-0.5
+    down = normal(count, hidden, inter) * inter**-0.5
     x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
-    popularity = torch.rand(count - 1, device="cuda") ** 3  # nobody chooses the last one
-    ids = (torch.rand(tokens, count - 1, device="cuda") * popularity).topk(top_k).indices.to(torch.int32)
+    popularity = torch.rand(count - 1, device="cuda") ** 3  # no token chooses the last expert
+    ids = (
+        (torch.rand(tokens, count - 1, device="cuda") * popularity)
+        .topk(top_k)
+        .indices.to(torch.int32)
+    )
     expected = torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda")
     for e in range(count - 1):
         token, choice = (ids == e).nonzero(as_tuple=True)
@@ -47,13 +57,14 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     assert relative_error(out, expected) < 1e-2
     assert torch.equal(out, run_experts(x, gate_up, down, weights, ids).sum())
 
-    scale, residual, parts = normal(hidden), normal(tokens, hidden), run_experts(x, gate_up, down, weights, ids)
-    (normed, total), (expected_normed, expected_total) = (
-        rms_norm(parts.values, scale, 1e-6, residual, parts.weights),
-        rms_norm(out, scale, 1e-6, residual),
-    )
+    scale = normal(hidden)
+    residual = normal(tokens, hidden)
+    parts = run_experts(x, gate_up, down, weights, ids)
+    normed, total = rms_norm(parts.values, scale, 1e-6, residual, parts.weights)
+    expected_normed, expected_total = rms_norm(out, scale, 1e-6, residual)
     assert torch.equal(total, expected_total)
-    torch.testing.assert_close(normed, expected_normed, rtol=2**-7, atol=0)  # squares are added in another order
+    # The squares are added in another order.
+    torch.testing.assert_close(normed, expected_normed, rtol=2**-7, atol=0)
 
     inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
     graph = torch.cuda.CUDAGraph()
@@ -66,17 +77,22 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     assert torch.equal(captured, out)
 
 
-@pytest.mark.parametrize(("experts", "top_k", "hidden", "inter"), [(66, 8, 2048, 1408), (162, 8, 5120, 192)])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden", "inter"), [(66, 8, 2048, 1408), (162, 8, 5120, 192)]
+)
 def test_every_tile_of_the_table(experts: int, top_k: int, hidden: int, inter: int) -> None:
-    """V2-Lite's shape, and V2's on a rank of eight."""
+    """The shapes of V2-Lite on one rank and of V2 on eight."""
     torch.manual_seed(0)
-    gate_up, down = normal(experts, 2 * inter, hidden) * hidden**-0.5, normal(experts, hidden, inter) * inter**-0.5
+    gate_up = normal(experts, 2 * inter, hidden) * hidden**-0.5
+    down = normal(experts, hidden, inter) * inter**-0.5
     bounds = list_tiles(experts, top_k, hidden, inter)
     assert len(bounds) > 10, "these shapes are in tiles.json"
     for tokens in bounds:
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
         ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.to(torch.int32)
-        out, expected = (f(x, gate_up, down, weights, ids).sum() for f in (run_experts, run_experts_ref))
+        out, expected = (
+            f(x, gate_up, down, weights, ids).sum() for f in (run_experts, run_experts_ref)
+        )
         assert relative_error(out, expected.double()) < 1e-2, f"{tokens} tokens"
 
 
@@ -88,32 +104,46 @@ def test_experts_in_float32() -> None:
     ids = torch.rand(10, 66, device="cuda").topk(6).indices.to(torch.int32)
     out = run_experts(x, gate_up, down, weights, ids).sum()
     gate, up = torch.einsum("th,teoh->teo", x.double(), gate_up[ids.long()].double()).chunk(2, -1)
-    parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
+    parts = torch.einsum(
+        "tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double()
+    )
     assert relative_error(out, (parts * weights[..., None].double()).sum(1)) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 500])
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize(("count", "groups", "shared"), [(8, 4, 2), (160, 8, 0), (64, 1, 3)])
-def test_route(checkpoint: Oracle, count: int, groups: int, shared: int, tokens: int, normalise: bool) -> None:
+def test_route(
+    checkpoint: Oracle, count: int, groups: int, shared: int, tokens: int, normalise: bool
+) -> None:
     torch.manual_seed(tokens)
     config = ModelConfig.from_hf(checkpoint.path)
-    sizes = dict(n_routed_experts=count, n_group=groups, topk_group=max(1, groups // 2), num_experts_per_tok=3)
+    sizes = dict(
+        n_routed_experts=count,
+        n_group=groups,
+        topk_group=max(1, groups // 2),
+        num_experts_per_tok=3,
+    )
     config = replace(config, norm_topk_prob=normalise, **sizes)
     logits = torch.randn(tokens, count, device="cuda") * 4
-    for ours, theirs in zip(route(logits, config, shared), route_ref(logits, config, shared), strict=True):
+    for ours, theirs in zip(
+        route(logits, config, shared), route_ref(logits, config, shared), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_a_token_without_numbers_stays_among_the_experts(checkpoint: Oracle) -> None:
-    config = replace(ModelConfig.from_hf(checkpoint.path), n_routed_experts=160, n_group=8, topk_group=3)
+    config = replace(
+        ModelConfig.from_hf(checkpoint.path), n_routed_experts=160, n_group=8, topk_group=3
+    )
     ids = route(torch.full((3, 160), torch.nan, device="cuda"), config, 2)[1]
     assert (ids >= 0).all() and (ids < 162).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 65])
 @pytest.mark.parametrize(
-    ("heads", "dim_in", "dim_out"), [(16, 128, 512), (16, 512, 128), (1, 2048, 3648), (1, 5120, 160), (3, 200, 40)]
+    ("heads", "dim_in", "dim_out"),
+    [(16, 128, 512), (16, 512, 128), (1, 2048, 3648), (1, 5120, 160), (3, 200, 40)],
 )
 def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int) -> None:
     torch.manual_seed(tokens)

@@ -1,4 +1,4 @@
-"""One rank by itself: its layers against fp32 on the CPU, and that its steps never wait for the device."""
+"""One rank: layers compared with fp32 on the CPU, and steps that never wait for the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from checkpoints import Oracle
 
 from minidcp.batch import Admission, CacheRows, StepPlan
 from minidcp.config import EngineConfig
-from minidcp.engine.model_runner import ModelRunner
-from minidcp.kernels.experts import Parts
+from minidcp.kernels.experts import ExpertOutputs
 from minidcp.model_config import ModelConfig
+from minidcp.parallel.exchange import make_exchange
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 from minidcp.request import SamplingParams
+from minidcp.resolve import detect_machine, resolve
+from minidcp.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -29,14 +31,17 @@ def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> M
         max_num_batched_tokens=512,
         **({"cuda_graph": False} | options),
     )
-    state = ParallelState(Group(), Group())
-    runner = ModelRunner(config, ModelConfig.from_hf(oracle.path), state, torch.device(device))
+    model_config = ModelConfig.from_hf(oracle.path)
+    resolved = resolve(config, model_config, detect_machine(config))
+    group = Group()
+    state = ParallelState(group, group, make_exchange(resolved.dcp_comm_backend, group))
+    runner = ModelRunner(resolved, model_config, state, torch.device(device))
     runner.allocate_cache(64)
     return runner
 
 
 def make_plans() -> list[StepPlan]:
-    """A prompt in two chunks, and then a decode row beside another chunk."""
+    """A prompt in two chunks, then a decode row beside a chunk of another prompt."""
     first = StepPlan(0, [0], [0], [200], [0] * 200, [(0, i, i) for i in range(20)])
     second = StepPlan(0, [0], [200], [99], [0] * 99)
     mixed = StepPlan(1, [0, 1], [299, 0], [1, 17], [0] * 17, [(1, i, 30 + i) for i in range(2)])
@@ -45,7 +50,8 @@ def make_plans() -> list[StepPlan]:
 
 @torch.inference_mode()
 def test_layers(checkpoint: Oracle) -> None:
-    cpu, gpu = make_runner(checkpoint, "cpu", "float32"), make_runner(checkpoint, "cuda", "bfloat16")
+    cpu = make_runner(checkpoint, "cpu", "float32")
+    gpu = make_runner(checkpoint, "cuda", "bfloat16")
     torch.manual_seed(0)
     for plan in make_plans():
         batches = []
@@ -54,7 +60,7 @@ def test_layers(checkpoint: Oracle) -> None:
             batches.append(runner.build_batch(plan))
             for rows in (batches[-1].decode, *batches[-1].context):
                 if isinstance(rows, CacheRows):
-                    runner.attention.plan(rows)
+                    runner.attention.prepare(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
             x = torch.randn(sum(plan.lengths), 256).bfloat16()
             outputs = []
@@ -63,18 +69,18 @@ def test_layers(checkpoint: Oracle) -> None:
                 cos_sin = runner.model.cos_sin[batch.positions]
                 attended = layer.self_attn(own, cos_sin, runner.cache[i], batch)
                 mlp = layer.mlp(own)
-                mlp = mlp.sum() if isinstance(mlp, Parts) else mlp
+                mlp = mlp.sum() if isinstance(mlp, ExpertOutputs) else mlp
                 outputs.append((attended.float().cpu(), mlp.float().cpu()))
             for name, expected, actual in zip(("attention", "mlp"), *outputs, strict=True):
                 error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-                # A token whose two best experts are as good as equal may take the other one in bf16.
+                # In bf16 a token may choose another expert, if two are nearly equally good.
                 assert error.median() < 1.5e-2, f"layer {i}, {name}: {error.median():.3e}"
                 assert (error > 4e-2).float().mean() < 0.05, f"layer {i}, {name}: {error.max():.3e}"
 
 
 @pytest.mark.parametrize(("attention", "strategy"), [("fa3", "gather_kv"), ("triton", "gather_q")])
 def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, strategy: str) -> None:
-    """Prefill, a chunk on top of a context, a mixed step, and decode steps in graphs, greedy and sampled."""
+    """Prefill, a chunk on context, a mixed step, and decode steps in graphs."""
     runner = make_runner(
         checkpoint,
         "cuda",
@@ -89,11 +95,17 @@ def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, str
         plan.sampling = list(range(len(plan.slots)))
         for slot in plan.slots:
             params = SamplingParams(
-                temperature=temperature, top_k=5, top_p=0.9, logprobs=2, presence_penalty=0.5 * slot,
-                repetition_penalty=1.2, logit_bias={3: 1.0}, min_tokens=9,
-            )  # fmt: skip
+                temperature=temperature,
+                top_k=5,
+                top_p=0.9,
+                logprobs=2,
+                presence_penalty=0.5 * slot,
+                repetition_penalty=1.2,
+                logit_bias={3: 1.0},
+                min_tokens=9,
+            )
             plan.admitted.append(Admission(slot, params, 1, 2, (4,), history=(5, 6, 6)))
-    for plan in plans:  # kernels are compiled and libraries start up
+    for plan in plans:  # compile kernels and initialise libraries
         runner.execute(plan).wait()
     torch.cuda.set_sync_debug_mode("error")
     try:

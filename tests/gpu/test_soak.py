@@ -56,7 +56,8 @@ def test_a_thousand_requests_with_aborts(checkpoint: Oracle) -> None:
     sampled = sorted(finished)[:: len(finished) // 60]
     with LLM(str(checkpoint.path), num_blocks=400, max_num_seqs=64, **OPTIONS) as llm:
         params = [
-            SamplingParams(max_tokens=len(tokens[i]), temperature=0.0, ignore_eos=True, logprobs=2) for i in sampled
+            SamplingParams(max_tokens=len(tokens[i]), temperature=0.0, ignore_eos=True, logprobs=2)
+            for i in sampled
         ]
         alone = llm.generate([prompts[i] for i in sampled], params)
     noise = max(float(measure_errors(checkpoint.model, output).max()) for output in alone)

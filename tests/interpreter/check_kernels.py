@@ -1,4 +1,4 @@
-"""Triton kernels under Triton's interpreter against their torch twins, and the twins against fp64."""
+"""Triton kernels in Triton's interpreter, and their torch definitions, against fp64."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ import torch
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheRows
-from minidcp.kernels import GPU, experts, kv_store, linear, merge, mla_decode, norm, peer
+from minidcp.kernels import (
+    DeviceProperties,
+    align,
+    experts,
+    kv_store,
+    linear,
+    merge,
+    mla_decode,
+    norm,
+    peer,
+    route,
+    tiles,
+)
 from minidcp.model_config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def partials(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random partials; about a third of the shards are empty, and hold NaN."""
+def partials(
+    size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random partials. About a third of the shards are empty and hold NaN."""
     torch.manual_seed(size * 1000 + dim)
     outs = torch.randn(size, tokens, heads, dim).to(dtype)
     lses = torch.randn(size, tokens, heads) * 5
     empty = torch.rand(size, tokens, heads) < 0.35
-    empty[:, 0, 0] = True  # one token and head that nobody has seen anything for
+    empty[:, 0, 0] = True  # a token and head for which all shards are empty
     return outs.masked_fill(empty[..., None], torch.nan), lses.masked_fill(empty, -torch.inf)
 
 
@@ -32,12 +46,19 @@ def merged_in_fp64(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    # The interpreter rounds to bf16 by cutting, up to 2^-7 each time; a kernel rounds three times at most.
-    return {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 3 * 2**-7}
+    # The interpreter rounds to bf16 by truncation, with an error of up to 2^-7. A kernel rounds at
+    # most three times.
+    return (
+        {"atol": 1e-5, "rtol": 1e-5}
+        if dtype == torch.float32
+        else {"atol": 2e-2, "rtol": 3 * 2**-7}
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "tokens", "heads", "dim"), [(2, 3, 2, 128), (8, 2, 3, 512), (3, 4, 2, 16)])
+@pytest.mark.parametrize(
+    ("size", "tokens", "heads", "dim"), [(2, 3, 2, 128), (8, 2, 3, 512), (3, 4, 2, 16)]
+)
 def test_merge(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
@@ -49,19 +70,23 @@ def test_merge(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype)
 
 
 def test_merge_reads_the_packed_layout() -> None:
-    """The exchange hands in strided views of one buffer."""
+    """The exchange passes strided views of one buffer."""
     outs, lses = partials(4, 3, 2, 32, torch.bfloat16)
     packed = torch.empty(4, 3, 2, 34, dtype=torch.bfloat16)
     packed[..., :32] = outs
     packed[..., 32:].view(torch.float32)[..., 0] = lses
     views = packed[..., :32], packed[..., 32:].view(torch.float32)[..., 0]
     packed_result = merge.merge_partials(*views, torch.bfloat16)
-    for a, b in zip(packed_result, merge.merge_partials_ref(outs, lses, torch.bfloat16, None), strict=True):
+    for a, b in zip(
+        packed_result, merge.merge_partials_ref(outs, lses, torch.bfloat16, None), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "tokens", "heads", "dim"), [(2, 3, 2, 128), (8, 1, 4, 512), (3, 2, 3, 16)])
+@pytest.mark.parametrize(
+    ("size", "tokens", "heads", "dim"), [(2, 3, 2, 128), (8, 1, 4, 512), (3, 2, 3, 16)]
+)
 def test_rescale(size: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs, lses = partials(size, tokens, heads, dim, dtype)
     expected, expected_lse = merged_in_fp64(outs, lses)
@@ -100,9 +125,11 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 100, 5120])
-@pytest.mark.parametrize(("with_residual", "top_k"), [(False, None), (True, None), (True, 1), (True, 3)])
+@pytest.mark.parametrize(
+    ("with_residual", "top_k"), [(False, None), (True, None), (True, 1), (True, 3)]
+)
 def test_rms_norm(dim: int, with_residual: bool, top_k: int | None, dtype: torch.dtype) -> None:
-    """Of x, or of a weighted sum of `top_k` parts."""
+    """The norm of x, or of a weighted sum of `top_k` parts."""
     torch.manual_seed(0)
     x, weight = torch.randn(3, dim).to(dtype), torch.rand(dim).to(dtype) + 0.5
     residual = torch.randn(3, dim).to(dtype) if with_residual else None
@@ -118,16 +145,20 @@ def test_rms_norm(dim: int, with_residual: bool, top_k: int | None, dtype: torch
         close(kept, total, dtype)
 
 
-# Triton's interpreter multiplies bf16 matrices wrongly, so only single tokens, which use no tensor cores, have bf16.
+# Triton's interpreter multiplies bf16 matrices wrongly. So bf16 is tested only with single tokens,
+# which use no tensor cores.
 SHAPES = [(1, 1, 100, 40), (1, 3, 700, 24), (5, 2, 520, 33), (40, 1, 64, 7)]
 
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "dim_in", "dim_out", "dtype"),
-    [*((*shape, torch.float32) for shape in SHAPES), *((*shape, torch.bfloat16) for shape in SHAPES[:2])],
+    [
+        *((*shape, torch.float32) for shape in SHAPES),
+        *((*shape, torch.bfloat16) for shape in SHAPES[:2]),
+    ],
 )
 def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: torch.dtype) -> None:
-    """Weights of any strides, in and out parts of wider rows."""
+    """Weights of any strides. Input and output are parts of wider rows."""
     torch.manual_seed(0)
     x = torch.randn(tokens, heads, dim_in + 8).to(dtype)[..., 8:]
     weight = torch.randn(heads, dim_out, dim_in).to(dtype)
@@ -143,64 +174,81 @@ def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: tor
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize(("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)])
+@pytest.mark.parametrize(
+    ("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)]
+)
 def test_route(count: int, groups: int, chosen: int, top_k: int, normalise: bool) -> None:
     torch.manual_seed(0)
     keys = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
     values = count, groups, chosen, top_k, normalise
-    config = ModelConfig(*[8] * 9, routed_scaling_factor=3.0, **dict(zip(keys, values, strict=True)))
+    config = ModelConfig(
+        *[8] * 9, routed_scaling_factor=3.0, **dict(zip(keys, values, strict=True))
+    )
     logits = torch.randn(7, count) * 3
-    for a, b in zip(experts.route(logits, config, 2), experts.route_ref(logits, config, 2), strict=True):
+    for a, b in zip(
+        route.route(logits, config, 2), route.route_ref(logits, config, 2), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])
-@pytest.mark.parametrize(("tokens", "count", "bm"), [(1, 5, 16), (1, 5, 1), (2, 5, 1), (9, 7, 16), (40, 4, 32)])
-def test_experts(tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dims that are no multiples of a tile's, experts that nobody chose."""
+@pytest.mark.parametrize(
+    ("tokens", "count", "bm"), [(1, 5, 16), (1, 5, 1), (2, 5, 1), (9, 7, 16), (40, 4, 32)]
+)
+def test_experts(
+    tokens: int, count: int, bm: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dims that are not multiples of a tile's, and experts that no token chooses."""
     dtype = torch.bfloat16 if bm == 1 else torch.float32
     torch.manual_seed(0)
     hidden, inter = 48, 24
     x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, 4)
-    gate_up, down = torch.randn(count, 2 * inter, hidden).to(dtype) / 7, torch.randn(count, hidden, inter).to(dtype) / 5
+    gate_up = torch.randn(count, 2 * inter, hidden).to(dtype) / 7
+    down = torch.randn(count, hidden, inter).to(dtype) / 5
     ids = torch.rand(tokens, count).topk(min(4, count - 1)).indices.to(torch.int32)
     weights = weights[:, : ids.shape[1]].contiguous()
     gate, up = torch.einsum("th,teoh->teo", x.double(), gate_up[ids.long()].double()).chunk(2, -1)
-    parts = torch.einsum("tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double())
+    parts = torch.einsum(
+        "tei,tehi->teh", torch.nn.functional.silu(gate) * up, down[ids.long()].double()
+    )
     expected = (parts * weights[..., None].double()).sum(1)
-    tile = experts.Tile(16, 32, 4, 3)
+    tile = tiles.Tile(16, 32, 4, 3)
     close(experts.run_experts_ref(x, gate_up, down, weights, ids).sum(), expected, dtype)
     if is_sorted:
-        monkeypatch.setattr(experts, "gpu", lambda: GPU((9, 0)))
-        monkeypatch.setattr(experts, "CHUNK", 16)
-        monkeypatch.setattr(experts, "MOST_TOKENS", 8)
-    monkeypatch.setattr(experts, "list_tiles", lambda *shape: {tokens: experts.Tiles(bm, is_sorted, tile, tile)})
+        monkeypatch.setattr(experts, "get_device_properties", lambda: DeviceProperties((9, 0)))
+        monkeypatch.setattr(align, "MAX_CHUNK", 16)
+        monkeypatch.setattr(align, "MAX_TOKENS", 8)
+    given = tiles.Tiles(bm, is_sorted, tile, tile)
+    monkeypatch.setattr(tiles, "list_tiles", lambda *shape: {tokens: given})
     close(experts.run_experts(x, gate_up, down, weights, ids).sum(), expected, dtype)
 
 
 @pytest.mark.parametrize("chunk", [16, 4096])
 def test_align(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice once, in blocks of its expert and in order; a choice made twice, as where logits are NaN, may be
-    missing, but what stands in its place is none."""
-    monkeypatch.setattr(experts, "CHUNK", chunk)
-    monkeypatch.setattr(experts, "MOST_TOKENS", 8)
+    """Every choice appears once, in the blocks of its expert and in order.
+
+    Of an expert that a token chose twice, as with NaN logits, one choice is missing. Its place says
+    so.
+    """
+    monkeypatch.setattr(align, "MAX_CHUNK", chunk)
+    monkeypatch.setattr(align, "MAX_TOKENS", 8)
     torch.manual_seed(0)
     for tokens, count, bm in ((3, 5, 16), (21, 9, 4), (64, 6, 16)):
         ids = torch.rand(tokens, count).topk(3).indices.to(torch.int32)
         for twice in (False, True):
             if twice:
                 ids[::2, 1] = ids[::2, 0]
-            blocks = experts.align(ids, count, bm)
-            assert blocks.entries is not None and blocks.experts is not None
+            blocks = align.align(ids, count, bm)
+            assert blocks.choices is not None and blocks.experts is not None
             used = int(blocks.experts[-1])
-            entries = blocks.entries.view(-1, bm)[:used]
-            there = entries < ids.numel()
-            assert (entries >= 0).all() and (entries[~there] == ids.numel()).all()
+            choices = blocks.choices.view(-1, bm)[:used]
+            there = choices < ids.numel()
+            assert (choices >= 0).all() and (choices[~there] == ids.numel()).all()
             by_block = blocks.experts[:used, None].expand(-1, bm)[there]
-            assert (ids.flatten()[entries[there].long()] == by_block).all()
-            assert (entries[there].diff()[by_block.diff() == 0] > 0).all()
+            assert (ids.flatten()[choices[there].long()] == by_block).all()
+            assert (choices[there].diff()[by_block.diff() == 0] > 0).all()
             expected = len({(t, int(e)) for t, row in enumerate(ids) for e in row})
-            assert len(entries[there].unique()) == int(there.sum()) == expected
+            assert len(choices[there].unique()) == int(there.sum()) == expected
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -208,19 +256,21 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 
 
 def random_angles(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos_sin [T, dim], and the same rotation as complex numbers [T, dim / 2]."""
+    """Random cos_sin [T, dim], and the same rotations as complex numbers [T, dim / 2]."""
     angles = torch.randn(tokens, dim // 2)
-    return torch.cat([angles.cos(), angles.sin()], -1), torch.polar(torch.ones(1).double(), angles.double())
+    return torch.cat([angles.cos(), angles.sin()], -1), torch.polar(
+        torch.ones(1).double(), angles.double()
+    )
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Complex multiplication, as the checkpoint's authors write the rotation."""
+    """Rotate by a complex multiplication, like the checkpoint's authors."""
     product = torch.complex(*x.double().chunk(2, -1)) * turn
     return torch.cat([product.real, product.imag], -1)
 
 
 def paged(lens: list[int], block_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache full of NaN but for the rows' own tokens, and their scattered block table."""
+    """A cache with NaN everywhere except for the rows' tokens, and a scattered block table."""
     torch.manual_seed(1)
     blocks_each = -(-max(lens) // block_size) + 1
     table = torch.randperm(blocks_each * len(lens)).view(len(lens), -1).to(torch.int32)
@@ -234,15 +284,16 @@ def paged(lens: list[int], block_size: int, width: int) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("programs", [1, 64])
 @pytest.mark.parametrize("block_size", [1, 8, 16])
 def test_mla_decode(block_size: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the reference back-end, whole and split; an empty row gives 0 and -inf."""
+    """Compare with the reference back-end, with splits and without. Empty rows give 0 and -inf."""
     lens = [0, 1, 15, 70]
     kv, table = paged(lens, block_size, 64 + 16)
     q_latent, q_pe = torch.randn(4, 5, 64), torch.randn(4, 5, 16)
     local_lens = torch.tensor(lens, dtype=torch.int32)
     batch = CacheRows(table, local_lens, narrow=False)
     backend = ReferenceBackend(0.1)
-    backend.plan(batch)
-    monkeypatch.setattr(mla_decode, "gpu", lambda: GPU(multiprocessors=programs))
+    backend.prepare(batch)
+    properties = DeviceProperties(multiprocessors=programs)
+    monkeypatch.setattr(mla_decode, "get_device_properties", lambda: properties)
     expected, expected_lse = backend.decode(q_latent, q_pe, kv, batch)
     out, lse = mla_decode.mla_decode(q_latent, q_pe, kv, table, local_lens, 0.1)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
@@ -253,16 +304,18 @@ def test_mla_decode(block_size: int, programs: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("size", "programs"), [(2, 1), (4, 3), (8, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peers(dtype: torch.dtype, size: int, programs: int) -> None:
-    """Every rank reads, sums and merges what the others' buffers hold; they have come to every meeting."""
+    """Read, sum and merge the buffers of peers that have come to every meeting already."""
     tokens, own, dim, rank = 5, 2, 32, size - 1
     outs, lses = partials(size, tokens, own * size, dim, dtype)
     lse_offset = outs[0].nbytes
     buffers = torch.zeros(size, lse_offset + lses[0].nbytes, dtype=torch.uint8)
-    staged = [buffer[lse_offset:].view(torch.float32).view(tokens, own * size) for buffer in buffers]
+    staged = [
+        buffer[lse_offset:].view(torch.float32).view(tokens, own * size) for buffer in buffers
+    ]
     for buffer, lse_place, out, lse in zip(buffers, staged, outs, lses, strict=True):
         buffer[:lse_offset].view(dtype).view(out.shape).copy_(out)
         lse_place.copy_(lse)
-    staged[rank].zero_()  # the kernel puts its own there
+    staged[rank].zero_()  # the kernel writes its own LSEs there
     most = peer.MAX_PROGRAMS.value
     pads = torch.full((size, size, most), 1000, dtype=torch.int32)
     meeting = peer.Meeting(
@@ -289,4 +342,6 @@ def test_peers(dtype: torch.dtype, size: int, programs: int) -> None:
     torch.testing.assert_close(read, rows.transpose(0, 1), equal_nan=True)
     total = torch.empty(tokens, width, dtype=dtype)
     peer.sum_peers(meeting, pointers, stride, rank * width, total)
-    torch.testing.assert_close(total, rows.float().sum(0).to(dtype), equal_nan=True, **tolerance(dtype))
+    torch.testing.assert_close(
+        total, rows.float().sum(0).to(dtype), equal_nan=True, **tolerance(dtype)
+    )

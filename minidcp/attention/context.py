@@ -1,0 +1,249 @@
+"""How a prompt's new tokens see the context that is in the cache already: an earlier chunk, or a
+prefix that another request left. There are two exact ways, and a cost model that picks one. Next:
+`models/deepseek_v2.py`, which attends to the pieces that are made here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minidcp.batch import (
+    Array,
+    BlockTables,
+    CacheRows,
+    ContextPiece,
+    ExchangesNarrow,
+    StepPlan,
+    Varlen,
+    offsets,
+    ranges,
+    upload,
+)
+from minidcp.hardware import LINK_BYTES_PER_SECOND, PREFILL_FLOPS
+from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
+
+LINK_VALUES_PER_SECOND = LINK_BYTES_PER_SECOND / 2  # in bf16
+MULTIPLY_ADDS_PER_SECOND = PREFILL_FLOPS / 2
+
+
+@dataclass(frozen=True)
+class ContextPolicy:
+    """Chooses the way to the cached context, and prepares it. All ranks choose alike.
+
+    gather_kv: every rank gets the latents of all ranks, a piece at a time, decompresses them for
+        its own heads and attends in MHA form.
+    gather_q: the ranks attend where the latents are. They gather the absorbed queries and exchange
+        the results, as in decode. That is better for few new tokens on a long context.
+    cheaper: whichever of the two takes less time by `estimate_gather_kv` and `estimate_gather_q`.
+
+    Attributes:
+        num_heads: attention heads of this rank.
+        workspace: how many tokens of context are gathered at once.
+        max_queries: how many new tokens' queries are gathered at once. Until they are merged each
+            takes half a megabyte, because it has all heads of the DCP group.
+    """
+
+    config: ModelConfig
+    num_heads: int
+    layout: Interleave
+    strategy: str = "cheaper"
+    workspace: int = 8192
+    max_queries: int = 1024
+
+    def gathers_q(self, new: Array, cached: Array) -> bool:
+        """Whether rows with `new` new and `cached` cached tokens gather their queries."""
+        if self.strategy == "cheaper":
+            return self.estimate_gather_q(new, cached) < self.estimate_gather_kv(new, cached)
+        return self.strategy == "gather_q"
+
+    def estimate_gather_q(self, new: Array, cached: Array) -> float:
+        """Seconds per layer: absorb and project, send q and results (narrow), attend absorbed."""
+        config = self.config
+        num_peers = self.layout.size - 1
+        values_per_head = config.qk_head_dim + config.v_head_dim + 2  # q, output, and a float32 LSE
+        send_one = num_peers * self.num_heads * values_per_head / LINK_VALUES_PER_SECOND
+
+        rows_with_context = np.flatnonzero(cached)
+        sent_rows = slice(rows_with_context[0], rows_with_context[-1] + 1)
+        num_sent = float(new[sent_rows].sum())
+        multiply_adds = self.count_pairs(new, cached) * (config.latent_dim + config.kv_lora_rank)
+        attend = multiply_adds / MULTIPLY_ADDS_PER_SECOND
+        return attend + num_sent * (self.seconds_to_project() + send_one)
+
+    def estimate_gather_kv(self, new: Array, cached: Array) -> float:
+        """Seconds per layer: send latents, decompress them for own heads, attend in MHA form."""
+        config = self.config
+        num_peers = self.layout.size - 1
+        values_per_token = num_peers * config.latent_dim / self.layout.size
+        send_one = values_per_token / LINK_VALUES_PER_SECOND
+
+        num_sent = float(cached.sum())
+        multiply_adds = self.count_pairs(new, cached) * (config.qk_head_dim + config.v_head_dim)
+        attend = multiply_adds / MULTIPLY_ADDS_PER_SECOND
+        return num_sent * (self.seconds_to_project() + send_one) + attend
+
+    def count_pairs(self, new: Array, cached: Array) -> float:
+        """(new token, cached token, own head) triples: how many scores attention computes."""
+        return float(new @ cached) * self.num_heads
+
+    def seconds_to_project(self) -> float:
+        """W_UK and W_UV for one token and the own heads: as many products in either way."""
+        config = self.config
+        widths = config.qk_nope_head_dim + config.v_head_dim
+        return self.num_heads * widths * config.kv_lora_rank / MULTIPLY_ADDS_PER_SECOND
+
+    def build_context(
+        self,
+        plan: StepPlan,
+        tables: BlockTables,
+        rank: int,
+        exchanges_narrow: ExchangesNarrow,
+        device: torch.device,
+    ) -> Sequence[CacheRows | ContextPiece]:
+        """What the prefill rows of a step find in the cache, as seen by DCP rank `rank`."""
+        new = np.array(plan.lengths[plan.num_decode :], dtype=np.int64)
+        cached = np.array(plan.starts[plan.num_decode :], dtype=np.int64)
+        if not cached.any():
+            return ()
+        block_table = tables.table[plan.slots[plan.num_decode :]]
+        if self.gathers_q(new, cached):
+            return self.split_queries(new, cached, block_table, rank, exchanges_narrow, device)
+        return self.cut_context(new, cached, block_table, device)
+
+    def split_queries(
+        self,
+        new: Array,
+        cached: Array,
+        block_table: Array,
+        rank: int,
+        exchanges_narrow: ExchangesNarrow,
+        device: torch.device,
+    ) -> list[CacheRows]:
+        """The new tokens as queries over this rank's shard, at most `max_queries` at once.
+
+        They run from the first token that has context to the last. A token without context between
+        them has local length 0.
+        """
+        row_of_token = np.repeat(np.arange(len(new)), new)
+        tokens_with_context = np.flatnonzero(cached[row_of_token])
+        begin = int(tokens_with_context[0])
+        end = int(tokens_with_context[-1]) + 1
+        row_of_token = row_of_token[begin:end]
+
+        width = self.layout.num_blocks(int(cached.max()))
+        arrays = {
+            "block_table": block_table[:, :width],
+            "row_of_token": row_of_token,
+            "local_lens": self.layout.local_len(cached, rank)[row_of_token],
+        }
+        tensors = upload(arrays, device)
+        token_table = tensors["block_table"][tensors["row_of_token"]]  # [end - begin, W]
+        narrow = exchanges_narrow(end - begin)
+
+        pieces = []
+        for start in range(0, end - begin, self.max_queries):
+            stop = min(start + self.max_queries, end - begin)
+            pieces.append(
+                CacheRows(
+                    block_table=token_table[start:stop],
+                    local_lens=tensors["local_lens"][start:stop],
+                    narrow=narrow,
+                    tokens=slice(begin + start, begin + stop),
+                )
+            )
+        return pieces
+
+    def cut_context(
+        self, new: Array, cached: Array, block_table: Array, device: torch.device
+    ) -> list[ContextPiece]:
+        """The context of all rows, cut into pieces of at most `workspace` tokens.
+
+        Each piece begins at a multiple of N in its row, so that all ranks send the same local
+        slots. The shards of a run of tokens differ in length by one at most. Every rank sends as
+        many rows as the longest shard has, which is rank 0's. The row that is one too many lies in
+        a block that the request owns, and no index points at it.
+
+        Example with N = 4 and a workspace of 8 tokens: row A has 3 new and 6 cached tokens, row B
+        has 2 and 5. Padded to multiples of 4 their contexts take 8 tokens each, so there are two
+        pieces. In the piece of row A every rank sends two cache rows, its local slots 0 and 1:
+
+            rank            0      1      2      3
+            sends tokens    0, 4   1, 5   2, -   3, -      (- is unused)
+
+            packed token    0  1  2  3  4  5
+            owner           0  1  2  3  0  1
+            sent_index      0  0  0  0  1  1
+
+        New tokens 0 to 2 see it. For row B it is likewise: 5 tokens, seen by new tokens 3 and 4.
+        """
+        size = self.layout.size
+        padded = -(-cached // size) * size
+        row_offsets = offsets(padded)
+        piece_len = max(self.workspace // size, 1) * size
+
+        pieces = []
+        for piece_start in range(0, int(row_offsets[-1]), piece_len):
+            # Tokens [start, end) of each row are in this piece.
+            start = np.clip(piece_start - row_offsets[:-1], 0, cached)
+            end = np.clip(piece_start + piece_len - row_offsets[:-1], 0, cached)
+            rows_in_piece = np.flatnonzero(end > start)
+            # One run of rows. Rows without context may lie between.
+            rows = np.arange(rows_in_piece[0], rows_in_piece[-1] + 1)
+            first_token = int(new[: rows[0]].sum())
+            pieces.append(
+                self.make_piece(
+                    start[rows],
+                    (end - start)[rows],
+                    new[rows],
+                    block_table[rows],
+                    first_token,
+                    device,
+                )
+            )
+        return pieces
+
+    def make_piece(
+        self,
+        start: Array,
+        lens_k: Array,
+        lens_q: Array,
+        block_table: Array,
+        first_token: int,
+        device: torch.device,
+    ) -> ContextPiece:
+        """Tokens [start[i], start[i] + lens_k[i]) of row i, which has lens_q[i] new tokens.
+
+        `first_token` is the number of the first row's first new token among the prefill tokens.
+        """
+        layout = self.layout
+        num_sent = layout.local_len(lens_k, 0)  # by each rank, for each row
+        local_slots = np.repeat(layout.local_slot(start), num_sent) + ranges(num_sent)
+        row_of_sent = np.repeat(np.arange(len(start)), num_sent)
+        blocks = block_table[row_of_sent, local_slots // layout.block_size]
+
+        offset = ranges(lens_k)  # of each packed token in its row's part of the piece
+        sent_offsets = np.repeat(offsets(num_sent)[:-1], lens_k)
+        arrays = {
+            "cache_rows": layout.cache_row(blocks, local_slots),
+            "sent_index": sent_offsets + layout.local_slot(offset),
+            "owner": layout.owner_of(offset),
+            "cu_seqlens_q": offsets(lens_q),
+            "cu_seqlens_k": offsets(lens_k),
+        }
+        tensors = upload(arrays, device)
+        varlen = Varlen(
+            tensors["cu_seqlens_q"],
+            tensors["cu_seqlens_k"],
+            lens_q.tolist(),
+            lens_k.tolist(),
+            causal=False,
+        )
+        return ContextPiece(
+            cache_rows=tensors["cache_rows"],
+            sent_index=tensors["sent_index"],
+            owner=tensors["owner"],
+            tokens=slice(first_token, first_token + int(lens_q.sum())),
+            varlen=varlen,
+        )

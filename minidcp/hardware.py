@@ -1,0 +1,18 @@
+"""Rates of GPUs and of the links between them, in one place: for `plan.py`, for the choice between
+two ways to use cached context in a prefill (`attention/context.py`), and for `benchmarks/`."""
+
+# memory: bytes that CUDA reports. bandwidth: bytes/s of a copy within the GPU's memory.
+# flops: bf16 FLOP/s of a large matrix product. link: bytes/s that one GPU receives from its peers.
+# H100 and H200 are measured, except for the link. A100 and B200 are scaled down from their data
+# sheets (2.0 TB/s, 312 TFLOP/s, 300 GB/s and 8.0 TB/s, 2,250 TFLOP/s, 900 GB/s).
+GPUS: dict[str, dict[str, float]] = {
+    "h100": {"memory": 79.1 * 2**30, "bandwidth": 3.0e12, "flops": 790e12, "link": 350e9},
+    "h200": {"memory": 139.8 * 2**30, "bandwidth": 4.3e12, "flops": 790e12, "link": 350e9},
+    "a100": {"memory": 79.1 * 2**30, "bandwidth": 1.7e12, "flops": 270e12, "link": 240e9},
+    "b200": {"memory": 178.3 * 2**30, "bandwidth": 6.8e12, "flops": 1.7e15, "link": 700e9},
+}
+
+LINK_BYTES_PER_SECOND = GPUS["h100"]["link"]
+
+# FLOP/s that a prompt's attention and projections reach on an H100: half of `flops`.
+PREFILL_FLOPS = 400e12

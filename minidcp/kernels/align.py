@@ -1,0 +1,167 @@
+"""Grouping the router's choices by expert, so that a product reads an expert's weights once for a
+block of tokens. No products here: they are in `experts.py`. There is no torch definition, because
+`run_experts_ref` sorts instead.
+
+A choice is a (token, expert) pair; choice t · K + i is the i-th of token t."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidcp.kernels import launch_early, wait_for_previous
+from minidcp.kernels.tiles import MAX_DIRECT_TOKENS
+
+MAX_CHUNK = 4096  # choices that one program counts at once
+MAX_TOKENS = 2048  # tokens that one program aligns at once
+
+
+class Blocks(NamedTuple):
+    """Choices by expert, in blocks of up to `bm` choices of one expert.
+
+    For example ids [[0, 2], [2, 1], [0, 2]] with bm = 2 give choices [0, 4, 3, 6, 1, 2, 5, 6] and
+    experts [0, 1, 2, 2, …, 4].
+
+    Attributes:
+        ids: [T, K] int32, the expert of each choice.
+        bm: choices of a block.
+        max_blocks: for how many blocks there is room.
+        choices: [max_blocks · bm] int32; T · K stands for none. What is beyond the blocks in use is
+            not written. None if every choice is a block of its own.
+        experts: [max_blocks + 1] int32, the expert of each block, and last the number of blocks in
+            use. None if every choice is a block of its own.
+        is_sorted: whether rows between the products are in the order of the blocks, not of choices.
+    """
+
+    ids: Tensor
+    bm: int
+    max_blocks: int
+    choices: Tensor | None = None
+    experts: Tensor | None = None
+    is_sorted: bool = False
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def count_kernel(ids, counts, num_choices, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+    """counts[e] = how often expert e is chosen. One program counts for one expert."""
+    wait_for_previous(EARLY)
+    found = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, num_choices, CHUNK):
+        choice = first + tl.arange(0, CHUNK)
+        chosen = tl.load(ids + choice, mask=choice < num_choices, other=-1)
+        found += (chosen == tl.program_id(0)).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(found, 0))
+
+
+@triton.jit(do_not_specialize=["max_blocks", "tokens", "num_experts"])
+def align_kernel(
+    ids, counts, choices, block_expert,
+    max_blocks, tokens, num_experts,
+    BM: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, TOKENS: tl.constexpr, CHOICES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program e lists the choices of expert e, at most one of each token, in blocks of BM behind
+    those of the experts before it. If all choices are one chunk, they are counted here."""
+    wait_for_previous(EARLY)
+    e = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    num_choices = tokens * TOP_K
+
+    # How often each expert is chosen.
+    if counts is None:
+        # The padding counts for expert EXPERTS - 1, which is none of ours.
+        all_choices = tl.arange(0, CHUNK)
+        all_ids = tl.load(ids + all_choices, mask=all_choices < num_choices, other=EXPERTS - 1)
+        counted = tl.histogram(all_ids, EXPERTS)
+    else:
+        counted = tl.load(counts + expert, mask=expert < num_experts, other=0)
+
+    # How many blocks each expert needs, so where the blocks of this one begin.
+    needed = tl.where(expert < num_experts, (counted + BM - 1) // BM, 0)
+    first_block = tl.sum(tl.where(expert < e, needed, 0), 0)
+    own_blocks = tl.sum(tl.where(expert == e, needed, 0), 0)
+    if e == 0:
+        tl.store(block_expert + max_blocks, tl.sum(needed, 0))
+
+    # Fill them with "none".
+    for block in range(first_block, first_block + own_blocks):
+        tl.store(block_expert + block, e)
+        none = tl.zeros([BM], tl.int32) + num_choices
+        tl.store(choices + block * BM + tl.arange(0, BM), none)
+    tl.debug_barrier()  # the same addresses are written again below
+
+    # List the choices in the order of tokens.
+    i = tl.arange(0, CHOICES)[None, :]
+    end = first_block * BM  # of the list so far
+    for first in range(0, tokens, TOKENS):
+        token = first + tl.arange(0, TOKENS)[:, None]
+        mask = (token < tokens) & (i < TOP_K)
+        chosen = tl.load(ids + token * TOP_K + i, mask=mask, other=-1)
+        choice = tl.max(tl.where(chosen == e, token * TOP_K + i, -1), 1)
+        is_own = (choice >= 0).to(tl.int32)
+        tl.store(choices + end + tl.cumsum(is_own, 0) - 1, choice, mask=choice >= 0)
+        end += tl.sum(is_own, 0)
+
+
+def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
+    """Group the choices ids [T, K] int32 by expert into blocks of up to `bm`.
+
+    If a token chooses an expert twice, only one of the two choices is listed. `sort` is handed on
+    as `is_sorted`, except for few tokens.
+    """
+    tokens, top_k = ids.shape
+    num_choices = ids.numel()
+    if tokens <= MAX_DIRECT_TOKENS:
+        return Blocks(ids, bm, max_blocks=num_choices)
+
+    # Every expert that is chosen may have one block that is not full.
+    max_blocks = min(num_choices, num_experts + num_choices // bm)
+    choices = torch.empty(max_blocks * bm, dtype=torch.int32, device=ids.device)
+    experts = torch.empty(max_blocks + 1, dtype=torch.int32, device=ids.device)
+
+    chunk = min(MAX_CHUNK, triton.next_power_of_2(num_choices))
+    counts = None
+    if num_choices > chunk:
+        counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
+        count_kernel[(num_experts,)](ids, counts, num_choices, CHUNK=chunk, **launch_early())
+
+    align_kernel[(num_experts,)](
+        ids, counts, choices, experts,
+        max_blocks, tokens, num_experts,
+        BM=bm, TOP_K=top_k, CHUNK=chunk,
+        EXPERTS=triton.next_power_of_2(num_experts + 1),
+        TOKENS=min(triton.next_power_of_2(tokens), MAX_TOKENS),
+        CHOICES=triton.next_power_of_2(top_k),
+        num_warps=4 if chunk < 4096 else 16, **launch_early(),
+    )  # fmt: skip
+    return Blocks(ids, bm, max_blocks, choices, experts, sort)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def gather_rows_kernel(
+    x, choices, rows, num_choices, top_k, hidden,
+    BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """rows[i] = x[the token of choices[i]], for BM rows and BN columns."""
+    wait_for_previous(EARLY)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    choice = tl.load(choices + m)  # anything in blocks that are not in use
+    mask = ((choice >= 0) & (choice < num_choices))[:, None] & (n < hidden)[None, :]
+    token = (choice // top_k).to(tl.int64)
+    value = tl.load(x + token[:, None] * hidden + n[None, :], mask=mask)
+    tl.store(rows + m.to(tl.int64)[:, None] * hidden + n[None, :], value, mask=mask)
+
+
+def gather_rows(x: Tensor, blocks: Blocks) -> Tensor:
+    """x [T, D] -> [max_blocks · bm, D], the tokens' rows in the order of the blocks."""
+    num_rows = blocks.max_blocks * blocks.bm
+    hidden = x.shape[1]
+    rows = x.new_empty(num_rows, hidden)
+    gather_rows_kernel[triton.cdiv(num_rows, 8), triton.cdiv(hidden, 512)](
+        x, blocks.choices, rows, blocks.ids.numel(), blocks.ids.shape[1], hidden,
+        BM=8, BN=512, **launch_early(),
+    )  # fmt: skip
+    return rows

@@ -1,0 +1,148 @@
+"""From the layer's input to the queries of MLA, in three variants. They differ in what is computed
+from the input together with the latents, in one product. Next: `layers.py`."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from minidcp.model_config import ModelConfig
+from minidcp.models.layers import Linear, RMSNorm
+from minidcp.models.weights import Shard, Weights
+from minidcp.parallel.state import ParallelState
+
+LATENT_NORM_EPS = 1e-6  # of the q_a and kv_a norms, whatever rms_norm_eps says
+
+MakeBuffer = Callable[[tuple[int, ...], Tensor], Tensor]  # (shape, like) -> memory to write q in
+
+
+class Query(Protocol):
+    """q of H own heads, or of all G heads of the DCP group if q is replicated."""
+
+    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+        """What the two methods below take.
+
+        x [T, hidden] is the layer's input; q_down [T, …] is what `read_q_down_proj` makes of it.
+        """
+
+    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+        """[T, H, nope + rope], not rotated yet; written to a buffer if it is computed here."""
+
+    def project_group(self, q_input: Tensor) -> Tensor:
+        """[T, G, nope + rope]; only where q is replicated."""
+
+
+class HeadProjection:
+    """The product that gives q by head; its weight is q_b_proj's or q_proj's."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        state: ParallelState,
+        replicates_q: bool,
+        in_dim: int,
+        weights: Weights,
+    ) -> None:
+        self.head_dim = config.qk_head_dim
+        tp = state.tp
+        dcp = state.dcp
+        shard = Shard(0, tp.rank, tp.size)
+        if replicates_q:
+            shard = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
+        out_dim = config.num_attention_heads * config.qk_head_dim
+        num_heads = config.num_attention_heads // shard.count
+        whole = Linear.read(in_dim, out_dim, weights, shard)
+        self.all = whole.reorder_rope(num_heads, config.qk_rope_head_dim)
+
+        self.own = self.all
+        if replicates_q:
+            own_rows = len(self.all.weight) // dcp.size
+            begin = dcp.rank * own_rows
+            self.own = Linear(self.all.weight[begin : begin + own_rows])
+
+    def project_own(self, x: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+        out = None
+        if make_buffer is not None:
+            out = make_buffer((len(x), len(self.own.weight)), x)
+        return self.own(x, out).view(len(x), -1, self.head_dim)
+
+    def project_group(self, x: Tensor) -> Tensor:
+        return self.all(x).view(len(x), -1, self.head_dim)
+
+
+class LowRankQuery:
+    """q_b_proj(q_a_layernorm(q_a_proj(x))), as in DeepSeek-V2. q_down is q_a_proj(x)."""
+
+    def __init__(
+        self, config: ModelConfig, state: ParallelState, replicates_q: bool, weights: Weights
+    ) -> None:
+        rank = config.q_lora_rank
+        assert rank is not None
+        self.q_a_layernorm = RMSNorm(rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
+        self.q_b_proj = HeadProjection(config, state, replicates_q, rank, weights.scope("q_b_proj"))
+
+    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+        return self.q_a_layernorm(q_down)
+
+    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+        return self.q_b_proj.project_own(q_input, make_buffer)
+
+    def project_group(self, q_input: Tensor) -> Tensor:
+        return self.q_b_proj.project_group(q_input)
+
+
+class JoinedQuery:
+    """q_proj(x), computed in one product with the latents, as in DeepSeek-V2-Lite: it is q_down."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.head_dim = config.qk_head_dim
+
+    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+        return q_down
+
+    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+        return q_input.view(len(q_input), -1, self.head_dim)
+
+    def project_group(self, q_input: Tensor) -> Tensor:
+        raise NotImplementedError("only the own heads are computed in one product with the latents")
+
+
+class ReplicatedQuery:
+    """q_proj(x) for all heads of the DCP group, which only decode wants: a product by itself."""
+
+    def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
+        scope = weights.scope("q_proj")
+        self.q_proj = HeadProjection(config, state, True, config.hidden_size, scope)
+
+    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+        return x
+
+    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+        return self.q_proj.project_own(q_input, make_buffer)
+
+    def project_group(self, q_input: Tensor) -> Tensor:
+        return self.q_proj.project_group(q_input)
+
+
+def make_query(
+    config: ModelConfig, state: ParallelState, replicates_q: bool, weights: Weights
+) -> Query:
+    if config.q_lora_rank is not None:
+        return LowRankQuery(config, state, replicates_q, weights)
+    if replicates_q:
+        return ReplicatedQuery(config, state, weights)
+    return JoinedQuery(config)
+
+
+def read_q_down_proj(
+    config: ModelConfig, state: ParallelState, replicates_q: bool, weights: Weights
+) -> Linear | None:
+    """What q wants of the layer's input, to be computed in one product with the latents."""
+    if config.q_lora_rank is not None:
+        scope = weights.scope("q_a_proj")
+        bias = config.attention_bias
+        return Linear.read(config.hidden_size, config.q_lora_rank, scope, bias=bias)
+    if replicates_q:
+        return None
+    scope = weights.scope("q_proj")
+    return HeadProjection(config, state, False, config.hidden_size, scope).own

@@ -1,0 +1,378 @@
+"""Where every "auto" is decided, once: what the user asked for, what the model is and what the
+machine can do become a `ResolvedConfig`. The engine and the planner (`plan.py`) both use it; all
+code below the engine sees resolved configurations only. Next: `kv_cache/interleave.py`."""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from minidcp.config import EngineConfig, divisors, flag, require
+from minidcp.kernels.fa3 import COMPILED_DIMS, load_operators
+from minidcp.model_config import ModelConfig
+
+logger = logging.getLogger("minidcp")
+
+Report = Callable[[int, str], None]  # a logging level, and what was chosen and why
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration in which no field is None or "auto". Fields are named as the flags are."""
+
+    model: str  # a local directory
+
+    tp_size: int
+    dcp_size: int
+    ranks: str  # threads, processes or torchrun
+    comm: str  # symmetric, nccl or gloo
+    dcp_comm_backend: str  # p2p, a2a or ag_rs; "none" where dcp_size is 1
+    exchange_policy: str  # wide, narrow, or "by_batch": narrow from narrow_threshold rows on
+    narrow_threshold: int
+    q_proj: str  # sharded or replicated
+
+    device: str  # cpu or cuda
+    dtype: str
+    attention_backend: str  # fa3, triton or reference
+    prefill_strategy: str  # gather_kv, gather_q, or "cheaper": chosen for each step
+    cuda_graph: bool
+
+    block_size: int
+    prefix_cache: bool
+    gpu_memory_utilization: float
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    mixed_steps: bool
+    load_format: str  # safetensors, or dummy: random weights
+
+    def exchanges_narrow(self, num_rows: int) -> bool:
+        """Whether a batch with that many rows is exchanged narrow; see `parallel/exchange.py`."""
+        if self.exchange_policy == "by_batch":
+            return num_rows >= self.narrow_threshold
+        return self.exchange_policy == "narrow"
+
+    @property
+    def replicates_q(self) -> bool:
+        """Whether every rank computes q for all heads of its DCP group, and gathers none."""
+        return self.q_proj == "replicated"
+
+    @property
+    def needs_group_heads(self) -> bool:
+        """Whether a rank ever uses W_UK and W_UV of all heads of its DCP group, and holds them."""
+        return self.replicates_q or self.exchange_policy != "wide"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choices depend on. `detect_machine` looks; the planner makes one up."""
+
+    num_gpus: int = 0
+    capability: tuple[int, int] = (0, 0)  # (9, 0) is Hopper
+    has_peer_access: bool = False  # every GPU can read the memory of every other
+    fa3_error: str = ""  # why FlashAttention-3 cannot be loaded
+    torchrun_world_size: int = 0  # 0 where torchrun did not start this process
+    torchrun_local_size: int = 0  # how many of its processes are on this node
+
+    @property
+    def is_under_torchrun(self) -> bool:
+        return self.torchrun_world_size > 0
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def detect_machine(config: EngineConfig) -> Machine:
+    """This machine, as far as the configuration makes it matter."""
+    world_size = 0
+    local_size = 0
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return Machine(torchrun_world_size=world_size, torchrun_local_size=local_size)
+
+    num_gpus = torch.cuda.device_count()
+    capability = torch.cuda.get_device_capability()
+    pairs = itertools.permutations(range(min(num_gpus, config.tp_size)), 2)
+    fa3_error = ""
+    if capability[0] == 9 and config.attention_backend in ("auto", "fa3"):
+        try:
+            load_operators()
+        except (ImportError, OSError) as error:
+            fa3_error = str(error)
+    return Machine(
+        num_gpus=num_gpus,
+        capability=capability,
+        has_peer_access=all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
+        fa3_error=fa3_error,
+        torchrun_world_size=world_size,
+        torchrun_local_size=local_size,
+    )
+
+
+def resolve(
+    config: EngineConfig, model: ModelConfig, machine: Machine, report: Report = logger.log
+) -> ResolvedConfig:
+    """Decide every "auto". `report` hears what was chosen where that could surprise.
+
+    Raises ValueError if something was asked for that this model or this machine cannot do.
+    """
+    device = choose_device(config, machine)
+    check_heads(config, model)
+    max_model_len = choose_max_model_len(config, model)
+    dtype = choose_dtype(config, device)
+    warn_of_options_without_effect(config, report)
+    ranks = choose_ranks(config, machine, device)
+    comm = choose_comm(config, machine, device, report)
+    attention_backend = choose_attention(config, model, machine, device, dtype, report)
+    return ResolvedConfig(
+        model=config.model,
+        tp_size=config.tp_size,
+        dcp_size=config.dcp_size,
+        ranks=ranks,
+        comm=comm,
+        dcp_comm_backend=choose_exchange(config, comm),
+        exchange_policy=choose_exchange_policy(config),
+        narrow_threshold=config.narrow_threshold,
+        q_proj=config.q_proj if config.dcp_size > 1 else "sharded",
+        device=device,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        prefill_strategy=choose_prefill_strategy(config, attention_backend),
+        cuda_graph=config.cuda_graph,
+        block_size=config.block_size,
+        prefix_cache=config.prefix_cache,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=choose_max_num_batched_tokens(config, device),
+        mixed_steps=config.mixed_steps,
+        load_format="safetensors" if config.load_format == "auto" else config.load_format,
+    )
+
+
+def choose_device(config: EngineConfig, machine: Machine) -> str:
+    if config.device == "cpu":
+        return "cpu"
+    if config.device == "auto":
+        return "cuda" if machine.num_gpus > 0 else "cpu"
+    require(machine.num_gpus > 0, f"--device {config.device}: no CUDA device is available")
+    return config.device
+
+
+def check_heads(config: EngineConfig, model: ModelConfig) -> None:
+    num_heads = model.num_attention_heads
+    require(
+        num_heads % config.tp_size == 0,
+        f"--tp-size {config.tp_size} must divide the model's {num_heads} attention heads; "
+        f"possible: {divisors(num_heads)}",
+    )
+
+
+def choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    longest = model.max_position_embeddings
+    max_model_len = config.max_model_len or longest
+    require(
+        max_model_len <= longest,
+        f"--max-model-len {max_model_len}: the model's positions end at {longest}",
+    )
+    return max_model_len
+
+
+def choose_max_num_batched_tokens(config: EngineConfig, device: str) -> int:
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    default = 2048 if device == "cpu" else 8192
+    return max(default, config.max_num_seqs)
+
+
+def choose_dtype(config: EngineConfig, device: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    # On a CPU bf16 is slower than fp32, and less exact.
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None:
+    if config.dcp_size > 1:
+        return
+    for name in ("dcp_comm_backend", "exchange_policy", "q_proj"):
+        value = getattr(config, name)
+        if value != getattr(EngineConfig, name):
+            report(logging.WARNING, f"{flag(name)} {value} has no effect with --dcp-size 1")
+
+
+def choose_ranks(config: EngineConfig, machine: Machine, device: str) -> str:
+    """What ranks are: torchrun's processes if there are any, else our own, or threads."""
+    ranks = config.ranks
+    if machine.is_under_torchrun:
+        world_size = machine.torchrun_world_size
+        require(
+            world_size == config.tp_size,
+            f"--tp-size {config.tp_size}: torchrun started {world_size} processes",
+        )
+        require(
+            ranks in ("auto", "torchrun"),
+            f"--ranks {ranks}: under torchrun its processes are the ranks",
+        )
+        return "torchrun"
+
+    require(ranks != "torchrun", "--ranks torchrun: start the program with torchrun")
+    is_one_cpu_rank = config.tp_size == 1 and device == "cpu"
+    if ranks == "auto":
+        return "threads" if is_one_cpu_rank else "processes"
+    require(
+        ranks != "threads" or device == "cpu" or config.tp_size == 1,
+        "--ranks threads: several ranks on GPUs are processes; use --ranks processes",
+    )
+    return ranks
+
+
+def choose_comm(config: EngineConfig, machine: Machine, device: str, report: Report) -> str:
+    """Collectives: symmetric memory where every rank can read the memory of all other ranks."""
+    comm = config.comm
+    if device == "cpu":
+        require(comm in ("auto", "gloo"), f"--comm {comm}: needs GPUs; CPUs use gloo")
+        return "gloo"
+    require(comm != "gloo", "--comm gloo: is for CPUs; use symmetric or nccl")
+    if config.tp_size == 1:
+        return "nccl" if comm == "auto" else comm
+
+    is_one_node = not machine.is_under_torchrun or machine.torchrun_local_size == config.tp_size
+    obstacle = ""
+    if not machine.has_peer_access:
+        obstacle = "the GPUs are not peers"
+    elif not is_one_node:
+        obstacle = "the ranks are on several nodes"
+    require(comm != "symmetric" or not obstacle, f"--comm symmetric: {obstacle}; use nccl")
+    if comm == "auto":
+        comm = "nccl" if obstacle else "symmetric"
+    reason = obstacle or "one node, and every GPU can read its peers' memory"
+    report(logging.INFO, f"collectives: {comm} ({reason})")
+
+    num_gpus = machine.num_gpus
+    if config.tp_size > num_gpus and is_one_node:
+        require(
+            comm == "symmetric",
+            f"--tp-size {config.tp_size}: {comm} needs a GPU per rank, there are {num_gpus}",
+        )
+        shared = f"{config.tp_size} ranks share {num_gpus} GPUs"
+        report(logging.WARNING, f"{shared}: right for tests, not for speed")
+    return comm
+
+
+def choose_exchange(config: EngineConfig, comm: str) -> str:
+    """p2p where ranks can read each other's memory, else a2a."""
+    if config.dcp_size == 1:
+        return "none"
+    exchange = config.dcp_comm_backend
+    if exchange == "auto":
+        return "p2p" if comm == "symmetric" else "a2a"
+    require(
+        exchange != "p2p" or comm == "symmetric",
+        f"--dcp-comm-backend p2p: needs symmetric memory (GPUs of one node), not --comm {comm}; "
+        "use a2a",
+    )
+    return exchange
+
+
+def choose_exchange_policy(config: EngineConfig) -> str:
+    """Narrow from --narrow-threshold rows on, if batches get that large.
+
+    Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group. From a batch
+    of about 16 on that is the better trade (`docs/benchmarks.md`). Where decode batches never get
+    that large, W_UK and W_UV of the group's heads are not held either, so that prompts that gather
+    their q go wide, too.
+    """
+    if config.dcp_size == 1:
+        return "wide"
+    if config.exchange_policy != "auto":
+        return config.exchange_policy
+    holds_group_heads = config.q_proj == "replicated"
+    if config.max_num_seqs < config.narrow_threshold and not holds_group_heads:
+        return "wide"
+    return "by_batch"
+
+
+def choose_prefill_strategy(config: EngineConfig, attention_backend: str) -> str:
+    if config.prefill_strategy != "auto":
+        return config.prefill_strategy
+    # The reference back-end gathers the whole context for every absorbed query.
+    return "gather_kv" if attention_backend == "reference" else "cheaper"
+
+
+def choose_attention(
+    config: EngineConfig,
+    model: ModelConfig,
+    machine: Machine,
+    device: str,
+    dtype: str,
+    report: Report,
+) -> str:
+    """FlashAttention-3 where it can run, else our Triton kernels, else plain torch."""
+    backend = config.attention_backend
+    if backend == "reference":
+        return "reference"
+    if backend == "auto":
+        if device == "cpu":
+            return "reference"
+        if dtype != "bfloat16":
+            reason = "FlashAttention-3 and Triton need --dtype bfloat16"
+            report(logging.WARNING, f"attention: reference, because {reason}")
+            return "reference"
+        obstacle = find_fa3_obstacle(model, machine)
+        if not obstacle:
+            return "fa3"
+        report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
+        backend = "triton"
+
+    asked = f"--attention-backend {backend}"
+    require(device == "cuda", f"{asked}: needs a CUDA device; use reference")
+    require(dtype == "bfloat16", f"{asked}: needs --dtype bfloat16; reference takes any")
+    if backend == "fa3":
+        obstacle = find_fa3_obstacle(model, machine)
+        require(not obstacle, f"{asked}: {obstacle}; use triton or auto")
+    else:
+        check_triton(model)
+    return backend
+
+
+def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
+    """Why FlashAttention-3 cannot run this model here; empty if it can."""
+    dims = (model.kv_lora_rank, model.qk_rope_head_dim, model.qk_head_dim, model.v_head_dim)
+    if dims != COMPILED_DIMS:
+        compiled = f"kv_lora_rank, rope, qk and v dims {COMPILED_DIMS}"
+        return f"is compiled for {compiled}, the model has {dims}"
+    major, minor = machine.capability
+    if major != 9:
+        return f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}"
+    if machine.fa3_error:
+        return f"is not installed ({machine.fa3_error})"
+    return ""
+
+
+def check_triton(model: ModelConfig) -> None:
+    """Raises ValueError if our kernels, or torch's FlashAttention-2, cannot run the model."""
+    asked = "--attention-backend triton"
+    latent_dims = (model.kv_lora_rank, model.qk_rope_head_dim)
+    require(
+        all(is_power_of_two(dim) and dim >= 16 for dim in latent_dims),
+        f"{asked}: kv_lora_rank and rope dims {latent_dims} must be powers of two from 16 on; "
+        "use reference",
+    )
+    qk = model.qk_head_dim
+    v = model.v_head_dim
+    require(
+        v <= qk <= 256 and qk % 8 == 0 and v % 8 == 0,
+        f"{asked}: qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first "
+        "not below the second; use reference",
+    )
+
+
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0

@@ -1,0 +1,144 @@
+"""CUDA graphs of pure decode steps, one for each batch size of a ladder. Smaller batches are
+padded. A padded row has local length 0 and cache row -1: it reads nothing from the cache, writes
+nothing there, and nobody looks at its token. Next: `sampler.py`."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidcp.batch import Array, BlockTables, CacheRows, ForwardBatch, StepPlan, upload
+from minidcp.kv_cache.interleave import Interleave
+from minidcp.parallel.state import ParallelState
+from minidcp.resolve import ResolvedConfig
+
+# Runs a batch: this rank's logits [S, V / tp], and the best tokens [S].
+Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
+
+
+def ladder(max_size: int) -> list[int]:
+    """1, 2, 4, 8, and then steps of 8, 16, 32 and 64, up to `max_size`.
+
+    From 16 rows on at most a third of a batch is padding.
+    """
+    sizes = [1, 2, 4]
+    sizes += range(8, 33, 8)
+    sizes += range(48, 129, 16)
+    sizes += range(160, 257, 32)
+    sizes += range(320, max_size + 1, 64)
+    return [size for size in sizes if size < max_size] + [max_size]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # what a replay writes
+    tokens: Tensor
+    received_bytes: int  # what a replay receives from other ranks
+
+
+class GraphInputs:
+    """The tensors that all graphs read. The graph of size B reads the first B rows."""
+
+    def __init__(self, tables: BlockTables, device: torch.device) -> None:
+        max_num_seqs, width = tables.table.shape
+        # The first four are views of one tensor, so that one copy fills them.
+        self.rows = torch.zeros(4, max_num_seqs, dtype=torch.int32, device=device)
+        self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.rows
+        self.block_table = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=device)
+
+        self.slot_mapping.fill_(-1)
+
+    def make_batch(self, size: int, narrow: bool) -> ForwardBatch:
+        """A decode batch of the first `size` rows."""
+        positions = self.positions[:size]
+        decode_slots = self.decode_slots[:size]
+        decode = CacheRows(self.block_table[:size], self.local_lens[:size], narrow)
+        return ForwardBatch(
+            num_decode=size,
+            prefill_tokens=positions[:0],
+            positions=positions,
+            slot_mapping=self.slot_mapping[:size],
+            decode_slots=decode_slots,
+            sample_index=slice(None),
+            sample_slots=decode_slots,
+            decode=decode,
+        )
+
+    def fill(self, columns: Sequence[Array], block_table: Array, size: int) -> None:
+        """Copy positions, slot_mapping, decode_slots and local_lens of n rows, padded to `size`.
+
+        block_table is [n, W]. Two copies on the device lie between one graph and the next.
+        """
+        num_rows, width = block_table.shape
+        rows = np.zeros((4, size), dtype=np.int64)
+        rows[1, num_rows:] = -1  # the padded rows' slot_mapping
+        rows[:, :num_rows] = columns
+        tensors = upload({"rows": rows, "block_table": block_table}, self.rows.device)
+        self.rows[:, :size].copy_(tensors["rows"])
+        self.block_table[:num_rows, :width].copy_(tensors["block_table"])
+
+
+class DecodeGraphs:
+    """Graphs of `forward` for up to `config.max_num_seqs` decode rows: from a batch to tokens."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        config: ResolvedConfig,
+        state: ParallelState,
+        tables: BlockTables,
+        device: torch.device,
+    ) -> None:
+        self.layout = Interleave(config.dcp_size, config.block_size)
+        self.state = state
+        self.tables = tables
+        self.device = device
+        self.sizes = ladder(config.max_num_seqs)
+        self.inputs = GraphInputs(tables, device)
+
+        self.steps: dict[int, CapturedStep] = {}
+        pool: Any = None  # the memory that all graphs share
+        for size in reversed(self.sizes):  # the largest first: the smaller ones fit in its memory
+            batch = self.inputs.make_batch(size, config.exchanges_narrow(size))
+            step = self.capture(forward, batch, pool)
+            pool = pool or step.graph.pool()
+            self.steps[size] = step
+
+    def capture(self, forward: Forward, batch: ForwardBatch, pool: Any) -> CapturedStep:
+        forward(batch)  # compiles kernels and fills caches, which a capture must not do
+        torch.cuda.synchronize(self.device)
+        received_before = self.state.received_bytes
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits, tokens = forward(batch)
+        received_bytes = self.state.received_bytes - received_before
+        return CapturedStep(graph, logits, tokens, received_bytes)
+
+    def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Run a pure decode step: logits [num_decode, V / tp] and their best tokens [num_decode].
+
+        Both are valid until the next replay.
+        """
+        num_decode = plan.num_decode
+        size = self.sizes[bisect.bisect_left(self.sizes, num_decode)]
+        self.fill_inputs(plan, size)
+        step = self.steps[size]
+        step.graph.replay()
+        # The groups do not see what a graph receives. Note it with one of them.
+        self.state.tp.received_bytes += step.received_bytes
+        return step.logits[:num_decode], step.tokens[:num_decode]
+
+    def fill_inputs(self, plan: StepPlan, size: int) -> None:
+        rank = self.state.dcp.rank
+        starts = np.array(plan.starts, dtype=np.int64)
+        slots = np.array(plan.slots, dtype=np.int64)
+        slot_mapping = self.tables.map_slots(slots, starts, self.layout, rank)
+        local_lens = self.layout.local_len(starts + 1, rank)
+        width = self.layout.num_blocks(int(starts.max()) + 1)
+        block_table = self.tables.table[slots, :width]
+        self.inputs.fill((starts, slot_mapping, slots, local_lens), block_table, size)

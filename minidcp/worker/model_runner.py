@@ -1,0 +1,342 @@
+"""One rank's model, cache and step: a StepPlan in, sampled tokens out. How plans arrive, and what
+happens when a rank fails, is in `worker.py`. Next: `cuda_graph.py`."""
+
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidcp.attention import make_backend
+from minidcp.attention.context import ContextPolicy
+from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan, StepResult
+from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
+from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
+from minidcp.models.layers import MoE
+from minidcp.models.weights import (
+    CheckpointSource,
+    RandomSource,
+    RecordingSource,
+    Weights,
+    WeightSource,
+)
+from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
+from minidcp.resolve import ResolvedConfig
+from minidcp.worker.cuda_graph import DecodeGraphs
+from minidcp.worker.sampler import Sampled, Sampler
+
+logger = logging.getLogger("minidcp")
+
+# Of all ranks together on a CPU. The system gives memory only as tokens are written.
+CPU_KV_BYTES = 2 << 30
+# Left free on a GPU, for CUDA graphs and for what libraries allocate later.
+GRAPH_BYTES = 1 << 30
+
+
+class PendingResult:
+    """A step that the device may still be working on; `wait` gives its result.
+
+    The copy to the host is started here, so that nothing else has to wait for the device.
+    """
+
+    def __init__(
+        self, sampled: Sampled, begin: float | torch.cuda.Event, received_bytes: int
+    ) -> None:
+        self.sampled = sampled
+        self.begin = begin
+        self.received_bytes = received_bytes
+        if isinstance(begin, torch.cuda.Event):
+            self.sampled = sampled.map(copy_to_host)
+            self.end = torch.cuda.Event(enable_timing=True)
+            self.end.record()
+
+    def wait(self) -> StepResult:
+        if isinstance(self.begin, torch.cuda.Event):
+            self.end.synchronize()
+            seconds = self.begin.elapsed_time(self.end) * 1e-3
+        else:
+            seconds = time.perf_counter() - self.begin
+        sampled = self.sampled
+        tokens = sampled.tokens[: sampled.num_sampled].tolist()
+        return StepResult(tokens, sampled.list_logprobs(), seconds, self.received_bytes)
+
+
+def copy_to_host(x: Tensor) -> Tensor:
+    """Start a copy into pinned memory, without waiting for it."""
+    on_host = torch.empty_like(x, device="cpu", pin_memory=True)
+    return on_host.copy_(x, non_blocking=True)
+
+
+class ModelRunner:
+    """Runs steps on one rank. Every rank gets the same plans in the same order.
+
+    Raises ValueError if the checkpoint does not fit its config.json.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        model_config: ModelConfig,
+        state: ParallelState,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.state = state
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.interleave = Interleave(config.dcp_size, config.block_size)
+        self.attention = make_backend(config, model_config)
+        self.policy = ContextPolicy(
+            config=model_config,
+            num_heads=model_config.num_attention_heads // config.tp_size,
+            layout=self.interleave,
+            strategy=config.prefill_strategy,
+            workspace=config.max_num_batched_tokens,
+        )
+        self.log(
+            f"attention: {self.attention.name}; groups: {type(state.tp).__name__}; "
+            f"exchange: {describe_exchange(config)}"
+        )
+
+        self.model, self.bytes_read = self.load()
+        width = self.interleave.num_blocks(config.max_model_len) + 1
+        self.tables = BlockTables(config.max_num_seqs, width)
+        # The token that was sampled last, by request slot: the next decode row's input.
+        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        self.sampler = Sampler()
+        self.cache: Tensor | None = None
+        self.graphs: DecodeGraphs | None = None
+
+    def log(self, message: str, level: int = logging.INFO) -> None:
+        """Rank 0 speaks for all ranks."""
+        if self.state.tp.rank == 0:
+            logger.log(level, message)
+
+    # Loading.
+
+    def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
+        """The model, and how many bytes of weights were read for it."""
+        if self.config.load_format == "dummy":
+            random = RandomSource(self.dtype, self.device)
+            return self.build(random), random.bytes_read
+
+        is_first_rank = self.state.tp.rank == 0
+        source = CheckpointSource(
+            Path(self.config.model), self.dtype, self.device, progress=is_first_rank
+        )
+        wanted = RecordingSource()
+        self.build(wanted)
+        source.check(wanted.shapes)
+        model = self.build(source)
+        source.close()
+        return model, source.bytes_read
+
+    def build(self, source: WeightSource) -> DeepseekV2ForCausalLM:
+        return DeepseekV2ForCausalLM(
+            self.model_config, self.config, self.state, self.attention, Weights(source)
+        )
+
+    # Memory.
+
+    def measure_kv_bytes(self) -> int:
+        """How much memory this rank's cache may take: what a step of the largest size leaves."""
+        if self.device.type == "cpu":
+            return CPU_KV_BYTES // self.state.tp.size
+        torch.cuda.empty_cache()  # give back what loading needed
+        self.warm_up()
+        # What the largest step needed stays with torch's allocator, so it is not free any more.
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
+        return (free - reserved) // count_ranks_per_gpu(self.state.tp.size)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run steps of up to max_num_batched_tokens tokens on as much context, storing nothing.
+
+        The largest step takes the memory that steps need. All of them together compile every
+        kernel, so that no request waits for a compiler.
+        """
+        num_layers = self.model_config.num_hidden_layers
+        self.cache = self.make_cache(1, 1).expand(num_layers, -1, -1, -1)
+        strategies = [self.policy.strategy]
+        if self.policy.strategy == "cheaper":
+            strategies = ["gather_kv", "gather_q"]
+        chosen_policy = self.policy
+        for size in reversed(self.list_warm_up_sizes()):
+            plan = self.plan_warm_up(size)
+            for strategy in strategies:
+                self.policy = replace(chosen_policy, strategy=strategy)
+                batch = self.build_batch(plan)
+                nowhere = torch.full_like(batch.slot_mapping, -1)
+                logits, _ = self.forward(replace(batch, slot_mapping=nowhere))
+        self.policy = chosen_policy
+
+        # What sampling gathers at most.
+        max_rows = self.config.max_num_seqs + MAX_SCORED_TOKENS
+        self.model.lm_head.gather(logits.new_empty(max_rows, logits.shape[1]))
+        torch.cuda.synchronize(self.device)
+
+    def list_warm_up_sizes(self) -> list[int]:
+        """Numbers of tokens that together use every variant of every kernel, in rising order.
+
+        Those are the powers of two, and the sizes at which other kernels of the experts take over.
+        """
+        budget = self.config.max_num_batched_tokens
+        sizes = {budget}
+        sizes.update(1 << i for i in range(budget.bit_length()))
+        last_mlp = self.model.layers[-1].mlp
+        if isinstance(last_mlp, MoE):
+            sizes.update(last_mlp.bounds)
+        return sorted(size for size in sizes if size <= budget)
+
+    def plan_warm_up(self, size: int) -> StepPlan:
+        """A step of `size` tokens: one decode row, if it fits, and prompts with long contexts.
+
+        Every prompt ends at max_model_len, so that its context is as long as can be. Prompts get
+        longer where otherwise they would be more than max_num_seqs rows.
+        """
+        max_num_seqs = self.config.max_num_seqs
+        longest = self.config.max_model_len
+        num_decode = min(1, size - 1, max_num_seqs - 1)
+        plan = StepPlan(
+            num_decode=num_decode,
+            slots=[0] * num_decode,
+            starts=[longest - 1] * num_decode,
+            lengths=[1] * num_decode,
+            sampling=[0] * num_decode,
+        )
+        tokens_left = size - num_decode
+        while tokens_left > 0 and len(plan.slots) < max_num_seqs:
+            rows_left = max_num_seqs - len(plan.slots)
+            half_the_context = -(-longest // 2)
+            share_of_the_rest = -(-tokens_left // rows_left)
+            length = min(tokens_left, longest, max(half_the_context, share_of_the_rest))
+            row = len(plan.slots)
+            plan.sampling.append(row)
+            plan.slots.append(row)
+            plan.starts.append(longest - length)
+            plan.lengths.append(length)
+            plan.tokens += [0] * length
+            tokens_left -= length
+        return plan
+
+    def make_cache(self, num_layers: int, num_blocks: int) -> Tensor:
+        """The memory behind the block ids: [num_layers, num_blocks, block_size, C + rope].
+
+        MLA stores one vector per token that all heads share: the normed latent and the rotated
+        part of the key. It is zeroed once. Kernels may read unused slots and mask what they get,
+        and NaN would come through.
+        """
+        block_size = self.config.block_size
+        shape = (num_layers, num_blocks, block_size, self.model_config.latent_dim)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # numpy's zeros take memory only where something is written.
+        memory = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(self.dtype).view(shape)
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Allocate the cache, and capture the decode graphs over it."""
+        self.cache = self.make_cache(self.model_config.num_hidden_layers, num_blocks)
+        if self.device.type != "cuda" or not self.config.cuda_graph:
+            return
+        if not self.attention.graphs:
+            name = self.attention.name
+            self.log(f"no CUDA graphs: {name} cannot be captured", logging.WARNING)
+            return
+
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(
+                self.forward, self.config, self.state, self.tables, self.device
+            )
+        seconds = time.perf_counter() - start
+        self.log(f"captured {len(self.graphs.sizes)} CUDA graphs in {seconds:.1f} s")
+
+    # Steps.
+
+    def build_batch(self, plan: StepPlan) -> ForwardBatch:
+        rank = self.state.dcp.rank
+        exchanges_narrow = self.config.exchanges_narrow
+        context = self.policy.build_context(plan, self.tables, rank, exchanges_narrow, self.device)
+        return ForwardBatch.build(
+            plan, self.tables, self.interleave, rank, exchanges_narrow, self.device, context
+        )
+
+    def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """This rank's logits [S + K, V / tp] of a batch, and the most likely tokens [S].
+
+        It runs outside graphs, and once for each graph, to be captured.
+        """
+        assert self.cache is not None
+        self.state.begin_step()
+        token_ids = self.last_tokens[batch.decode_slots]
+        if len(batch.prefill_tokens) > 0:
+            token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
+        logits = self.model(token_ids, self.cache, batch)
+
+        num_sampled = len(batch.sample_slots)
+        if num_sampled == 0:
+            return logits, self.last_tokens[:0]
+        return logits, self.model.lm_head.choose_best(logits[:num_sampled])
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingResult:
+        """Start one step. On a GPU the host does not wait for it.
+
+        Only the result of rank 0 has tokens.
+        """
+        begin: float | torch.cuda.Event = time.perf_counter()
+        if self.device.type == "cuda":
+            begin = torch.cuda.Event(enable_timing=True)
+            begin.record()
+
+        self.tables.update(plan)
+        self.sampler.admit(plan)
+        is_pure_decode = plan.num_decode == len(plan.slots)
+        if self.graphs is not None and is_pure_decode:
+            logits, best = self.graphs.replay(plan)
+            sample_slots = self.graphs.inputs.decode_slots[: plan.num_decode]
+        else:
+            batch = self.build_batch(plan)
+            logits, best = self.forward(batch)
+            sample_slots = batch.sample_slots
+        sampled, tokens = self.sample(plan, logits, best)
+        if plan.sampling:
+            self.last_tokens[sample_slots] = tokens
+        return PendingResult(sampled, begin, self.state.received_bytes)
+
+    def sample(self, plan: StepPlan, logits: Tensor, best: Tensor) -> tuple[Sampled, Tensor]:
+        """What to report, on rank 0 only; and the tokens [S] of the sampling rows, on all ranks."""
+        nothing = Sampled(best[:0])
+        if not plan.sampling and not plan.scored:
+            return nothing, best
+        if self.sampler.reads_logits(plan):
+            self.state.begin_step()  # the collectives from here on are in no graph
+            logits = self.model.lm_head.gather(logits)
+
+        sampled = nothing
+        tokens = best
+        if self.state.tp.rank == 0:
+            sampled = self.sampler.sample(logits, plan, best)
+            tokens = sampled.tokens[: len(best)]
+        if plan.sampling and not self.sampler.takes_best(plan):
+            # Rank 0 decides for all: two ranks that round differently must not go separate ways.
+            tokens = self.state.tp.all_gather(tokens)[:, 0]
+        return sampled, tokens
+
+
+def describe_exchange(config: ResolvedConfig) -> str:
+    """For the log."""
+    if config.dcp_size == 1:
+        return "none"
+    policy = config.exchange_policy
+    if policy == "by_batch":
+        policy = f"narrow from {config.narrow_threshold} rows on"
+    return f"{config.dcp_comm_backend}, {policy}"

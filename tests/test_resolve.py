@@ -1,0 +1,112 @@
+"""Every "auto" is decided on every machine, and impossible requests are refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+from checkpoints import STYLES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidcp import EngineConfig
+from minidcp.model_config import ModelConfig
+from minidcp.resolve import Machine, resolve
+
+TINY = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
+V2 = ModelConfig.from_dict(
+    STYLES["v2"]
+    | {"model_type": "deepseek_v2", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    | {"qk_nope_head_dim": 128, "v_head_dim": 128}
+)
+HOPPER = Machine(num_gpus=8, capability=(9, 0), has_peer_access=True)
+
+
+def resolve_quietly(config: EngineConfig, machine: Machine, model: ModelConfig = V2):
+    heard: list[str] = []
+    resolved = resolve(config, model, machine, lambda _, text: heard.append(text))
+    return resolved, heard
+
+
+@given(
+    machine=st.builds(
+        Machine,
+        num_gpus=st.integers(0, 8),
+        capability=st.sampled_from([(8, 0), (9, 0), (10, 0)]),
+        has_peer_access=st.booleans(),
+        fa3_error=st.sampled_from(["", "no such file"]),
+    ),
+    sizes=st.sampled_from([(1, 1), (2, 1), (2, 2), (8, 4)]),
+    policy=st.sampled_from(["auto", "wide", "narrow"]),
+    max_num_seqs=st.sampled_from([1, 15, 16, 256]),
+)
+def test_nothing_stays_open(
+    machine: Machine, sizes: tuple[int, int], policy: str, max_num_seqs: int
+) -> None:
+    tp, dcp = sizes
+    config = EngineConfig(
+        "model", tp_size=tp, dcp_size=dcp, exchange_policy=policy, max_num_seqs=max_num_seqs
+    )
+    try:
+        resolved, _ = resolve_quietly(config, machine)
+    except ValueError as error:
+        # The only problem that "auto" cannot solve: NCCL ranks cannot share a GPU.
+        assert "needs a GPU per rank" in str(error)
+        assert 0 < machine.num_gpus < tp and not machine.has_peer_access
+        return
+    values = asdict(resolved)
+    assert None not in values.values() and "auto" not in values.values()
+    assert (resolved.dcp_comm_backend == "none") == (dcp == 1)
+    assert resolved.dcp_comm_backend != "p2p" or resolved.comm == "symmetric"
+    assert (resolved.device == "cpu") == (machine.num_gpus == 0)
+    if resolved.exchanges_narrow(max_num_seqs):
+        assert resolved.needs_group_heads
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({}, 16),
+        ({"narrow_threshold": 300}, None),  # there are never more than 256 rows
+        ({"narrow_threshold": 300, "q_proj": "replicated"}, 300),
+        ({"exchange_policy": "narrow"}, 1),
+        ({"exchange_policy": "wide"}, None),
+        ({"dcp_size": 1}, None),
+    ],
+)
+def test_the_smallest_narrow_batch(options: dict[str, object], least: int | None) -> None:
+    config = EngineConfig("model", **({"tp_size": 8, "dcp_size": 8} | options))
+    resolved, _ = resolve_quietly(config, HOPPER)
+    sizes = range(1, 1000)
+    assert next((size for size in sizes if resolved.exchanges_narrow(size)), None) == least
+    assert resolved.needs_group_heads == (least is not None)
+
+
+def test_what_is_chosen_on_hopper() -> None:
+    resolved, heard = resolve_quietly(EngineConfig("model", tp_size=8, dcp_size=8), HOPPER)
+    chosen = (resolved.attention_backend, resolved.comm, resolved.dcp_comm_backend, resolved.ranks)
+    assert chosen == ("fa3", "symmetric", "p2p", "processes")
+    assert heard == ["collectives: symmetric (one node, and every GPU can read its peers' memory)"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "reason"),
+    [
+        (Machine(1, (8, 0)), V2, "needs a Hopper GPU (sm_90), this is sm_80"),
+        (Machine(1, (9, 0), fa3_error="no such file"), V2, "is not installed (no such file)"),
+    ],
+)
+def test_no_fallback_is_silent(machine: Machine, model: ModelConfig, reason: str) -> None:
+    resolved, heard = resolve_quietly(EngineConfig("model"), machine, model)
+    assert resolved.attention_backend == "triton"
+    assert heard == [f"attention: triton, because FlashAttention-3 {reason}"]
+    with pytest.raises(ValueError, match="use triton or auto"):
+        resolve_quietly(EngineConfig("model", attention_backend="fa3"), machine, model)
+
+
+def test_dims_that_only_the_reference_takes() -> None:
+    with pytest.raises(ValueError, match=r"rope dims .* must be powers of two .*; use reference"):
+        resolve_quietly(EngineConfig("model"), HOPPER, TINY)
+    config = EngineConfig("model", attention_backend="reference")
+    resolved, _ = resolve_quietly(config, HOPPER, TINY)
+    assert resolved.prefill_strategy == "gather_kv"
