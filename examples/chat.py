@@ -1,9 +1,9 @@
-"""A chat in the terminal, streamed, on Python's own library alone.
+"""A streaming chat in the terminal that needs only Python's standard library.
 
     python examples/chat.py [--url http://127.0.0.1:8000] [--system "Answer briefly."]
 
-Ctrl+C stops an answer, an empty line begins a new chat, Ctrl+D leaves. MINIDCP_API_KEY is sent if it is
-set. The model must have a chat template.
+Ctrl+C stops an answer, an empty line starts a new chat, Ctrl+D quits. If MINIDCP_API_KEY is set, it
+is sent as the key. The model must have a chat template.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ Message = dict[str, str]
 
 
 def stream_answer(url: str, body: dict[str, Any]) -> Iterator[str]:
-    """The pieces of text of an answer, as they come.
+    """Yield the text of an answer piece by piece, as it arrives.
 
     Raises:
-        RuntimeError: the server refused, failed, or cannot be reached; the message is the server's.
+        RuntimeError: The server refused the request, failed, or cannot be reached. The message is
+        the
+            server's own where it sent one.
     """
     key = os.environ.get("MINIDCP_API_KEY", "none")
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     try:
-        with urlopen(request) as response:  # leaving this block early closes the connection: an abort
+        # Leaving this block early closes the connection, and the server aborts the request.
+        with urlopen(request) as response:
             for line in response:
                 data = line.decode().removeprefix("data:").strip()
                 if not line.startswith(b"data:") or data == "[DONE]":
@@ -50,8 +53,11 @@ def stream_answer(url: str, body: dict[str, Any]) -> Iterator[str]:
         raise RuntimeError(f"{url} does not answer: {error}") from None
 
 
-def answer(url: str, body: dict[str, Any]) -> str:
-    """Print an answer while it comes; what there is of it, if it is stopped or fails."""
+def print_answer(url: str, body: dict[str, Any]) -> str:
+    """Print an answer as it arrives and return it.
+
+    If the answer is stopped or fails, the text up to that point is returned.
+    """
     text = ""
     try:
         for piece in stream_answer(url, body):
@@ -65,31 +71,47 @@ def answer(url: str, body: dict[str, Any]) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--system", help="what the model is told before the chat")
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    args = parser.parse_args()
-    beginning: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(beginning)
+def chat(url: str, system: list[Message], sampling: dict[str, Any]) -> None:
+    """Read questions from the terminal and print answers until Ctrl+D.
+
+    Every new chat starts with the messages in `system`.
+    """
+    messages = list(system)
     while True:
         try:
-            said = input("> ").strip()
+            question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            return print()
-        if not said:
-            messages = list(beginning)
+            print()
+            return
+
+        if not question:
+            messages = list(system)
             print("(a new chat)\n")
             continue
-        messages.append({"role": "user", "content": said})
-        sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-        text = answer(args.url.rstrip("/"), {"messages": messages, "stream": True, **sampling})
+
+        messages.append({"role": "user", "content": question})
+        text = print_answer(url, {"messages": messages, "stream": True, **sampling})
         if text:
             messages.append({"role": "assistant", "content": text})
         else:
-            messages.pop()  # a question without an answer would stand before the next one
+            messages.pop()  # otherwise the next request would have two user messages in a row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
+    parser.add_argument("--system", help="a system message at the start of each chat")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    args = parser.parse_args()
+
+    system: list[Message] = []
+    if args.system:
+        system.append({"role": "system", "content": args.system})
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    chat(args.url.rstrip("/"), system, sampling)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A forward pass for training, on the parameters of transformers' DeepseekV2ForCausalLM.
+"""A forward pass for training that uses the parameters of transformers' DeepseekV2ForCausalLM.
 
-The same mathematics, faster: attention in multi-head form by one fused kernel, and since the experts are tiny
-every token goes through all of them as one wide MLP, in which those not chosen weigh nothing.
+The results are the same, but faster: attention is one fused kernel in its multi-head form, and
+every token goes through all of the tiny experts as one wide MLP, in which experts that were not
+chosen have weight 0. `train_demo.py` has the training loop.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DeepseekV2ForCausalLM
 
 Compile = Callable[[Any], Any]
+SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm, computed in float32."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
     return weight.to(x.dtype) * y.to(x.dtype)
@@ -29,9 +32,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved pairs; the result is in halves, which is the same to a dot product of two such."""
-    a, b = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+    """Apply RoPE to interleaved pairs and return the result in halves.
+
+    The different order does not matter: only dot products of two rotated vectors are used.
+    """
+    even = x[..., 0::2].float()
+    odd = x[..., 1::2].float()
+    rotated = (even * cos - odd * sin, even * sin + odd * cos)
+    return torch.cat(rotated, -1).to(x.dtype)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -39,11 +47,18 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 class TrainingForward:
-    """Loss and balance of rows of equal length; every call with the same number of tokens in all."""
+    """The loss and the balance loss of rows of equal length.
 
-    def __init__(self, model: DeepseekV2ForCausalLM, dtype: torch.dtype, wrap: Compile = lambda f: f) -> None:
-        self.model, self.dtype = model, dtype
-        self.config: Any = model.config  # for type checkers, any of its numbers could be None
+    `wrap` is applied to the pieces of the forward pass, such as `torch.compile`. If it compiles for
+    fixed shapes, every call should have the same number of tokens in all.
+    """
+
+    def __init__(
+        self, model: DeepseekV2ForCausalLM, dtype: torch.dtype, wrap: Compile = lambda f: f
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.config: Any = model.config  # Any, because its numbers are typed as optional
         self.rotary = model.model.rotary_emb
         self.project = wrap(self.project_qkv)
         self.dense = wrap(self.add_dense)
@@ -53,20 +68,40 @@ class TrainingForward:
     def project_qkv(
         self, x: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.config
-        ln, q_a, q_ln, q_b, kv_a, kv_ln, kv_b = weights
-        heads, nope = c.num_attention_heads, c.qk_nope_head_dim
+        """Project x [tokens, hidden] to q, k and v, each [tokens, heads, head_dim]."""
+        config = self.config
+        num_heads = config.num_attention_heads
+        nope_dim = config.qk_nope_head_dim
+        ln, q_a, q_a_ln, q_b, kv_a, kv_a_ln, kv_b = weights
+
         h = norm(x, ln)
-        q = linear(norm(linear(h, q_a), q_ln), q_b).unflatten(-1, (heads, -1))
-        latent, k_pe = linear(h, kv_a).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        k_nope, v = linear(norm(latent, kv_ln), kv_b).unflatten(-1, (heads, -1)).split([nope, c.v_head_dim], -1)
-        q = torch.cat((q[..., :nope], rotate(q[..., nope:], cos[:, None], sin[:, None])), -1)
-        k_pe = rotate(k_pe, cos, sin)[:, None].expand(-1, heads, -1)
-        return q, torch.cat((k_nope, k_pe), -1), v.contiguous()
+        q_latent = norm(linear(h, q_a), q_a_ln)
+        q = linear(q_latent, q_b).unflatten(-1, (num_heads, -1))
+        q_pe = rotate(q[..., nope_dim:], cos[:, None], sin[:, None])
+        q = torch.cat((q[..., :nope_dim], q_pe), -1)
+
+        latent, k_pe = linear(h, kv_a).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        kv = linear(norm(latent, kv_a_ln), kv_b).unflatten(-1, (num_heads, -1))
+        k_nope, v = kv.split([nope_dim, config.v_head_dim], -1)
+        k_pe = rotate(k_pe, cos, sin)[:, None].expand(-1, num_heads, -1)
+        k = torch.cat((k_nope, k_pe), -1)
+        return q, k, v.contiguous()
 
     def add_dense(self, x: Tensor, out: Tensor, o_proj: Tensor, ln: Tensor, *mlp: Tensor) -> Tensor:
+        """Finish a dense layer: add the attention's output and the MLP to the residual stream."""
         x = x + linear(out, o_proj)
         return x + swiglu(norm(x, ln), *mlp)
+
+    def choose_experts(self, scores: Tensor) -> Tensor:
+        """Group-limited top-k: 1 for each chosen expert, else 0. `scores` is [tokens, experts]."""
+        config = self.config
+        group_scores = scores.unflatten(-1, (config.n_group, -1)).amax(-1)
+        best_groups = group_scores.topk(config.topk_group).indices
+        group_mask = torch.zeros_like(group_scores).scatter(-1, best_groups, 1.0)
+        experts_per_group = config.n_routed_experts // config.n_group
+        allowed = scores * group_mask.repeat_interleave(experts_per_group, -1)
+        best_experts = allowed.topk(config.num_experts_per_tok).indices
+        return torch.zeros_like(scores).scatter(-1, best_experts, 1.0)
 
     def add_sparse(
         self,
@@ -79,30 +114,42 @@ class TrainingForward:
         down: Tensor,
         *shared: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Also the balance loss: 1 where the experts are used evenly (arXiv:2101.03961, section 2.2)."""
-        c = self.config
+        """Finish a layer with experts: return the residual stream and the balance loss.
+
+        The balance loss is 1 where the experts are used evenly (arXiv:2101.03961, section 2.2).
+        """
+        config = self.config
+        num_experts = config.n_routed_experts
         x = x + linear(out, o_proj)
         h = norm(x, ln)
+
         scores = F.linear(h.float(), router).softmax(-1)
-        groups = scores.unflatten(-1, (c.n_group, -1)).amax(-1)
-        best = torch.zeros_like(groups).scatter(-1, groups.topk(c.topk_group).indices, 1.0)
-        allowed = scores * best.repeat_interleave(c.n_routed_experts // c.n_group, -1)
-        chosen = torch.zeros_like(scores).scatter(-1, allowed.topk(c.num_experts_per_tok).indices, 1.0)
-        share = (scores * chosen * c.routed_scaling_factor).to(x.dtype)
-        gate, up = linear(h, gate_up.flatten(0, 1)).unflatten(-1, (c.n_routed_experts, 2, -1)).unbind(-2)
-        hidden = F.silu(gate) * up * share[..., None]
+        chosen = self.choose_experts(scores)
+        expert_weights = (scores * chosen * config.routed_scaling_factor).to(x.dtype)
+
+        # All experts as one wide MLP; an expert that was not chosen has weight 0.
+        gate_and_up = linear(h, gate_up.flatten(0, 1)).unflatten(-1, (num_experts, 2, -1))
+        gate, up = gate_and_up.unbind(-2)
+        hidden = F.silu(gate) * up * expert_weights[..., None]
         routed = linear(hidden.flatten(-2), down.transpose(0, 1).flatten(1))
-        balance = (chosen.mean(0) * scores.mean(0)).sum() * c.n_routed_experts / c.num_experts_per_tok
+
+        balance = (chosen.mean(0) * scores.mean(0)).sum()
+        balance = balance * num_experts / config.num_experts_per_tok
         return x + routed + swiglu(h, *shared), balance
 
-    def score_tokens(self, x: Tensor, ln: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score_tokens(
+        self, x: Tensor, ln: Tensor, head: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For each token: the loss of its target, and whether the target is the likeliest token."""
         logits = linear(norm(x, ln), head).float()
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        return loss, logits.argmax(-1) == targets
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
+        """Causal attention within each of `batch` rows. Returns [tokens, heads * v_head_dim]."""
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         scale = self.model.model.layers[0].self_attn.scaling
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], True):
+        with sdpa_kernel(SDPA_BACKENDS, True):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -110,31 +157,56 @@ class TrainingForward:
         """The residual stream after all layers, [tokens, hidden], and the mean balance loss."""
         batch, length = tokens.shape
         angles = torch.arange(length, device=tokens.device)[:, None] * self.rotary.inv_freq
-        cos, sin = angles.cos().repeat(batch, 1), angles.sin().repeat(batch, 1)
-        x = F.embedding(tokens.flatten(), self.model.model.embed_tokens.weight).to(self.dtype)
+        cos = angles.cos().repeat(batch, 1)  # [tokens, rope_dim / 2]
+        sin = angles.sin().repeat(batch, 1)
+
+        embedding = self.model.model.embed_tokens.weight
+        x = F.embedding(tokens.flatten(), embedding).to(self.dtype)
         balances = []
         for layer in self.model.model.layers:
-            a, mlp = layer.self_attn, layer.mlp
-            modules = (layer.input_layernorm, a.q_a_proj, a.q_a_layernorm, a.q_b_proj, a.kv_a_proj_with_mqa,
-                       a.kv_a_layernorm, a.kv_b_proj)  # fmt: skip
-            q, k, v = self.project(x, cos, sin, tuple(m.weight for m in modules))
+            attn = layer.self_attn
+            mlp = layer.mlp
+            projections = (
+                layer.input_layernorm.weight,
+                attn.q_a_proj.weight,
+                attn.q_a_layernorm.weight,
+                attn.q_b_proj.weight,
+                attn.kv_a_proj_with_mqa.weight,
+                attn.kv_a_layernorm.weight,
+                attn.kv_b_proj.weight,
+            )
+            q, k, v = self.project(x, cos, sin, projections)
             out = self.attend(q, k, v, batch)
-            both = (x, out, a.o_proj.weight, layer.post_attention_layernorm.weight)
+
+            o_proj = attn.o_proj.weight
+            ln = layer.post_attention_layernorm.weight
             if hasattr(mlp, "experts"):
-                routed = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
-                x, balance = self.sparse(*both, *routed, *list_mlp(mlp.shared_experts))
+                experts = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
+                shared = list_mlp(mlp.shared_experts)
+                x, balance = self.sparse(x, out, o_proj, ln, *experts, *shared)
                 balances.append(balance)
             else:
-                x = self.dense(*both, *list_mlp(mlp))
+                x = self.dense(x, out, o_proj, ln, *list_mlp(mlp))
         return x, torch.stack(balances).mean()
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each token but the last of a row: its loss, and whether the next token is the likeliest one,
-        both [rows, length - 1]. And the balance loss."""
+        """Score how well each token of a row predicts the next one.
+
+        Args:
+            tokens: [rows, length].
+
+        Returns:
+            The loss of each next token, whether it is the likeliest one (both [rows, length - 1]),
+            and the balance loss.
+        """
         x, balance = self.run_layers(tokens)
         targets = tokens.roll(-1, 1).flatten()
-        loss, right = self.score(x, self.model.model.norm.weight, self.model.lm_head.weight, targets)
-        return loss.view_as(tokens)[:, :-1], right.view_as(tokens)[:, :-1], balance
+        norm_weight = self.model.model.norm.weight
+        loss, right = self.score(x, norm_weight, self.model.lm_head.weight, targets)
+        # The last token of a row has no next one.
+        loss = loss.view_as(tokens)[:, :-1]
+        right = right.view_as(tokens)[:, :-1]
+        return loss, right, balance
 
 
 def list_mlp(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,38 +214,46 @@ def list_mlp(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Muon:
-    """Momentum whose update is made orthogonal (Keller Jordan, kellerjordan.github.io/posts/muon).
+    """Momentum whose update is made orthogonal (kellerjordan.github.io/posts/muon).
 
-    For matrices or stacks of them; those of one shape are updated together.
+    It takes matrices or stacks of matrices. Parameters of the same shape are updated together.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        self.lr, self.momentum = lr, momentum
+        self.lr = lr
+        self.momentum = momentum
         self.groups: dict[torch.Size, list[Tensor]] = {}
-        for p in parameters:
-            self.groups.setdefault(p.shape, []).append(p)
+        for parameter in parameters:
+            self.groups.setdefault(parameter.shape, []).append(parameter)
         self.buffers = {
-            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
+            shape: torch.zeros(len(group), *shape, device=group[0].device)
+            for shape, group in self.groups.items()
         }
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
+        """Update all parameters with the learning rate times `scale`."""
         for shape, group in self.groups.items():
             gradients = torch.stack([p.grad for p in group if p.grad is not None])
             buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
             update = orthogonalize(gradients.lerp(buffer, self.momentum))
-            update = update * (self.lr * scale * max(1.0, shape[-2] / shape[-1]) ** 0.5)
+            aspect = max(1.0, shape[-2] / shape[-1])
+            update = update * (self.lr * scale * aspect**0.5)
             torch._foreach_sub_(group, list(update.unbind(0)))
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """U V^T of the singular value decomposition, nearly, by five steps of a Newton-Schulz iteration."""
+    """Approximate U V^T of the singular value decomposition by five Newton-Schulz steps."""
+    a = 3.4445
+    b = -4.775
+    c = 2.0315
     y = x.bfloat16() if x.is_cuda else x
-    tall = y.shape[-2] > y.shape[-1]
-    y = y.mT if tall else y
+    is_tall = y.shape[-2] > y.shape[-1]
+    if is_tall:
+        y = y.mT
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in [(3.4445, -4.775, 2.0315)] * 5:
+    for _ in range(5):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-    result: Tensor = (y.mT if tall else y).float()
+    result: Tensor = (y.mT if is_tall else y).float()
     return result

@@ -1,6 +1,7 @@
-"""The demo model's tokenizer: byte-level BPE, every digit and newline a token of its own.
+"""The demo model's tokenizer, a byte-level BPE.
 
-Each word of the problems becomes one token; any other text is spelled in bytes.
+Every digit, every newline and every word of the problems is one token. Any other text is spelled in
+bytes.
 """
 
 from __future__ import annotations
@@ -9,24 +10,19 @@ from collections.abc import Iterator
 from random import Random
 
 from demo_problems import ADJECTIVES, CITIES, NAMES, NOUNS, OBJECTS, make_context, make_word_problem
+from make_demo_checkpoint import BOS, EOS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SIZE = 2000
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# A text can be cut wherever one of these ends, and its parts have the tokens of the whole.
+# If a text is cut where one of these pieces ends, its parts have the same tokens as the whole.
 PIECE = r"\d|\n| ?\p{L}+| ?[^\s\p{L}\d]+|\s"
 
 
 def make_sample(seed: int) -> Iterator[str]:
+    """Text to train the tokenizer on: every word of the problems, then problems and contexts."""
     rng = Random(seed)
-    for word in (*NAMES, *OBJECTS, *ADJECTIVES, *NOUNS, *CITIES, "Question", "Answer", "User", "Assistant"):
+    labels = ("Question", "Answer", "User", "Assistant")
+    for word in (*NAMES, *OBJECTS, *ADJECTIVES, *NOUNS, *CITIES, *labels):
         yield f"{word} {word} " * 20
     for _ in range(3000):
         problem = make_word_problem(rng, held_out=False)
@@ -35,7 +31,7 @@ def make_sample(seed: int) -> Iterator[str]:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """At most SIZE tokens; puts BOS in front of every text."""
+    """A tokenizer with at most SIZE tokens that puts BOS in front of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -53,6 +49,8 @@ def make_tokenizer(seed: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(make_sample(seed), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer

@@ -1,7 +1,9 @@
-"""Write a small DeepSeek-V2 checkpoint with random weights, in the exact format of the Hugging Face hub.
+"""Write a small DeepSeek-V2 checkpoint with random weights, in the format of the Hugging Face hub.
 
-Every feature of the big model is there (q_lora, group-limited routing, shared experts, a dense first
-layer, YaRN), with the head dims that GPU kernels want. Usage: make_demo_checkpoint.py DIRECTORY
+    python examples/make_demo_checkpoint.py DIRECTORY
+
+It has every feature of the big model (q_lora, group-limited routing, shared experts, a dense first
+layer, YaRN) and head dims that the GPU kernels support.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
 VOCAB_SIZE = 512
 SHARD_BYTES = 16 << 20
 
@@ -76,6 +79,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+# The tokenizer is trained on this text. Other line breaks would give it other tokens.
 TEXT = """
 Once upon a time there was a cache that was too large for one machine. Every machine kept a copy of it, and
 so the eighth machine held nothing that the first did not hold. Then somebody gave the first token to the
@@ -83,11 +87,11 @@ first machine, the second token to the second machine, and so on, around and aro
 its own shard the question, and the answers are put together, weighted by how much each shard had to say.
 How many tokens fit? Eight times as many as before. What does it cost? One exchange for every layer. The
 user asks, the assistant answers, and the numbers are 0 1 2 3 4 5 6 7 8 9, plus, minus, times and equals.
-"""
+"""  # noqa: E501
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE tokens that puts BOS in front of every text."""
+    """A byte-level BPE with VOCAB_SIZE tokens that puts BOS in front of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,46 +103,69 @@ def make_tokenizer() -> Tokenizer:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer
 
 
-def list_shapes(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape, layer by layer as the hub's files have them."""
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
-    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        attn = f"{layer}.self_attn"
-        yield f"{attn}.q_a_proj.weight", (c["q_lora_rank"], hidden)
-        yield f"{attn}.q_a_layernorm.weight", (c["q_lora_rank"],)
-        q_rows = heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"])
-        yield f"{attn}.q_b_proj.weight", (q_rows, c["q_lora_rank"])
-        yield f"{attn}.kv_a_proj_with_mqa.weight", (c["kv_lora_rank"] + c["qk_rope_head_dim"], hidden)
-        yield f"{attn}.kv_a_layernorm.weight", (c["kv_lora_rank"],)
-        kv_rows = heads * (c["qk_nope_head_dim"] + c["v_head_dim"])
-        yield f"{attn}.kv_b_proj.weight", (kv_rows, c["kv_lora_rank"])
-        yield f"{attn}.o_proj.weight", (hidden, heads * c["v_head_dim"])
-        if i < c["first_k_dense_replace"]:
-            mlps = {"mlp": c["intermediate_size"]}
-        else:
-            yield f"{layer}.mlp.gate.weight", (c["n_routed_experts"], hidden)
-            width = c["moe_intermediate_size"]
-            mlps = {f"mlp.experts.{e}": width for e in range(c["n_routed_experts"])}
-            mlps["mlp.shared_experts"] = width * c["n_shared_experts"]
-        for name, width in mlps.items():
-            yield f"{layer}.{name}.gate_proj.weight", (width, hidden)
-            yield f"{layer}.{name}.up_proj.weight", (width, hidden)
-            yield f"{layer}.{name}.down_proj.weight", (hidden, width)
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+def list_attention_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a layer's attention."""
+    hidden = config["hidden_size"]
+    num_heads = config["num_attention_heads"]
+    q_lora_rank = config["q_lora_rank"]
+    kv_lora_rank = config["kv_lora_rank"]
+    nope_dim = config["qk_nope_head_dim"]
+    rope_dim = config["qk_rope_head_dim"]
+    v_dim = config["v_head_dim"]
+    yield "self_attn.q_a_proj.weight", (q_lora_rank, hidden)
+    yield "self_attn.q_a_layernorm.weight", (q_lora_rank,)
+    yield "self_attn.q_b_proj.weight", (num_heads * (nope_dim + rope_dim), q_lora_rank)
+    yield "self_attn.kv_a_proj_with_mqa.weight", (kv_lora_rank + rope_dim, hidden)
+    yield "self_attn.kv_a_layernorm.weight", (kv_lora_rank,)
+    yield "self_attn.kv_b_proj.weight", (num_heads * (nope_dim + v_dim), kv_lora_rank)
+    yield "self_attn.o_proj.weight", (hidden, num_heads * v_dim)
+
+
+def list_mlp_shapes(config: dict[str, Any], layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a layer's MLP or experts."""
+    hidden = config["hidden_size"]
+    if layer < config["first_k_dense_replace"]:
+        widths = {"mlp": config["intermediate_size"]}
+    else:
+        num_experts = config["n_routed_experts"]
+        width = config["moe_intermediate_size"]
+        yield "mlp.gate.weight", (num_experts, hidden)
+        widths = {f"mlp.experts.{expert}": width for expert in range(num_experts)}
+        widths["mlp.shared_experts"] = width * config["n_shared_experts"]
+
+    for name, width in widths.items():
+        yield f"{name}.gate_proj.weight", (width, hidden)
+        yield f"{name}.up_proj.weight", (width, hidden)
+        yield f"{name}.down_proj.weight", (hidden, width)
+
+
+def list_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor, layer by layer as in the hub's files."""
+    hidden = config["hidden_size"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in list_attention_shapes(config):
+            yield f"model.layers.{layer}.{name}", shape
+        for name, shape in list_mlp_shapes(config, layer):
+            yield f"model.layers.{layer}.{name}", shape
+        yield f"model.layers.{layer}.input_layernorm.weight", (hidden,)
+        yield f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (c["vocab_size"], hidden)
+    yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
 def make_weights(seed: int) -> dict[str, Tensor]:
-    """bf16 weights: norms are 1, matrices normal with the variance that keeps activations near 1."""
+    """Random bf16 weights.
+
+    Norms are 1. Matrices are normal, with the variance that keeps activations near 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in list_shapes(CONFIG):
@@ -152,51 +179,61 @@ def make_weights(seed: int) -> dict[str, Tensor]:
 
 
 def write_shards(directory: Path, weights: dict[str, Tensor]) -> None:
-    """model-0000i-of-0000n.safetensors and their index, at most SHARD_BYTES each."""
+    """Write shards of at most SHARD_BYTES, model-0000i-of-0000n.safetensors, and their index."""
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    shard_bytes = 0
     for name, tensor in weights.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+        if shard_bytes + tensor.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
-            size = 0
+            shard_bytes = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        shard_bytes += tensor.nbytes
+
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):06d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.nbytes for t in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map.update(dict.fromkeys(shard, file))
+
+    total_bytes = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where to write; made if it is not there")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    args = parser.parse_args()
-    args.directory.mkdir(parents=True, exist_ok=True)
-
-    make_tokenizer().save(str(args.directory / "tokenizer.json"))
+def write_configs(directory: Path, config: dict[str, Any]) -> None:
+    """Write the configurations of the tokenizer, of generation and of the model."""
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    weights = make_weights(args.seed)
-    write_shards(args.directory, weights)
     files = {
         "tokenizer_config.json": tokenizer_config,
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 1},
-        "config.json": CONFIG,  # last: make takes it for the sign that all is written
+        "config.json": config,  # last: make takes it as the sign that everything is written
     }
     for name, content in files.items():
-        (args.directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    millions = sum(t.numel() for t in weights.values()) / 1e6
+        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, help="where to write; created if missing")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    args = parser.parse_args()
+    args.directory.mkdir(parents=True, exist_ok=True)
+
+    make_tokenizer().save(str(args.directory / "tokenizer.json"))
+    weights = make_weights(args.seed)
+    write_shards(args.directory, weights)
+    write_configs(args.directory, CONFIG)
+
+    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
     print(f"{args.directory}: DeepSeek-V2 with {millions:.1f} M random parameters")
 
 
