@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minidcp.model_config import has_tokenizer
 from minidcp.request import SamplingParams
 
 if TYPE_CHECKING:  # takes seconds to import, and ranks never need it
@@ -19,7 +20,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
     Raises ValueError if there is one that cannot be read.
     """
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(path):
         return None
     from transformers import AutoTokenizer
 
