@@ -3,6 +3,7 @@ computed in `models/rope.py`. Next: `request.py`."""
 
 import logging
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,8 +65,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number: JSON in Python can express NaN and infinity."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    """Whether it is a finite number: JSON in Python can express NaN, infinity, and huge integers."""
+    return (is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 def read_rope(hf: dict[str, Any], max_position: int, source: str) -> RopeConfig:

@@ -129,6 +129,7 @@ REFUSED = [
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5", "1"),
     (dict(rope_scaling=yarn(factor=0.5)), "factor is 0.5", "at least 1"),
     (dict(rope_scaling=yarn(factor=True)), "factor is True", "number"),
+    (dict(rope_scaling=yarn(factor=10**400)), "factor is 1000", "number"),
     (dict(rope_scaling=yarn(factor=math.inf)), "factor is inf", "number"),
     (dict(rope_scaling=yarn(beta_fast=0)), "beta_fast is 0", "above 0"),
     (dict(rope_scaling=yarn(beta_slow="1")), "beta_slow is '1'", "number"),
