@@ -65,7 +65,7 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number: JSON in Python can express NaN, infinity, and huge integers."""
+    """Whether it is a finite number: Python reads NaN, infinity and huge integers from JSON."""
     return (is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
