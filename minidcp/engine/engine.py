@@ -327,7 +327,7 @@ class LLMEngine:
         )
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
-        """By rank: how many tokens its cache has room for, and how many of running requests."""
+        """By rank: how many tokens its cache can hold, and how many of running requests it has."""
         layout = self.layout
         room = self.blocks.num_blocks * layout.block_size
         lengths = [request.num_computed for request in list(self.scheduler.running)]

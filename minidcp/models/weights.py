@@ -69,10 +69,7 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Weights:
-    """A source as one module sees it: names are relative to `prefix`.
-
-    Shapes are those of whole tensors.
-    """
+    """A source as one module sees it: names are relative to `prefix`."""
 
     source: "WeightSource"
     prefix: str = ""
@@ -81,6 +78,7 @@ class Weights:
         return Weights(self.source, f"{self.prefix}{name}.")
 
     def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
+        """This rank's part of a tensor. `shape` is that of the whole tensor."""
         return self.source.read(self.prefix + name, shape, shard)
 
 
@@ -196,7 +194,9 @@ def describe_problem(problem: str, names: list[str]) -> str:
 
 
 class RandomSource:
-    """Random weights of the right shapes, to measure without a checkpoint: std 0.02, norms 1.
+    """Random weights of the right shapes, to measure without a checkpoint.
+
+    Matrices have std 0.02; vectors, which are norms and biases, are 1.
 
     Weights that are almost equal would be wrong: the router would send every token to the same
     experts, and steps would look faster than they are. Every rank makes the whole tensor, seeded
