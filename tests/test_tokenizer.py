@@ -47,6 +47,7 @@ def load_encoder(path: Path) -> TextEncoder:
         (make_v3, None, dict(add_bos_token=False, add_eos_token=True), "EOS"),
         (make_v3, None, dict(add_bos_token=False), ""),
         (make_v3, None, SILENT, "BOS"),  # the class's own default
+        (make_v3, None, SILENT | dict(bos_token=None), ""),
         (make_v3, None, dict(add_bos_token=None), ""),
         (make_v3, None, GENERIC, "BOS"),
         (make_v3, None, GENERIC | SILENT, ""),

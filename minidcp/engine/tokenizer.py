@@ -15,9 +15,8 @@ if TYPE_CHECKING:  # takes seconds to import, and ranks never need it
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-# These classes add BOS and no EOS if the configuration does not say what to add.
+# Where the configuration does not say what to add, these classes add BOS and no EOS.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
-LLAMA_DEFAULTS = {"add_bos_token": True, "add_eos_token": False}
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
@@ -98,18 +97,20 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") in LLAMA_CLASSES:
-        return LLAMA_DEFAULTS | config
     return config
 
 
 def read_choice(config: dict[str, Any], path: Path, name: str, token: int | None) -> bool | None:
     """Whether the token called `name` is to be added. None: as the tokenizer itself does it."""
-    choice = config.get(f"add_{name}")
-    where = f"{path / CONFIG_FILE}: add_{name} {json.dumps(choice)}"
+    key = f"add_{name}"
+    if key not in config and config.get("tokenizer_class") in LLAMA_CLASSES:
+        return name == "bos_token" and token is not None
+
+    choice = config.get(key)
+    where = f"{path / CONFIG_FILE}: {key} {json.dumps(choice)}"
     require(choice is None or isinstance(choice, bool), f"{where}: must be true or false")
     require(
         not choice or token is not None,
-        f"{where}: there is no {name}; name it, or set add_{name} to false",
+        f"{where}: there is no {name}; name it, or set {key} to false",
     )
     return choice
