@@ -17,6 +17,18 @@ from tqdm import tqdm
 from minidcp.config import require
 
 MAX_LISTED = 8  # how many names an error message lists
+# What is downloaded of a model on the hub: configurations, weights, and everything that
+# transformers reads for a tokenizer, chat templates included.
+HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -223,9 +235,7 @@ class RandomSource:
 WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
-def find_model(
-    model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")
-) -> Path:
+def find_model(model: str, files: tuple[str, ...] = HUB_FILES) -> Path:
     """The local directory of `model`: a path, or a name on the Hugging Face hub.
 
     A hub model is downloaded, with progress. Raises ValueError if it is neither a directory nor a
