@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minidcp.model_config import has_tokenizer
 from minidcp.request import SamplingParams
 
 if TYPE_CHECKING:  # takes seconds to import, and ranks never need it
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decodes to
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids.
-
-    Raises ValueError if there is one that cannot be read.
-    """
-    if not has_tokenizer(path):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False
-        )
-    except Exception as error:
-        raise ValueError(f"{path}: the tokenizer cannot be loaded ({error})") from error
-    return tokenizer
 
 
 class Detokenizer:

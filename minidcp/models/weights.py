@@ -22,6 +22,18 @@ EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
 ROWS_COMPARED = 4096  # at a time, to need little memory
+# What is downloaded of a model on the hub: configurations, weights, and everything that
+# transformers reads for a tokenizer, chat templates included.
+HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,7 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Weights:
-    """A source as one module sees it: names are relative to `prefix`.
-
-    Shapes are those of whole tensors.
-    """
+    """A source as one module sees it: names are relative to `prefix`."""
 
     source: "WeightSource"
     prefix: str = ""
@@ -86,6 +95,7 @@ class Weights:
         return Weights(self.source, f"{self.prefix}{name}.")
 
     def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
+        """This rank's part of a tensor. `shape` is that of the whole tensor."""
         return self.source.read(self.prefix + name, shape, shard)
 
 
@@ -252,7 +262,9 @@ def describe_problem(problem: str, names: list[str]) -> str:
 
 
 class RandomSource:
-    """Random weights of the right shapes, to measure without a checkpoint: std 0.02, norms 1.
+    """Random weights of the right shapes, to measure without a checkpoint.
+
+    Matrices have std 0.02; vectors, which are norms and biases, are 1.
 
     Weights that are almost equal would be wrong: the router would send every token to the same
     experts, and steps would look faster than they are. Every rank makes the whole tensor, seeded
@@ -279,9 +291,7 @@ class RandomSource:
 WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
-def find_model(
-    model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")
-) -> Path:
+def find_model(model: str, files: tuple[str, ...] = HUB_FILES) -> Path:
     """The local directory of `model`: a path, or a name on the Hugging Face hub.
 
     A hub model is downloaded, with progress. Raises ValueError if it is neither a directory nor a
