@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidcp.config import require
+from minidcp.model_config import has_tokenizer
 
 if TYPE_CHECKING:  # takes seconds to import, and ranks never need it
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
     Raises ValueError if there is one that cannot be read.
     """
-    if not any((path / name).exists() for name in (TOKENIZER_FILE, CONFIG_FILE)):
+    if not has_tokenizer(path):
         return None
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

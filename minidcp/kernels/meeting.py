@@ -6,9 +6,9 @@ no torch definitions: a CPU has no peer memory."""
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from minidcp.kernels.compiler import tl, triton
 
 MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
 

@@ -2,10 +2,9 @@
 ranks (`meeting.py`) and then reads what their buffers hold. There are no torch definitions, because
 a CPU has no peer memory. `parallel/symmetric.py` uses them, and says when they are safe."""
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.meeting import MAX_PROGRAMS as MAX_PROGRAMS
 from minidcp.kernels.meeting import Meeting, load_peer_pointer, meet
 from minidcp.kernels.merge import add_partials, store_merged

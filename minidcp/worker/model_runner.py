@@ -130,6 +130,14 @@ class ModelRunner:
         source = CheckpointSource(
             Path(self.config.model), self.dtype, self.device, progress=is_first_rank
         )
+        if self.model_config.tie_word_embeddings and not source.tie_head():
+            self.model_config = replace(self.model_config, tie_word_embeddings=False)
+            self.log(
+                "config.json ties lm_head to the embeddings, but the checkpoint's lm_head.weight "
+                "differs from them: it is used, as in transformers",
+                logging.WARNING,
+            )
+
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
