@@ -24,8 +24,8 @@ class LossyStream(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO) -> None:
+        self.stream = stream  # kept alive: it would close its descriptor
         self.descriptor = stream.fileno()
-        self.codec = stream.encoding
         # Its lock is reentrant: a signal handler may write while this thread does.
         self.changed = threading.Condition()
         self.waiting: list[str] = []
@@ -35,7 +35,7 @@ class LossyStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self.codec
+        return self.stream.encoding
 
     def fileno(self) -> int:
         return self.descriptor
@@ -51,10 +51,14 @@ class LossyStream(io.TextIOBase):
             if self.num_waiting + len(text) > MAX_WAITING:
                 self.num_dropped += len(text)
             else:
-                self.waiting.append(text)
-                self.num_waiting += len(text)
-                self.changed.notify_all()
+                self.append(text)
         return len(text)
+
+    def append(self, text: str) -> None:
+        with self.changed:
+            self.num_waiting += len(text)
+            self.waiting.append(text)
+            self.changed.notify_all()
 
     def drain(self, seconds: float) -> None:
         """Wait until everything is written, or dropped, but not longer than so many seconds."""
@@ -74,18 +78,14 @@ class LossyStream(io.TextIOBase):
             with self.changed:
                 self.num_waiting -= len(text)
                 self.changed.notify_all()
-                if num_lost == 0 and self.num_dropped > 0:
-                    self.report_dropped()
                 self.num_dropped += num_lost
-
-    def report_dropped(self) -> None:
-        message = f"[{self.num_dropped} characters of output are missing here]\n"
-        self.num_dropped = 0
-        self.write(message)
+                if num_lost == 0 and self.num_dropped > 0:
+                    self.append(f"[{self.num_dropped} characters of output are missing here]\n")
+                    self.num_dropped = 0
 
     def pass_on(self, text: str) -> int:
         """Write a text, however long that takes. Returns how many characters were lost."""
-        data = text.encode(self.codec, "backslashreplace")
+        data = text.encode(self.encoding, "backslashreplace")
         while data:
             try:
                 num_written = os.write(self.descriptor, data)

@@ -28,12 +28,20 @@ R = TypeVar("R", Ready, StepResult)
 STOP_SECONDS = 5.0  # how long ranks may take to leave by themselves before they are killed
 CAUSE_SECONDS = 1.0  # how long to wait for a report that explains the first failure
 
-# What a rank's process runs. The imports take seconds, in which a signal may come already that is
-# meant for the driver (`leave_signals_to_driver`).
+# What a rank's process runs. Its imports take seconds. Also in that time it leaves signals to the
+# driver (`leave_signals_to_driver`), and ends when the driver does.
 START_RANK = """
-import signal
+import os, select, signal, sys, threading
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def end_with_driver():
+    poll = select.poll()
+    poll.register(int(sys.argv[1]), 0)  # reports nothing but the end of the connection
+    poll.poll()
+    os._exit(1)
+
+threading.Thread(target=end_with_driver, daemon=True).start()
 from minidcp.worker.worker import main
 main()
 """
