@@ -1,5 +1,6 @@
 """The offline API: prompts in, completions out. Next: the server, from `server/protocol.py` on."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minidcp.config import EngineConfig, require
+from minidcp.console import UnfailingStream
 from minidcp.engine.engine import LLMEngine
 from minidcp.request import CompletionOutput, OutputDelta, RequestOutput, SamplingParams
 
@@ -65,7 +67,13 @@ class LLM(AbstractContextManager["LLM"]):
     def run(self, outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
         """Step the engine until all requests are finished, and add to their outputs."""
         num_generated = 0
-        with tqdm(total=len(outputs), desc="Requests", unit="req", disable=not use_tqdm) as bar:
+        with tqdm(
+            total=len(outputs),
+            desc="Requests",
+            unit="req",
+            disable=not use_tqdm,
+            file=UnfailingStream(sys.stderr),
+        ) as bar:
             while self.engine.has_work:
                 for delta in self.engine.step():
                     extend_output(outputs[delta.request_id], delta)
