@@ -25,11 +25,12 @@ from torch import Tensor
 from minidcp.batch import Admission, CacheQueries, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.kernels.linear import multiply_by_head
+from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, MoE
 from minidcp.models.query import LowRankQuery
 from minidcp.request import SamplingParams
-from minidcp.resolve import detect_machine, resolve
+from minidcp.resolve import resolve
 from minidcp.worker.model_runner import ModelRunner
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -275,7 +276,7 @@ def make_runner(args: argparse.Namespace, path: Path, max_batch: int) -> ModelRu
     )
     model_config = ModelConfig.from_hf(path)
     # The emulated ranks have a GPU each.
-    machine = replace(detect_machine(config), num_gpus=num_ranks)
+    machine = replace(detect_machine(config, model_config), num_gpus=num_ranks)
     resolved = resolve(config, model_config, machine)
     state = emulate_state(num_ranks, num_ranks, exchange=resolved.dcp_comm_backend)
     runner = ModelRunner(resolved, model_config, state, torch.device("cuda"))

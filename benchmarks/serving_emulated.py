@@ -38,10 +38,11 @@ from step_times import SimulatedExecutor, StepTimes, measure
 from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.hardware import LINK_BYTES_PER_SECOND
+from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.state import ParallelState
-from minidcp.resolve import ResolvedConfig, detect_machine, resolve
+from minidcp.resolve import ResolvedConfig, resolve
 
 CONFIG = Path(__file__).parent / "configs" / "deepseek-v2"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +112,7 @@ class Setup:
         args = self.args
         config = self.make_config(DEVICE, "auto")
         model_config = ModelConfig.from_hf(args.model)
-        resolved = resolve(config, model_config, detect_machine(config))
+        resolved = resolve(config, model_config, detect_machine(config, model_config))
         return measure(
             self.set_exchange(resolved),
             model_config,

@@ -13,7 +13,7 @@ def option(
     least: float | None = None,
     choices: tuple[Any, ...] = (),
 ) -> Any:
-    """A field of Options that is a command-line flag.
+    """A field of Options that is a command-line flag, and an argument by keyword.
 
     Args:
         help: what --help says about it.
@@ -22,7 +22,7 @@ def option(
         choices: the only values that it takes; any if empty.
     """
     metadata = {"help": help, "aliases": aliases, "least": least, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, kw_only=True)
 
 
 def choice(help: str, *values: str) -> Any:

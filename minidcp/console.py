@@ -1,5 +1,5 @@
 """Text for people: logs, progress bars, start-up lines. None of it is worth an engine, so it is
-dropped where its reader is slow or the disk is full. Results go through `print`, not through this."""
+dropped where its reader is slow or the disk is full. Results go through `print` instead."""
 
 import atexit
 import contextlib

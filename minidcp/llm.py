@@ -118,11 +118,12 @@ def list_params(params: Params | None, num_prompts: int) -> list[SamplingParams]
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
+    by_prompt = list(params)
     require(
-        len(params) == num_prompts,
-        f"sampling_params: {len(params)} for {num_prompts} prompts; give one or as many",
+        len(by_prompt) == num_prompts,
+        f"sampling_params: {len(by_prompt)} for {num_prompts} prompts; give one or as many",
     )
-    return list(params)
+    return by_prompt
 
 
 def extend_output(output: RequestOutput, delta: OutputDelta) -> None:

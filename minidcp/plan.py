@@ -13,12 +13,13 @@ from minidcp.attention.reference import ReferenceBackend
 from minidcp.config import EngineConfig, require
 from minidcp.hardware import GPUS
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
 from minidcp.models.weights import RecordingSource, Weights, find_model
 from minidcp.parallel.state import build_thread_states
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
-from minidcp.resolve import Machine, ResolvedConfig, resolve
+from minidcp.resolve import ResolvedConfig, resolve
 from minidcp.worker.model_runner import GRAPH_BYTES
 
 # Estimates. A process holds its CUDA context and kernels. A prefill step holds about this many

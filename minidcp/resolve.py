@@ -2,16 +2,13 @@
 machine can do become a `ResolvedConfig`. The engine and the planner (`plan.py`) both use it; all
 code below the engine sees resolved configurations only. Next: `kv_cache/interleave.py`."""
 
-import itertools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from minidcp.config import EngineConfig, divisors, flag, require
-from minidcp.kernels.fa3 import COMPILED_DIMS, load_operators
+from minidcp.kernels.fa3 import COMPILED_DIMS
+from minidcp.machine import Machine, fa3_dims
 from minidcp.model_config import ModelConfig
 
 logger = logging.getLogger("minidcp")
@@ -72,51 +69,6 @@ class ResolvedConfig:
     def needs_group_heads(self) -> bool:
         """Whether a rank ever uses W_UK and W_UV of all heads of its DCP group, and holds them."""
         return self.replicates_q or self.exchange_policy != "wide"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choices depend on. `detect_machine` looks; the planner makes one up."""
-
-    num_gpus: int = 0
-    capability: tuple[int, int] = (0, 0)  # (9, 0) is Hopper
-    has_peer_access: bool = False  # every GPU can read the memory of every other
-    fa3_error: str = ""  # why FlashAttention-3 cannot be loaded
-    torchrun_world_size: int = 0  # 0 where torchrun did not start this process
-    torchrun_local_size: int = 0  # how many of its processes are on this node
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def detect_machine(config: EngineConfig) -> Machine:
-    """This machine, as far as the configuration makes it matter."""
-    world_size = 0
-    local_size = 0
-    if under_torchrun():
-        world_size = int(os.environ["WORLD_SIZE"])
-        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return Machine(torchrun_world_size=world_size, torchrun_local_size=local_size)
-
-    num_gpus = torch.cuda.device_count()
-    capability = torch.cuda.get_device_capability()
-    pairs = itertools.permutations(range(min(num_gpus, config.tp_size)), 2)
-    fa3_error = ""
-    if capability[0] == 9 and config.attention_backend in ("auto", "fa3"):
-        try:
-            load_operators()
-        except (ImportError, OSError) as error:
-            fa3_error = str(error)
-    return Machine(
-        num_gpus=num_gpus,
-        capability=capability,
-        has_peer_access=all(torch.cuda.can_device_access_peer(gpu, peer) for gpu, peer in pairs),
-        fa3_error=fa3_error,
-        torchrun_world_size=world_size,
-        torchrun_local_size=local_size,
-    )
 
 
 def resolve(
@@ -361,7 +313,7 @@ def choose_fastest_attention(
 
 def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
     """Why FlashAttention-3 cannot run this model here; empty if it can."""
-    dims = (model.kv_lora_rank, model.qk_rope_head_dim, model.qk_head_dim, model.v_head_dim)
+    dims = fa3_dims(model)
     if dims != COMPILED_DIMS:
         compiled = f"kv_lora_rank, rope, qk and v dims {COMPILED_DIMS}"
         return f"is compiled for {compiled}, the model has {dims}"

@@ -12,6 +12,7 @@ FILES = sorted([*ROOT.glob("minidcp/**/*.py"), *ROOT.glob("server/**/*.py")])
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
     ("config", "console", "model_config", "rope_config", "request", "hardware", "kernels"),
+    ("machine",),
     ("resolve", "kv_cache"),
     ("parallel", "batch"),
     ("attention",),

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import EngineConfig
+from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
-from minidcp.resolve import Machine, resolve
+from minidcp.resolve import resolve
 
 TINY = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
 V2 = ModelConfig.from_dict(

@@ -20,10 +20,11 @@ from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
-from minidcp.resolve import ResolvedConfig, detect_machine, resolve
+from minidcp.resolve import ResolvedConfig, resolve
 
 logger = logging.getLogger("minidcp")
 
@@ -64,7 +65,7 @@ class LLMEngine:
             serve_torchrun_rank(config.model)  # which does not return
         config = replace(config, model=str(find_model(config.model)))
         self.model_config = ModelConfig.from_hf(config.model)
-        resolved = resolve(config, self.model_config, detect_machine(config))
+        resolved = resolve(config, self.model_config, detect_machine(config, self.model_config))
         self.listener = listener
         self.tokenizer = load_tokenizer(Path(resolved.model))
         self.longest_token = 0  # in characters

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from minidcp.batch import StepResult
 from minidcp.engine.control import accept_ranks, connect_to_driver, find_host, open_store
+from minidcp.machine import under_torchrun
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState, build_thread_states
-from minidcp.resolve import ResolvedConfig, under_torchrun
+from minidcp.resolve import ResolvedConfig
 from minidcp.worker.worker import Command, Failed, Ready, Report, serve_and_exit, serve_rank
 
 R = TypeVar("R", Ready, StepResult)

@@ -9,12 +9,13 @@ from checkpoints import Oracle
 from minidcp.batch import Admission, CacheQueries, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.kernels.experts import ExpertOutputs
+from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.exchange import make_exchange
 from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState
 from minidcp.request import SamplingParams
-from minidcp.resolve import detect_machine, resolve
+from minidcp.resolve import resolve
 from minidcp.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +33,7 @@ def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> M
         **({"cuda_graph": False} | options),
     )
     model_config = ModelConfig.from_hf(oracle.path)
-    resolved = resolve(config, model_config, detect_machine(config))
+    resolved = resolve(config, model_config, detect_machine(config, model_config))
     group = Group()
     state = ParallelState(group, group, make_exchange(resolved.dcp_comm_backend, group))
     runner = ModelRunner(resolved, model_config, state, torch.device(device))
