@@ -1,4 +1,4 @@
-"""What the choices in `resolve.py` depend on: the GPUs and how they are joined, FlashAttention-3, and
+"""What the choices in `resolve.py` depend on: the GPUs and how they are joined, FlashAttention-3,
 torchrun. The driver looks once, for all ranks: their machines must be alike."""
 
 import itertools
