@@ -7,6 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -15,7 +16,7 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
 from minidcp.engine.executor import EngineDeadError
-from minidcp.request import OutputDelta, TokenLogprobs
+from minidcp.request import FinishReason, OutputDelta, TokenLogprobs
 
 from .async_engine import AsyncEngine, IndexedDelta, UnavailableError
 from .errors import ErrorResponse
@@ -171,8 +172,10 @@ class CompletionGeneration(Generation):
     def format_choice(
         self, index: int, deltas: list[OutputDelta], is_event: bool
     ) -> dict[str, Any]:
+        if self.body.only_scores_prompt:
+            deltas = [drop_token(delta) for delta in deltas]
         text = "".join(delta.text for delta in deltas)
-        entries = [delta.logprobs for delta in deltas]
+        entries = [delta.logprobs for delta in deltas if delta.token_ids]
         if index not in self.text_offsets:  # the choice begins
             self.text_offsets[index] = 0
             if self.echoed_texts:
@@ -188,6 +191,9 @@ class CompletionGeneration(Generation):
             "logprobs": logprobs,
             "finish_reason": deltas[-1].finish_reason,
         }
+
+    def count_tokens(self, index: int, delta: OutputDelta) -> None:
+        super().count_tokens(index, drop_token(delta) if self.body.only_scores_prompt else delta)
 
     def format_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         """Four lists with an item for each token. An entry is None for an echoed prompt's first
@@ -283,9 +289,22 @@ class ChatGeneration(Generation):
         }
 
 
+def drop_token(delta: OutputDelta) -> OutputDelta:
+    """A delta without what was generated, for answers that only score the prompt."""
+    reason = delta.finish_reason and FinishReason.LENGTH
+    return replace(delta, text="", token_ids=(), logprobs=None, finish_reason=reason)
+
+
+# Python's line readers, among others, end a line at these. JSON escapes the others like them.
+LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
 def format_event(content: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {to_json(content).decode()}\n\n"
+    data = to_json(content).decode()
+    for line_end, escape in LINE_ENDS.items():
+        data = data.replace(line_end, escape)
+    return f"data: {data}\n\n"
 
 
 async def cancel_on_disconnect(
