@@ -69,7 +69,8 @@ class Generation(ABC):
 
     def generate(self, keep_alive: float = 0) -> AsyncIterator[list[IndexedDelta]]:
         requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
-        return self.engine.generate(requests, keep_alive)
+        batches = self.engine.generate(requests, keep_alive)
+        return drop_tokens(batches) if self.body.only_scores_prompt else batches
 
     async def collect(self) -> dict[str, Any]:
         """The whole answer."""
@@ -172,8 +173,6 @@ class CompletionGeneration(Generation):
     def format_choice(
         self, index: int, deltas: list[OutputDelta], is_event: bool
     ) -> dict[str, Any]:
-        if self.body.only_scores_prompt:
-            deltas = [drop_token(delta) for delta in deltas]
         text = "".join(delta.text for delta in deltas)
         entries = [delta.logprobs for delta in deltas if delta.token_ids]
         if index not in self.text_offsets:  # the choice begins
@@ -191,9 +190,6 @@ class CompletionGeneration(Generation):
             "logprobs": logprobs,
             "finish_reason": deltas[-1].finish_reason,
         }
-
-    def count_tokens(self, index: int, delta: OutputDelta) -> None:
-        super().count_tokens(index, drop_token(delta) if self.body.only_scores_prompt else delta)
 
     def format_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
         """Four lists with an item for each token. An entry is None for an echoed prompt's first
@@ -289,8 +285,15 @@ class ChatGeneration(Generation):
         }
 
 
+async def drop_tokens(
+    batches: AsyncIterator[list[IndexedDelta]],
+) -> AsyncIterator[list[IndexedDelta]]:
+    """The deltas without what was generated, for answers that only score the prompt."""
+    async for batch in batches:
+        yield [(index, drop_token(delta)) for index, delta in batch]
+
+
 def drop_token(delta: OutputDelta) -> OutputDelta:
-    """A delta without what was generated, for answers that only score the prompt."""
     reason = delta.finish_reason and FinishReason.LENGTH
     return replace(delta, text="", token_ids=(), logprobs=None, finish_reason=reason)
 

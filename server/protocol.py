@@ -10,7 +10,9 @@ from openai.types import completion_choice
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     create_model,
     model_validator,
@@ -50,7 +52,8 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1000
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 4096
-MAX_MESSAGES = 10_000
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 4096
 
 
 def at_most(limit: int) -> BeforeValidator:
@@ -66,12 +69,34 @@ def at_most(limit: int) -> BeforeValidator:
 
 # fail_fast: the first wrong item ends the check. An error for each of a million takes gigabytes.
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
-Prompt = (
-    str
-    | Annotated[list[str], Field(fail_fast=True)]
-    | TokenIds
-    | Annotated[list[TokenIds], Field(fail_fast=True)]
-)
+
+
+def find_prompt_form(prompt: Any) -> str:
+    """Which form a prompt has, by its first item: one form is checked, not all that there are."""
+    if not isinstance(prompt, list):
+        return "text"
+    if prompt and isinstance(prompt[0], list):
+        return "token id lists"
+    if prompt and isinstance(prompt[0], int | float):
+        return "token ids"
+    return "texts"
+
+
+def check_num_prompts(prompt: Any) -> Any:
+    has_several = find_prompt_form(prompt) in ("texts", "token id lists")
+    if has_several and len(prompt) > MAX_PROMPTS:
+        raise ValueError(f"prompt: has {len(prompt)} items; at most {MAX_PROMPTS} may be")
+    return prompt
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("token id lists")],
+    Discriminator(find_prompt_form),
+    BeforeValidator(check_num_prompts),
+]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[
     Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
@@ -155,6 +180,11 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         num_samples = self.n or 1
         return [params.with_seed(derive_seed(params.seed, sample)) for sample in range(num_samples)]
 
+    @property
+    def only_scores_prompt(self) -> bool:
+        """Whether the answer is the prompt, with its log-probabilities, and nothing else."""
+        return False
+
     def choose_max_tokens(self) -> int | None:
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
@@ -197,7 +227,6 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def only_scores_prompt(self) -> bool:
-        """Whether the answer is the prompt, for its log-probabilities, and nothing else."""
         return bool(self.echo) and super().choose_max_tokens() == 0
 
     def choose_max_tokens(self) -> int | None:
