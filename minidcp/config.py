@@ -2,7 +2,10 @@
 machine and without a checkpoint is raised here, as a ValueError that names its flag. What "auto"
 means is decided in `resolve.py`. Next: `model_config.py`."""
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from itertools import islice
 from typing import Any, get_args
 
 
@@ -39,6 +42,25 @@ def require(ok: object, message: str) -> None:
     """Raise a ValueError with this message unless `ok`."""
     if not ok:
         raise ValueError(message)
+
+
+class ShortRepr(reprlib.Repr):
+    """`repr`, cut short: an error message quotes a value, and clients send megabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlong = 80
+        self.maxstring = 200
+
+    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
+        """In the order of the dict. reprlib sorts all the keys, to show four of them."""
+        if len(x) <= self.maxdict:
+            return super().repr_dict(dict(x), level)
+        shown = super().repr_dict(dict(islice(x.items(), self.maxdict)), level)
+        return f"{shown[:-1]}, ...}}"
+
+
+shorten = ShortRepr().repr
 
 
 @dataclass(frozen=True)
@@ -214,6 +236,9 @@ class ServeConfig(Options):
     max_num_queued_requests: int = option(
         4096, "requests that may wait; beyond that clients get 503", least=0
     )
+    max_choices_per_request: int = option(
+        1024, "choices of one request: its prompts times n; with more it gets 400", least=1
+    )
     request_timeout: float = option(
         0.0, "seconds after which a request is aborted; 0: never", least=0
     )
@@ -228,6 +253,25 @@ class ServeConfig(Options):
     )
     sse_keep_alive_interval: float = option(
         0.0, "seconds between comments in a silent stream; 0: no comments", least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_api_key(self.api_key, "--api-key")
+
+
+def check_api_key(key: str | None, source: str) -> None:
+    """Raise a ValueError, which names the source but not the key, if no client could send it.
+
+    An empty key comes from a variable that is not set. It must not open the server to everybody.
+    """
+    require(
+        key is None or key.strip(),
+        f"{source}: is empty; give a key, or leave it out to ask for none",
+    )
+    require(
+        key is None or key == key.strip(),
+        f"{source}: has white space around it, which no client can send; strip it",
     )
 
 

@@ -1,12 +1,13 @@
 """A request: what the user asks for, what the scheduler keeps track of, and what comes back. Plain
 Python, without torch. Next: `resolve.py`."""
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
-from minidcp.config import require
+from minidcp.config import shorten
 
 MAX_SEED = 2**63 - 1
 SMALLEST_POSITIVE = math.ulp(0.0)  # the smallest float above 0
@@ -87,7 +88,15 @@ class SamplingParams:
         self.check("stop_token_ids", ids_are_valid, "token ids")
 
     def check(self, name: str, is_valid: bool, allowed: str) -> None:
-        require(is_valid, f"{name} {getattr(self, name)!r}: must be {allowed}")
+        if not is_valid:
+            raise ValueError(f"{name} {shorten(getattr(self, name))}: must be {allowed}")
+
+    def with_seed(self, seed: int | None) -> Self:
+        """A copy with another seed. Nothing is checked again: these may be large, and requests
+        with n choices need n copies."""
+        copied = copy.copy(self)
+        object.__setattr__(copied, "seed", seed)
+        return copied
 
     def may_stop_after(self, num_outputs: int) -> bool:
         """The rule of min_tokens: whether a completion may end with its `num_outputs`-th token."""

@@ -16,12 +16,14 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from minidcp import __version__
+from minidcp.config import require, shorten
 from minidcp.request import SamplingParams
 
 from . import protocol
 from .async_engine import AsyncEngine
 from .errors import ErrorResponse, add_error_handlers
 from .generation import ChatGeneration, CompletionGeneration
+from .json_body import BodyParser
 from .middleware import Gate
 from .tokenization import TokenizerService
 
@@ -35,18 +37,25 @@ ERROR_RESPONSES: OpenApiResponses = {
 def create_app(engine: AsyncEngine) -> FastAPI:
     """The application. Its lifespan starts and closes the engine's thread."""
 
+    body_parser = BodyParser()
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A busy event loop would keep the interpreter for 5 ms at a time (Python's default). The
         # engine's threads need it only briefly, but soon.
         sys.setswitchinterval(1e-4)
+        # Reading a number takes time that grows with the square of its digits. This is the least
+        # limit that Python takes.
+        sys.set_int_max_str_digits(640)
         engine.start()
         yield
         await asyncio.to_thread(engine.close)
+        body_parser.close()
 
     app = FastAPI(
         title="minidcp", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES
     )
+    app.router.route_class = body_parser.make_route_class()
     app.add_middleware(Gate, config=engine.config)
     add_error_handlers(app)
 
@@ -78,6 +87,10 @@ def add_model_routes(app: FastAPI, engine: AsyncEngine) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [describe_model(engine)]}
 
+    @app.get("/v1/models/", include_in_schema=False)
+    async def models_with_slash() -> dict[str, Any]:
+        return await models()
+
     @app.get("/v1/models/{model_name:path}")
     async def model(model_name: str) -> dict[str, Any]:
         check_model(model_name, engine)
@@ -95,6 +108,11 @@ def add_tokenizer_routes(
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> dict[str, str]:
         check_model(body.model, engine)
+        require(
+            len(body.tokens) <= engine.max_model_len,
+            f"tokens: {len(body.tokens)} token ids are more than the {engine.max_model_len} of the "
+            "model's context length; send them in parts",
+        )
         return {"prompt": await tokenizer_service.detokenize(body.tokens)}
 
     @app.get("/tokenizer_info")
@@ -153,7 +171,7 @@ def check_model(requested: str | None, engine: AsyncEngine) -> None:
     """Raises a 404 if a request names another model than the one served here."""
     if requested is not None and requested != engine.model_name:
         raise HTTPException(
-            404, f"model {requested!r} does not exist; this server has {engine.model_name!r}"
+            404, f"model {shorten(requested)} does not exist; this server has {engine.model_name!r}"
         )
 
 

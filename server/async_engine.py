@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minidcp.config import ServeConfig
+from minidcp.config import ServeConfig, require
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import EngineDeadError
 from minidcp.request import OutputDelta, SamplingParams
@@ -99,6 +99,12 @@ class AsyncEngine:
     def check_room(self, num_requests: int) -> None:
         """Raises UnavailableError if these requests must not be queued now, and ValueError if there
         are so many that they never can be."""
+        max_choices = self.config.max_choices_per_request
+        require(
+            num_requests <= max_choices,
+            f"n: {num_requests} completions in one request, prompts times n; "
+            f"at most {max_choices} may be (--max-choices-per-request)",
+        )
         max_queued = self.config.max_num_queued_requests
         max_requests = self._require_engine().config.max_num_seqs + max_queued
         if num_requests > max_requests:

@@ -1,7 +1,6 @@
 """Errors as clients see them: one JSON shape for all, and which exception gets which status. Errors
 inside a stream of events have the same shape; `generation.py` writes those."""
 
-import reprlib
 from functools import partial
 from typing import Any, Self
 
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from minidcp.config import shorten
 from minidcp.engine.executor import EngineDeadError
 
 from .async_engine import UnavailableError
@@ -86,7 +86,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def handle_invalid_body(request: Request, invalid: RequestValidationError) -> JSONResponse:
     """The body does not match its model in `protocol.py`; clients hear of the first mismatch."""
-    error = invalid.errors()[0]
+    error = invalid.errors()[0]  # few, because lists are checked up to their first wrong item
     if error["type"] == "value_error":  # raised by a validator of ours
         return await handle_value_error(request, error["ctx"]["error"])
     if error["type"] == "json_invalid":
@@ -95,10 +95,9 @@ async def handle_invalid_body(request: Request, invalid: RequestValidationError)
     path = [str(part) for part in error["loc"] if part != "body"]
     if not path:
         return error_response(400, str(error["msg"]))
+    field = f"{path[0]} {shorten(error['input'])}"
     if error["type"] == "missing":
         field = ".".join(path)
-    else:
-        field = f"{path[0]} {reprlib.repr(error['input'])}"
     return error_response(400, f"{field}: {error['msg']}", path[0])
 
 

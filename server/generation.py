@@ -7,6 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -15,7 +16,7 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
 from minidcp.engine.executor import EngineDeadError
-from minidcp.request import OutputDelta, TokenLogprobs
+from minidcp.request import FinishReason, OutputDelta, TokenLogprobs
 
 from .async_engine import AsyncEngine, IndexedDelta, UnavailableError
 from .errors import ErrorResponse
@@ -68,7 +69,8 @@ class Generation(ABC):
 
     def generate(self, keep_alive: float = 0) -> AsyncIterator[list[IndexedDelta]]:
         requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
-        return self.engine.generate(requests, keep_alive)
+        batches = self.engine.generate(requests, keep_alive)
+        return drop_tokens(batches) if self.body.only_scores_prompt else batches
 
     async def collect(self) -> dict[str, Any]:
         """The whole answer."""
@@ -172,7 +174,7 @@ class CompletionGeneration(Generation):
         self, index: int, deltas: list[OutputDelta], is_event: bool
     ) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
-        entries = [delta.logprobs for delta in deltas]
+        entries = [delta.logprobs for delta in deltas if delta.token_ids]
         if index not in self.text_offsets:  # the choice begins
             self.text_offsets[index] = 0
             if self.echoed_texts:
@@ -283,9 +285,29 @@ class ChatGeneration(Generation):
         }
 
 
+async def drop_tokens(
+    batches: AsyncIterator[list[IndexedDelta]],
+) -> AsyncIterator[list[IndexedDelta]]:
+    """The deltas without what was generated, for answers that only score the prompt."""
+    async for batch in batches:
+        yield [(index, drop_token(delta)) for index, delta in batch]
+
+
+def drop_token(delta: OutputDelta) -> OutputDelta:
+    reason = delta.finish_reason and FinishReason.LENGTH
+    return replace(delta, text="", token_ids=(), logprobs=None, finish_reason=reason)
+
+
+# Python's line readers, among others, end a line at these. JSON escapes the others like them.
+LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
 def format_event(content: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {to_json(content).decode()}\n\n"
+    data = to_json(content).decode()
+    for line_end, escape in LINE_ENDS.items():
+        data = data.replace(line_end, escape)
+    return f"data: {data}\n\n"
 
 
 async def cancel_on_disconnect(

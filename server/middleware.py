@@ -52,7 +52,7 @@ class Gate:
             if refusal is not None:
                 await refusal(scope, receive, send_with_id)
             else:
-                await self.app(scope, self.limit_body(receive), send_with_id)
+                await self.app(as_get(scope), self.limit_body(receive), send_with_id)
         finally:
             log_access(scope, request_id, status, time.monotonic() - start)
 
@@ -73,10 +73,11 @@ class Gate:
     def has_key(self, headers: Headers) -> bool:
         """Whether a request has the API key, or none is needed."""
         key = self.config.api_key
-        if not key:
+        if key is None:
             return True
-        given = headers.get("authorization", "").removeprefix("Bearer ")
-        return secrets.compare_digest(given.encode("latin-1"), key.encode())
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_right = secrets.compare_digest(given.strip().encode("latin-1"), key.encode())
+        return is_right and scheme.lower() == "bearer"  # RFC 9110: in any case
 
     def limit_body(self, receive: Receive) -> Receive:
         """Wrap `receive` to raise a 413 when the body gets too large. Chunked bodies need this,
@@ -92,6 +93,14 @@ class Gate:
             return message
 
         return receive_limited
+
+
+def as_get(scope: Scope) -> Scope:
+    """A HEAD request as the GET that it asks about. uvicorn, which has the original scope, sends
+    the answer's headers and leaves out its body."""
+    if scope["method"] != "HEAD":
+        return scope
+    return {**scope, "method": "GET"}
 
 
 def log_access(scope: Scope, request_id: str, status: int, seconds: float) -> None:

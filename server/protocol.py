@@ -2,16 +2,23 @@
 optional field takes null. Unknown fields are ignored; known ones that would have no effect are
 refused. Answers are plain dicts (`generation.py`); their schemas are those of OpenAI's client."""
 
-from dataclasses import replace
 from hashlib import sha256
-from typing import Any, ClassVar, Literal, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 from openai import types
 from openai.types import completion_choice
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
-from minidcp.config import require
-from minidcp.llm import as_batch
+from minidcp.config import require, shorten
 from minidcp.request import MAX_SEED, SamplingParams
 
 # Known fields that would have no effect here. They are refused unless their value is neutral.
@@ -40,6 +47,70 @@ UNSUPPORTED_FIELDS = {
 }
 NEUTRAL_VALUES: tuple[Any, ...] = ("", False, [], {}, "none", "auto", {"type": "text"}, None)
 
+# Every token is looked up in these, for as long as a request runs. docs/operations.md says so too.
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1000
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 4096
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 4096
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuses longer lists and objects before their items are looked at."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise ValueError(f"{info.field_name}: has {len(value)} items; at most {limit} may be")
+        return value
+
+    return BeforeValidator(check)
+
+
+# fail_fast: the first wrong item ends the check. An error for each of a million takes gigabytes.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
+def find_prompt_form(prompt: Any) -> str:
+    """Which form a prompt has, by its first item: one form is checked, not all that there are."""
+    if not isinstance(prompt, list):
+        return "text"
+    if prompt and isinstance(prompt[0], list):
+        return "token id lists"
+    if prompt and isinstance(prompt[0], int | float):
+        return "token ids"
+    return "texts"
+
+
+def check_num_prompts(prompt: Any) -> Any:
+    has_several = find_prompt_form(prompt) in ("texts", "token id lists")
+    if has_several and len(prompt) > MAX_PROMPTS:
+        raise ValueError(f"prompt: has {len(prompt)} items; at most {MAX_PROMPTS} may be")
+    return prompt
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("token id lists")],
+    Discriminator(find_prompt_form),
+    BeforeValidator(check_num_prompts),
+]
+Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[
+    Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
+    at_most(MAX_STOPS),
+]
+StopTokenIds = Annotated[
+    Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None,
+    at_most(MAX_STOP_TOKEN_IDS),
+]
+LogitBias = Annotated[
+    Annotated[dict[int, float], Field(max_length=MAX_LOGIT_BIASES)] | None,
+    at_most(MAX_LOGIT_BIASES),
+]
+
 
 class Body(BaseModel, extra="allow"):
     """What every POST takes."""
@@ -50,7 +121,7 @@ class Body(BaseModel, extra="allow"):
     def refuse_unsupported(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED_FIELDS and value not in NEUTRAL_VALUES:
-                raise ValueError(f"{name} {value!r} is not supported; leave it out")
+                raise ValueError(f"{name} {shorten(value)} is not supported; leave it out")
         return self
 
 
@@ -68,6 +139,11 @@ SAMPLING_TYPES = {
 }
 SAMPLING_FIELDS: Any = {
     name: (field_type | None, None) for name, field_type in SAMPLING_TYPES.items()
+}
+SAMPLING_FIELDS |= {
+    "stop": (Stops, None),
+    "stop_token_ids": (StopTokenIds, None),
+    "logit_bias": (LogitBias, None),
 }
 Sampling = create_model("Sampling", __base__=Body, **SAMPLING_FIELDS)
 
@@ -102,9 +178,12 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
 
         params = SamplingParams(max_tokens=self.choose_max_tokens(), **given)
         num_samples = self.n or 1
-        return [
-            replace(params, seed=derive_seed(params.seed, sample)) for sample in range(num_samples)
-        ]
+        return [params.with_seed(derive_seed(params.seed, sample)) for sample in range(num_samples)]
+
+    @property
+    def only_scores_prompt(self) -> bool:
+        """Whether the answer is the prompt, with its log-probabilities, and nothing else."""
+        return False
 
     def choose_max_tokens(self) -> int | None:
         if self.max_completion_tokens is not None:
@@ -130,9 +209,11 @@ def derive_seed(seed: int | None, sample: int) -> int | None:
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+    echo: bool | None = Field(
+        None, description="begin with the prompt; with max_tokens 0, nothing follows it"
+    )
     best_of: int | None = Field(None, description="must equal n")
 
     @model_validator(mode="after")
@@ -144,6 +225,14 @@ class CompletionRequest(GenerationRequest):
         )
         return self
 
+    @property
+    def only_scores_prompt(self) -> bool:
+        return bool(self.echo) and super().choose_max_tokens() == 0
+
+    def choose_max_tokens(self) -> int | None:
+        # The engine cannot run a request without generating a token, which is left out later.
+        return 1 if self.only_scores_prompt else super().choose_max_tokens()
+
     def choose_logprobs(self) -> dict[str, int | None]:
         return {
             "logprobs": self.logprobs,
@@ -152,8 +241,9 @@ class CompletionRequest(GenerationRequest):
 
     def list_prompts(self) -> list[str | list[int]]:
         """The prompt in any of its four shapes, as a list of texts or token id lists."""
-        prompts = as_batch(self.prompt)
-        require(prompts, "prompt: is empty; give at least one")
+        require(self.prompt != [], "prompt: is empty; give at least one")
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        prompts: list[Any] = [self.prompt] if is_single else list(self.prompt)
         return prompts
 
 
@@ -161,7 +251,7 @@ class ChatMessage(BaseModel, extra="allow"):
     """Fields other than these two reach the chat template unchanged."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
     def to_template(self) -> dict[str, Any]:
         """The message as chat templates take it. Raises ValueError if it has other content than
@@ -169,6 +259,8 @@ class ChatMessage(BaseModel, extra="allow"):
         message = dict(self.model_extra or {})
         message["role"] = self.role
         message["content"] = self.content
+        if self.role == "assistant" and self.content is None and not message.get("tool_calls"):
+            message["content"] = ""  # templates would write None, or fail
         if isinstance(self.content, list):
             message["content"] = join_parts(self.content)
         return message
@@ -177,13 +269,17 @@ class ChatMessage(BaseModel, extra="allow"):
 def join_parts(parts: list[dict[str, Any]]) -> str:
     """The text of a message whose content is a list of parts."""
     for part in parts:
-        part_type = part.get("type")
-        require(
-            part_type == "text" and isinstance(part.get("text"), str),
-            f"messages: a content part of type {part_type!r} is not supported; "
-            "only type 'text', with a text",
-        )
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"messages: a content part of type {shorten(part.get('type'))} is not supported; "
+                "only type 'text', with a text"
+            )
     return "\n".join(part["text"] for part in parts)  # as vLLM joins them
+
+
+Messages = Annotated[
+    list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+]
 
 
 class ChatRequest(GenerationRequest):
@@ -191,7 +287,7 @@ class ChatRequest(GenerationRequest):
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[Messages, at_most(MAX_MESSAGES)]
     add_generation_prompt: bool | None = Field(
         None, description="default: true, the model is to answer"
     )
@@ -209,7 +305,7 @@ class TokenizeRequest(Body):
     """Body of POST /tokenize: a prompt, or messages for the chat template."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[Messages | None, at_most(MAX_MESSAGES)] = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = Field(
         None, description="default: true for a prompt, false for messages"
@@ -235,7 +331,7 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
-    tokens: list[int]
+    tokens: TokenIds = Field(description="at most max_model_len")
 
 
 class Logprobs(completion_choice.Logprobs):

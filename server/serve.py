@@ -13,13 +13,14 @@ from types import FrameType
 
 import uvicorn
 
-from minidcp.config import EngineConfig, ServeConfig
+from minidcp.config import EngineConfig, ServeConfig, check_api_key
 from minidcp.console import exit_at_once
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import is_driver
 
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
+from .http_protocol import HttpProtocol
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -30,7 +31,7 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
     on, and KeyboardInterrupt after Ctrl-C."""
     if not is_driver():
         LLMEngine(config)  # this process is a rank: the constructor does not return
-    options = replace(options, api_key=options.api_key or os.environ.get("MINIDCP_API_KEY"))
+    options = replace(options, api_key=choose_api_key(options))
     model_name = options.served_model_name or config.model
 
     with listen(options.host, options.port) as listening:
@@ -41,7 +42,7 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
         def load(listener: StepListener) -> LLMEngine:
             llm_engine = LLMEngine(config, listener=listener)
             ranks = f"tp {config.tp_size}, dcp {config.dcp_size}"
-            command = write_curl(reachable, model_name, needs_key=bool(options.api_key))
+            command = write_curl(reachable, model_name, needs_key=options.api_key is not None)
             print(f"Serving {model_name} on {address} ({ranks}). Try:\n\n{command}\n", flush=True)
             return llm_engine
 
@@ -61,6 +62,15 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
     return 0
 
 
+def choose_api_key(options: ServeConfig) -> str | None:
+    """The key that clients must send; None if they need none."""
+    if options.api_key is not None:
+        return options.api_key
+    key = os.environ.get("MINIDCP_API_KEY")
+    check_api_key(key, "MINIDCP_API_KEY")
+    return key
+
+
 class Server(uvicorn.Server):
     """Takes no new connections once it is told to stop or the engine has ended. Requests that run
     then have --shutdown-timeout seconds to finish."""
@@ -70,6 +80,7 @@ class Server(uvicorn.Server):
         graceful_seconds = int(min(engine.config.shutdown_timeout, 1e6)) + 5
         config = uvicorn.Config(
             create_app(engine),
+            http=HttpProtocol,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=graceful_seconds,

@@ -138,7 +138,7 @@ def test_more_than_may_wait_get_503_with_retry_after(api: Api) -> None:
     check_error(
         api.post(api.body([[5]] * 6)), 400, "n: 6 completions in one request; at most 5", "n"
     )
-    check_error(api.post(api.body([[5]] * 200_000, n=128)), 400, "n: 25600000 completions", "n")
+    check_error(api.post(api.body([[5]] * 4000, n=128)), 400, "n: 512000 completions", "n")
     with ThreadPoolExecutor(2) as threads:
         others = [
             threads.submit(api.complete, [[5, n], [6, n], [7, n]][: 3 - n], max_tokens=100)

@@ -202,14 +202,6 @@ class LLMEngine:
     def validate(self, tokens: list[int], params: SamplingParams) -> None:
         """Raises ValueError, naming the field, if the model cannot run these tokens like this."""
         require(len(tokens) > 0, "prompt: is empty; give at least one token")
-        vocab_size = self.model_config.vocab_size
-        for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompt: token id {token!r} is out of range; "
-                    f"the vocabulary has {vocab_size} tokens"
-                )
-
         length = len(tokens)
         max_tokens = params.max_tokens or 1
         self.require_fit(
@@ -217,6 +209,14 @@ class LLMEngine:
             f"you requested {length + max_tokens} tokens ({length} in the prompt, max_tokens "
             f"{max_tokens}). Shorten the prompt or lower max_tokens.",
         )
+
+        vocab_size = self.model_config.vocab_size
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt: token id {token!r} is out of range; "
+                    f"the vocabulary has {vocab_size} tokens"
+                )
 
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name) or 0
