@@ -2,6 +2,7 @@
 machine and without a checkpoint is raised here, as a ValueError that names its flag. What "auto"
 means is decided in `resolve.py`. Next: `model_config.py`."""
 
+import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
@@ -168,6 +169,12 @@ class EngineConfig(Options):
         None, "tokens per step; longer prompts are computed in chunks", least=1
     )
     mixed_steps: bool = option(True, "let one step hold decode rows and prompt chunks")
+    engine_timeout: float = option(
+        120.0,
+        "seconds that a step may take; then a rank counts as stuck: the server's /health answers "
+        "503, and LLM.generate raises EngineDeadError",
+        least=1,
+    )
 
     load_format: str = choice(
         "dummy: random weights, to measure with a config.json alone", "auto", "dummy"
@@ -177,6 +184,9 @@ class EngineConfig(Options):
         super().__post_init__()
         share = self.gpu_memory_utilization
         require(0 < share <= 1, f"--gpu-memory-utilization {share}: must be in (0, 1]")
+
+        timeout = self.engine_timeout
+        require(timeout < math.inf, f"--engine-timeout {timeout}: must be finite, such as 86400")
 
         batched_tokens = self.max_num_batched_tokens
         require(
@@ -211,9 +221,6 @@ class ServeConfig(Options):
     max_body_bytes: int = option(16 << 20, "largest body of a request, in bytes", least=1)
     shutdown_timeout: float = option(
         30.0, "seconds that requests have to end after SIGTERM; then they are aborted", least=0
-    )
-    engine_timeout: float = option(
-        120.0, "seconds without progress after which /health answers 503", least=1
     )
     sse_keep_alive_interval: float = option(
         0.0, "seconds between comments in a silent stream; 0: no comments", least=0
