@@ -79,15 +79,18 @@ class LLM(AbstractContextManager["LLM"]):
 def show_progress(call: Call) -> BaseException | None:
     """Wait for a call and show a progress bar. Returns the call's outcome."""
     with tqdm(total=len(call.prompts), desc="Requests", unit="req") as bar:
-        while True:
+        error = None
+        is_running = True
+        while is_running:
             try:
-                return call.outcome.get(timeout=BAR_SECONDS)
+                error = call.outcome.get(timeout=BAR_SECONDS)
+                is_running = False
             except queue.Empty:
                 pass
-            finally:
-                seconds = bar.format_dict["elapsed"] or 1
-                bar.set_postfix_str(f"{call.num_tokens / seconds:.1f} tok/s", refresh=False)
-                bar.update(call.num_finished - bar.n)
+            seconds = bar.format_dict["elapsed"] or 1
+            bar.set_postfix_str(f"{call.num_tokens / seconds:.1f} tok/s", refresh=False)
+            bar.update(call.num_finished - bar.n)
+    return error
 
 
 def as_batch(prompts: str | Sequence[Any]) -> list[str | list[int]]:

@@ -105,7 +105,8 @@ class Executor:
         own_end, rank_end = Pipe()
 
         def run() -> None:
-            with rank_end:
+            # `end_threads` may raise SystemExit here.
+            with rank_end, contextlib.suppress(SystemExit):
                 ok = serve_rank(rank, rank_end, state, own_process=False)
                 if not ok:
                     self.abort_barriers()
