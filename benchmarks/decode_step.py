@@ -22,7 +22,7 @@ from emulation import emulate_state
 from timing import BANDWIDTH, FLOPS, time_calls, time_graph
 from torch import Tensor
 
-from minidcp.batch import Admission, CacheRows, StepPlan
+from minidcp.batch import Admission, CacheQueries, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.model_config import ModelConfig
@@ -64,7 +64,7 @@ class Step:
         runner.tables.update(self.plan)
         rows = runner.build_batch(self.plan).decode
         assert rows is not None
-        self.rows: CacheRows = rows
+        self.rows: CacheQueries = rows
 
     def make_plan(self) -> StepPlan:
         num_blocks = self.runner.interleave.num_blocks(self.context + 1)

@@ -30,7 +30,7 @@ from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.meeting import MAX_PROGRAMS, Meeting
 from minidcp.kernels.peer import merge_peers
 from minidcp.kv_cache.interleave import Interleave
-from minidcp.model_config import ModelConfig, RopeConfig
+from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek_v2 import MLAAttention
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES, PeerToPeer, make_exchange
@@ -38,6 +38,7 @@ from minidcp.parallel.group import Group
 from minidcp.parallel.state import ParallelState, build_thread_states
 from minidcp.parallel.symmetric import SymmetricGroup
 from minidcp.resolve import Machine, resolve
+from minidcp.rope_config import RopeConfig
 
 HEADS = 128
 LATENT_DIM = 512

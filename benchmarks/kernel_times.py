@@ -16,7 +16,7 @@ import torch
 from timing import BANDWIDTH, FLOPS, normal, time_each
 
 from minidcp.attention.fa3 import FA3Backend
-from minidcp.batch import CacheRows
+from minidcp.batch import CacheQueries
 from minidcp.kernels.fa3 import load_operators
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
@@ -121,7 +121,7 @@ def compare_decode(tokens: int, context: int) -> None:
     except (ImportError, OSError) as error:
         line += f"   (no FA3: {error})"
     else:
-        rows = CacheRows(table, lens, narrow=False)
+        rows = CacheQueries(table, lens, narrow=False)
         fa3.prepare(rows)
         fa3_seconds = time_each([partial(fa3.decode, q, q_pe, kv, rows)] * 8)
         ratio = triton_seconds / fa3_seconds

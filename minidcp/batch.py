@@ -4,6 +4,7 @@ different tokens. Next: `parallel/group.py`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,14 @@ from minidcp.request import SamplingParams, TokenLogprobs
 
 Array = NDArray[np.int64]
 
-# Attention over a part of the context: outputs [T, H, D], and their log-sum-exps [T, H].
-Partial = tuple[Tensor, Tensor]
+# Three words that are easy to mix up. A row is what one request computes in a step. A slot, or
+# request slot, is the number of a running request. A cache row is where a token lies in a rank's
+# cache.
 
-# Tells whether a batch of that many rows is exchanged narrow; see `parallel/exchange.py`.
+# Attention over some tokens: outputs [T, H, D], and the log-sum-exps of their scores [T, H].
+OutAndLse = tuple[Tensor, Tensor]
+
+# Tells whether that many queries are exchanged narrow; see `parallel/exchange.py`.
 ExchangesNarrow = Callable[[int], bool]
 
 # How many prompt tokens of one step can have their log-probabilities taken: logits are large.
@@ -41,14 +46,25 @@ class Admission:
     history: tuple[int, ...] = ()  # prompt and output so far, if penalties count them
 
 
+class ScoredToken(NamedTuple):
+    """A prompt token whose log-probability is wanted, given the tokens before it.
+
+    It takes the logits of the token `tokens_before_last` places before the last one of row `row`.
+    """
+
+    row: int
+    tokens_before_last: int
+    next_token: int  # the token that is scored
+
+
 @dataclass
 class StepPlan:
-    """One step in integers. It is all that crosses from the driver to the ranks.
+    """One step in integers. For a step, nothing else crosses from the driver to the ranks.
 
     Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i].
     Rows [0, num_decode) decode one token each, the rows after them prefill a chunk. The token of a
-    decode row is the one that was sampled last for its slot. Only the workers may know it yet. The
-    tokens of the prefill rows are in `tokens`, one row after the other.
+    decode row is the one that was sampled last for its slot. Perhaps only the workers know it so
+    far. The tokens of the prefill rows are in `tokens`, one row after the other.
     """
 
     num_decode: int = 0
@@ -58,10 +74,8 @@ class StepPlan:
     tokens: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
     admitted: list[Admission] = field(default_factory=list)
-    sampling: list[int] = field(default_factory=list)  # rows whose last token gets a successor
-    # Prompt tokens whose log-probabilities are wanted: (row, k, the known next token) stands for
-    # the logits of the token that comes k places before the row's last.
-    scored: list[tuple[int, int, int]] = field(default_factory=list)
+    sampling: list[int] = field(default_factory=list)  # rows after whose last token one is sampled
+    scored: list[ScoredToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,9 @@ class BlockTables:
         slot, index, block = np.array(plan.new_blocks, dtype=np.int64).T
         self.table[slot, index] = block
 
-    def map_slots(self, slots: Array, positions: Array, layout: Interleave, rank: int) -> Array:
+    def find_cache_rows(
+        self, slots: Array, positions: Array, layout: Interleave, rank: int
+    ) -> Array:
         """Cache rows of rank `rank` for these positions of the requests in `slots`.
 
         The result is -1 where another rank stores the token.
@@ -101,7 +117,7 @@ class BlockTables:
 
 @dataclass(frozen=True)
 class Varlen:
-    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and so for k."""
+    """Packed sequences: sequence i is q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]], and likewise k."""
 
     cu_seqlens_q: Tensor  # [B + 1] int32
     cu_seqlens_k: Tensor  # [B + 1] int32
@@ -116,7 +132,7 @@ class Varlen:
 
 
 @dataclass
-class CacheRows:
+class CacheQueries:
     """B absorbed queries over this rank's shard of the cache.
 
     Query i sees the first local_lens[i] tokens in the blocks block_table[i].
@@ -126,7 +142,7 @@ class CacheRows:
     local_lens: Tensor  # [B] int32
     narrow: bool  # how the queries and their results cross to other ranks
     tokens: slice | None = None  # which tokens of the prefill rows these are; None: decode rows
-    prepared: object = None  # what the attention back-end's `prepare` made for these rows
+    prepared: object = None  # what the attention back-end's `prepare` made for these
 
 
 @dataclass(frozen=True)
@@ -153,14 +169,14 @@ class ForwardBatch:
     num_decode: int
     prefill_tokens: Tensor  # [T - num_decode]
     positions: Tensor  # [T]
-    slot_mapping: Tensor  # [T] this rank's cache row, -1 where another rank stores the token
+    slot_mapping: Tensor  # [T] this rank's cache row (vLLM's name), -1 where another rank stores it
     decode_slots: Tensor  # [num_decode] the request slots of the decode rows
-    # [S + K] tokens whose logits are needed: S get a successor, K have one and are scored.
+    # [S + K] tokens whose logits are needed: after S of them a token is sampled, K are for scoring.
     sample_index: Tensor | slice
     sample_slots: Tensor  # [S] the request slots that get a token
-    decode: CacheRows | None = None
+    decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
-    context: Sequence[CacheRows | ContextPiece] = ()  # what the new tokens find in the cache
+    context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
 
     @classmethod
     def build(
@@ -171,7 +187,7 @@ class ForwardBatch:
         rank: int,
         exchanges_narrow: ExchangesNarrow,
         device: torch.device,
-        context: Sequence[CacheRows | ContextPiece] = (),
+        context: Sequence[CacheQueries | ContextPiece] = (),
     ) -> "ForwardBatch":
         """The batch of DCP rank `rank`. `context` comes from `attention/context.py`."""
         num_decode = plan.num_decode
@@ -183,7 +199,9 @@ class ForwardBatch:
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
-            "slot_mapping": tables.map_slots(np.repeat(slots, lengths), positions, layout, rank),
+            "slot_mapping": tables.find_cache_rows(
+                np.repeat(slots, lengths), positions, layout, rank
+            ),
             "decode_slots": slots[:num_decode],
             "sample_index": find_wanted_tokens(plan, np.cumsum(lengths)),
             "sample_slots": np.array([plan.slots[row] for row in plan.sampling], dtype=np.int64),
@@ -201,7 +219,7 @@ class ForwardBatch:
         decode = None
         if num_decode > 0:
             narrow = exchanges_narrow(num_decode)
-            decode = CacheRows(tensors["block_table"], tensors["local_lens"], narrow)
+            decode = CacheQueries(tensors["block_table"], tensors["local_lens"], narrow)
         prefill = None
         if len(chunk_lens) > 0:
             prefill = Varlen.among_themselves(tensors["cu_seqlens"], chunk_lens.tolist())
@@ -220,7 +238,7 @@ class ForwardBatch:
 
 
 def find_wanted_tokens(plan: StepPlan, row_ends: Array) -> Array:
-    """Which tokens of the step have their logits taken: [S + K], first those with a successor.
+    """Which tokens of the step have their logits taken: [S + K], those for sampling first.
 
     row_ends[i] is the number of the token after row i's last one.
     """

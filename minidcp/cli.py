@@ -34,6 +34,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
             kwargs["choices"] = field.metadata["choices"]
 
         help_text = field.metadata["help"]
+        if field.default is not None:
+            help_text += " (default: %(default)s)"
         parser.add_argument(
             *names, dest=field.name, default=field.default, help=help_text, **kwargs
         )

@@ -89,14 +89,16 @@ class EngineConfig(Options):
         least=1,
     )
     ranks: str = choice(
-        "what ranks are; auto: processes, or a thread where there is one rank on a CPU",
+        "what ranks are; auto: torchrun's processes under torchrun, a thread for one rank on a "
+        "CPU, else processes",
         "auto",
         "threads",
         "processes",
         "torchrun",
     )
     comm: str = choice(
-        "collectives; symmetric needs GPUs of one node, gloo is for CPUs",
+        "collectives; auto: gloo on CPUs, symmetric (memory) on GPUs of one node that can read "
+        "each other's memory, else nccl",
         "auto",
         "symmetric",
         "nccl",
@@ -117,7 +119,7 @@ class EngineConfig(Options):
         "narrow",
     )
     narrow_threshold: int = option(
-        16, "number of rows from which --exchange-policy auto is narrow", least=1
+        16, "requests in a decode step from which --exchange-policy auto is narrow", least=1
     )
     q_proj: str = choice(
         "replicated: every rank computes q for all heads of its DCP group and gathers none",
@@ -126,7 +128,7 @@ class EngineConfig(Options):
     )
 
     # Where and how to compute.
-    device: str = choice("where to run", "auto", "cpu", "cuda")
+    device: str = choice("where to run; auto: cuda if there is a GPU", "auto", "cpu", "cuda")
     dtype: str = choice(
         "auto is bfloat16 on GPUs and float32 on CPUs", "auto", "float32", "bfloat16"
     )
@@ -148,11 +150,14 @@ class EngineConfig(Options):
     # The KV cache. FA3 lets NaN leak from the unused slots of blocks larger than 32.
     block_size: int = option(16, "tokens per block and rank", choices=(1, 2, 4, 8, 16, 32))
     num_blocks: int | None = option(
-        None, "KV cache blocks; default: as many as fit", "--num-gpu-blocks-override", least=1
+        None,
+        "KV cache blocks; default: as many as fit (on a CPU: into 2 GiB)",
+        "--num-gpu-blocks-override",
+        least=1,
     )
     prefix_cache: bool = option(True, "reuse the KV cache of prompts that begin alike")
     gpu_memory_utilization: float = option(
-        0.9, "share of the GPU's memory to use", "--mem-fraction-static"
+        0.9, "share of each GPU's memory to use", "--mem-fraction-static"
     )
 
     # The scheduler.
@@ -166,7 +171,9 @@ class EngineConfig(Options):
         256, "requests that run at the same time", "--max-running-requests", least=1
     )
     max_num_batched_tokens: int | None = option(
-        None, "tokens per step; longer prompts are computed in chunks", least=1
+        None,
+        "tokens per step; longer prompts are computed in chunks; default: 8192, on CPUs 2048",
+        least=1,
     )
     mixed_steps: bool = option(True, "let one step hold decode rows and prompt chunks")
     engine_timeout: float = option(
@@ -177,7 +184,9 @@ class EngineConfig(Options):
     )
 
     load_format: str = choice(
-        "dummy: random weights, to measure with a config.json alone", "auto", "dummy"
+        "auto: safetensors; dummy: random weights, to measure with a config.json alone",
+        "auto",
+        "dummy",
     )
 
     def __post_init__(self) -> None:
@@ -220,7 +229,9 @@ class ServeConfig(Options):
     )
     max_body_bytes: int = option(16 << 20, "largest body of a request, in bytes", least=1)
     shutdown_timeout: float = option(
-        30.0, "seconds that requests have to end after SIGTERM; then they are aborted", least=0
+        30.0,
+        "seconds that requests have to end after SIGTERM or Ctrl-C; then they are aborted",
+        least=0,
     )
     sse_keep_alive_interval: float = option(
         0.0, "seconds between comments in a silent stream; 0: no comments", least=0

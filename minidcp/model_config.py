@@ -1,51 +1,42 @@
-"""The shape of the checkpoint's model: config.json of a DeepSeek-V2 model, checked.
-Next: `request.py`."""
+"""The shape of the checkpoint's model: config.json of a DeepSeek-V2 model, checked. Its rotary part
+is in `rope_config.py`. Next: `request.py`."""
 
 import json
-import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+import os
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minidcp.config import require
+from minidcp.rope_config import RopeConfig, is_int, is_number, read_rope
 
 # Options of config.json that change what a model computes, and the values supported here. The first
 # is the default.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "scoring_func": ("softmax", None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
     "topk_method": ("greedy", "group_limited_greedy", None),
+    # Weights in formats that are not read here. The second is compressed-tensors' older name.
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    # What relatives of the model have. Here attention is MLA, rotated values lie in pairs, and
+    # every layer attends to the whole context.
+    "use_mla": (True, None),
+    "rope_interleave": (True, None),
+    "partial_rotary_factor": (1, None),  # the share of the rope dims that are rotated
+    "sliding_window": (None,),
+    "index_topk": (None,),
+    "llama_4_scaling": (None,),
 }
 
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. Factor 1.0 is plain RoPE, anything above is YaRN (arXiv:2309.00071)."""
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def attention_mscale(self) -> float:
-        """The softmax scale is multiplied by the square of this: m(factor, mscale_all_dim).
-
-        m(f, s) = 0.1 s ln f + 1, as in DeepSeek-V2's modeling code.
-        """
-        return 1.0 + 0.1 * self.mscale_all_dim * math.log(max(self.factor, 1.0))
-
-    def rotation_mscale(self) -> float:
-        """Cos and sin are multiplied by this: m(factor, mscale) / m(factor, mscale_all_dim).
-
-        It is 1.0 for the checkpoints on the hub.
-        """
-        mscale = 1.0 + 0.1 * self.mscale * math.log(max(self.factor, 1.0))
-        return mscale / self.attention_mscale()
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,16 @@ class ModelConfig:
         for a value that this engine does not support.
         """
         file = Path(path) / "config.json"
-        hf = read_object(file)
+        config = cls.from_dict(read_object(file), str(file))
 
         generation_file = Path(path) / "generation_config.json"
-        if generation_file.exists():
-            # Hugging Face's generate() takes the end-of-sequence tokens from here.
-            generation = read_object(generation_file)
-            if "eos_token_id" in generation:
-                hf["eos_token_id"] = generation["eos_token_id"]
-        return cls.from_dict(hf, str(file))
+        if not os.path.lexists(generation_file):
+            return config
+        generation = read_object(generation_file)
+        if "eos_token_id" not in generation:
+            return config
+        # Hugging Face's generate() takes the end-of-sequence tokens from here.
+        return replace(config, eos_token_ids=read_eos_token_ids(generation, str(generation_file)))
 
     @classmethod
     def from_dict(cls, hf: dict[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -134,6 +126,8 @@ class ModelConfig:
                 f"{source}: {name} {value!r} is not supported; supported: {listed}",
             )
 
+        check_layer_types(hf, source)
+
         values = {}
         for f in fields(cls):
             if f.name not in ("rope", "eos_token_ids"):  # which are read below
@@ -142,8 +136,8 @@ class ModelConfig:
             values["n_group"] = 1
             values["topk_group"] = 1
 
-        rope = read_rope(hf, source)
-        config = cls(**values, rope=rope, eos_token_ids=read_eos_token_ids(hf))
+        rope = read_rope(hf, values["max_position_embeddings"], source)
+        config = cls(**values, rope=rope, eos_token_ids=read_eos_token_ids(hf, source))
         config.check(source)
         return config
 
@@ -181,12 +175,16 @@ def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
         require(f.default is not MISSING, f"{source}: {f.name} is missing")
         return f.default
 
+    if isinstance(f.default, bool):
+        require(isinstance(value, bool), f"{source}: {f.name} is {value!r}; expected true or false")
+        return value
+
     # The type is the default's; a field without a default, or None as default, is an int.
-    kind = type(f.default) if isinstance(f.default, bool | float) else int
+    kind = float if isinstance(f.default, float) else int
     # Counts and widths are positive, except where a default of 0 means that the model has none.
     minimum = 1 if kind is int and f.default != 0 else 0
 
-    has_kind = isinstance(value, int) or (kind is float and isinstance(value, float))
+    has_kind = is_int(value) or (kind is float and is_number(value))
     require(
         has_kind and value >= minimum,
         f"{source}: {f.name} is {value!r}; expected a {kind.__name__} of at least {minimum}",
@@ -194,58 +192,70 @@ def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
     return kind(value)
 
 
-def read_eos_token_ids(hf: dict[str, Any]) -> tuple[int, ...]:
+def check_layer_types(hf: dict[str, Any], source: str) -> None:
+    """Raise ValueError if a layer's attention is of another type."""
+    layer_types = hf.get("layer_types")
+    if layer_types is None:
+        return
+    all_full = isinstance(layer_types, list) and all(t == "full_attention" for t in layer_types)
+    require(
+        all_full,
+        f"{source}: layer_types {layer_types!r} is not supported; supported: 'full_attention' for "
+        "every layer",
+    )
+
+
+def read_eos_token_ids(hf: dict[str, Any], source: str) -> tuple[int, ...]:
     """The end-of-sequence tokens: config.json has one, a list, or none."""
     eos = hf.get("eos_token_id")
     if eos is None:
         return ()
-    if isinstance(eos, list):
-        return tuple(eos)
-    return (eos,)
+    token_ids = eos if isinstance(eos, list) else [eos]
+    require(
+        all(is_int(token) for token in token_ids),
+        f"{source}: eos_token_id is {eos!r}; expected a token id, or a list of them",
+    )
+    return tuple(token_ids)
+
+
+def read_text(file: Path) -> str:
+    """A text file of the checkpoint."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise ValueError(f"{file}: links to a file that is not there") from None
+        raise ValueError(
+            f"{file}: no such file; a checkpoint directory has a {file.name}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not valid UTF-8 ({error})") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file of the checkpoint."""
-    require(file.exists(), f"{file}: no such file; a checkpoint directory has a {file.name}")
     try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     require(isinstance(content, dict), f"{file}: must hold a JSON object")
     return dict(content)
 
 
-def read_rope(hf: dict[str, Any], source: str) -> RopeConfig:
-    """The rotary parameters of either dialect. An unknown type of scaling is refused by name."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    require(isinstance(rope, dict), f"{source}: rope scaling is {rope!r}; expected an object")
+def has_tokenizer(path: Path) -> bool:
+    """Whether the checkpoint at `path` has a tokenizer.
 
-    def read_number(name: str, default: float) -> float:
-        value = rope.get(name)
-        if value is None:
-            value = default
-        is_number = isinstance(value, int | float)
-        require(is_number, f"{source}: rope {name} is {value!r}; expected a number")
-        return float(value)
-
-    theta = read_number("rope_theta", hf.get("rope_theta") or RopeConfig.theta)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    require(
-        rope_type in ("default", "yarn"),
-        f"{source}: rope type {rope_type!r} is not supported; supported: yarn, default",
-    )
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-
-    require(rope.get("factor") is not None, f"{source}: rope scaling of type yarn needs a factor")
-    model_positions = hf.get("max_position_embeddings") or RopeConfig.original_max_position
-    original = read_number("original_max_position_embeddings", model_positions)
-    return RopeConfig(
-        theta=theta,
-        factor=read_number("factor", RopeConfig.factor),
-        original_max_position=int(original),
-        beta_fast=read_number("beta_fast", RopeConfig.beta_fast),
-        beta_slow=read_number("beta_slow", RopeConfig.beta_slow),
-        mscale=read_number("mscale", RopeConfig.mscale),
-        mscale_all_dim=read_number("mscale_all_dim", RopeConfig.mscale_all_dim),
-    )
+    Raises ValueError if one of its files is damaged or cannot be read. transformers would go on
+    without some of them.
+    """
+    for name in TOKENIZER_FILES:
+        file = path / name
+        if not os.path.lexists(file):
+            continue
+        if file.suffix == ".json":
+            read_object(file)
+        else:
+            read_text(file)
+    return any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))

@@ -21,7 +21,11 @@ Report = Callable[[int, str], None]  # a logging level, and what was chosen and 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A configuration in which no field is None or "auto". Fields are named as the flags are."""
+    """A configuration in which no field is None or "auto". Fields are named as the flags are.
+
+    The exchanges p2p, a2a and ag_rs, and what wide and narrow are, is in `parallel/exchange.py`.
+    The prefill strategies are in `attention/context.py`.
+    """
 
     model: str  # a local directory
 
@@ -30,7 +34,7 @@ class ResolvedConfig:
     ranks: str  # threads, processes or torchrun
     comm: str  # symmetric, nccl or gloo
     dcp_comm_backend: str  # p2p, a2a or ag_rs; "none" where dcp_size is 1
-    exchange_policy: str  # wide, narrow, or "by_batch": narrow from narrow_threshold rows on
+    exchange_policy: str  # wide, narrow, or "by_batch": narrow from narrow_threshold queries on
     narrow_threshold: int
     q_proj: str  # sharded or replicated
 
@@ -50,10 +54,14 @@ class ResolvedConfig:
     engine_timeout: float  # in seconds
     load_format: str  # safetensors, or dummy: random weights
 
-    def exchanges_narrow(self, num_rows: int) -> bool:
-        """Whether a batch with that many rows is exchanged narrow; see `parallel/exchange.py`."""
+    def exchanges_narrow(self, num_queries: int) -> bool:
+        """Whether so many queries are exchanged narrow; see `parallel/exchange.py`.
+
+        They are the decode rows of a step, padding included where a CUDA graph has any, or the new
+        tokens of prompts that gather their q.
+        """
         if self.exchange_policy == "by_batch":
-            return num_rows >= self.narrow_threshold
+            return num_queries >= self.narrow_threshold
         return self.exchange_policy == "narrow"
 
     @property
@@ -77,10 +85,6 @@ class Machine:
     fa3_error: str = ""  # why FlashAttention-3 cannot be loaded
     torchrun_world_size: int = 0  # 0 where torchrun did not start this process
     torchrun_local_size: int = 0  # how many of its processes are on this node
-
-    @property
-    def is_under_torchrun(self) -> bool:
-        return self.torchrun_world_size > 0
 
 
 def under_torchrun() -> bool:
@@ -109,7 +113,7 @@ def detect_machine(config: EngineConfig) -> Machine:
     return Machine(
         num_gpus=num_gpus,
         capability=capability,
-        has_peer_access=all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
+        has_peer_access=all(torch.cuda.can_device_access_peer(gpu, peer) for gpu, peer in pairs),
         fa3_error=fa3_error,
         torchrun_world_size=world_size,
         torchrun_local_size=local_size,
@@ -137,7 +141,7 @@ def resolve(
         dcp_size=config.dcp_size,
         ranks=ranks,
         comm=comm,
-        dcp_comm_backend=choose_exchange(config, comm),
+        dcp_comm_backend=choose_dcp_comm_backend(config, comm),
         exchange_policy=choose_exchange_policy(config),
         narrow_threshold=config.narrow_threshold,
         q_proj=config.q_proj if config.dcp_size > 1 else "sharded",
@@ -212,8 +216,8 @@ def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None
 def choose_ranks(config: EngineConfig, machine: Machine, device: str) -> str:
     """What ranks are: torchrun's processes if there are any, else our own, or threads."""
     ranks = config.ranks
-    if machine.is_under_torchrun:
-        world_size = machine.torchrun_world_size
+    world_size = machine.torchrun_world_size
+    if world_size > 0:
         require(
             world_size == config.tp_size,
             f"--tp-size {config.tp_size}: torchrun started {world_size} processes",
@@ -245,7 +249,8 @@ def choose_comm(config: EngineConfig, machine: Machine, device: str, report: Rep
     if config.tp_size == 1:
         return "nccl" if comm == "auto" else comm
 
-    is_one_node = not machine.is_under_torchrun or machine.torchrun_local_size == config.tp_size
+    is_under_torchrun = machine.torchrun_world_size > 0
+    is_one_node = not is_under_torchrun or machine.torchrun_local_size == config.tp_size
     obstacle = ""
     if not machine.has_peer_access:
         obstacle = "the GPUs are not peers"
@@ -268,7 +273,7 @@ def choose_comm(config: EngineConfig, machine: Machine, device: str, report: Rep
     return comm
 
 
-def choose_exchange(config: EngineConfig, comm: str) -> str:
+def choose_dcp_comm_backend(config: EngineConfig, comm: str) -> str:
     """p2p where ranks can read each other's memory, else a2a."""
     if config.dcp_size == 1:
         return "none"
@@ -286,10 +291,10 @@ def choose_exchange(config: EngineConfig, comm: str) -> str:
 def choose_exchange_policy(config: EngineConfig) -> str:
     """Narrow from --narrow-threshold rows on, if batches get that large.
 
-    Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group. From a batch
-    of about 16 on that is the better trade (`docs/benchmarks.md`). Where decode batches never get
-    that large, W_UK and W_UV of the group's heads are not held either, so that prompts that gather
-    their q go wide, too.
+    Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group. From 16
+    queries on, the default threshold, that is the better trade (`docs/benchmarks.md`). If
+    --max-num-seqs is below the threshold, decode never goes narrow. Then W_UK and W_UV of the
+    group's heads are not loaded, to save memory, so prompts that gather q go wide as well.
     """
     if config.dcp_size == 1:
         return "wide"
@@ -316,22 +321,12 @@ def choose_attention(
     dtype: str,
     report: Report,
 ) -> str:
-    """FlashAttention-3 where it can run, else our Triton kernels, else plain torch."""
+    """The back-end that was asked for, if it can run the model here."""
     backend = config.attention_backend
-    if backend == "reference":
-        return "reference"
     if backend == "auto":
-        if device == "cpu":
-            return "reference"
-        if dtype != "bfloat16":
-            reason = "FlashAttention-3 and Triton need --dtype bfloat16"
-            report(logging.WARNING, f"attention: reference, because {reason}")
-            return "reference"
-        obstacle = find_fa3_obstacle(model, machine)
-        if not obstacle:
-            return "fa3"
-        report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
-        backend = "triton"
+        return choose_fastest_attention(model, machine, device, dtype, report)
+    if backend == "reference":
+        return backend
 
     asked = f"--attention-backend {backend}"
     require(device == "cuda", f"{asked}: needs a CUDA device; use reference")
@@ -342,6 +337,28 @@ def choose_attention(
     else:
         check_triton(model)
     return backend
+
+
+def choose_fastest_attention(
+    model: ModelConfig, machine: Machine, device: str, dtype: str, report: Report
+) -> str:
+    """FlashAttention-3 where it can run, else our Triton kernels; plain torch on CPUs.
+
+    On a GPU plain torch is so slow that it must be asked for: it raises ValueError where neither
+    of the others can run the model, unless --dtype float32 leaves no choice.
+    """
+    if device == "cpu":
+        return "reference"
+    if dtype != "bfloat16":
+        reason = "FlashAttention-3 and Triton need --dtype bfloat16"
+        report(logging.WARNING, f"attention: reference, because {reason}")
+        return "reference"
+    obstacle = find_fa3_obstacle(model, machine)
+    if not obstacle:
+        return "fa3"
+    report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
+    check_triton(model)
+    return "triton"
 
 
 def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server, imported as `minidcp_server`. Start reading at `app.py`."""
+"""The OpenAI-compatible server, imported as `minidcp_server`. Start reading at `protocol.py`."""

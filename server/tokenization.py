@@ -2,22 +2,15 @@
 the one thread that `AsyncEngine.start` sets up for it."""
 
 import asyncio
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minidcp.config import require
 
 from .async_engine import AsyncEngine
+from .chat_template import render_chat
 from .protocol import ChatRequest, TokenizeRequest, TokenizeResponse
-
-# Byte-level vocabularies write every byte of a token as a printable character.
-BYTE_OF_CHARACTER = {
-    character: byte
-    for byte, character in bytes_to_unicode().items()  # type: ignore[no-untyped-call]
-}
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+from .spelling import spell_bytes, spell_token
 
 
 class TokenizerService:
@@ -37,7 +30,7 @@ class TokenizerService:
     async def encode_prompt(
         self, prompt: str | list[int], add_special_tokens: bool | None
     ) -> list[int]:
-        """A prompt's token ids. Text gets the special tokens that the tokenizer adds (BOS), unless
+        """A prompt's token ids. Text gets the special tokens that the checkpoint adds (BOS), unless
         `add_special_tokens` is False."""
         if isinstance(prompt, list):
             return prompt
@@ -45,8 +38,8 @@ class TokenizerService:
         return await asyncio.to_thread(self.engine.tokenize, prompt, add_special_tokens)
 
     async def encode_messages(self, body: ChatRequest | TokenizeRequest) -> list[int]:
-        """A conversation's token ids. The tokenizer adds its special tokens (BOS) only where
-        `add_special_tokens` is True, because templates write their own."""
+        """A conversation's token ids. Special tokens (BOS) are added only where
+        `add_special_tokens` is True and the template has not written them."""
         tokenizer = self.require_tokenizer("messages")
         require(
             tokenizer.chat_template,
@@ -57,7 +50,7 @@ class TokenizerService:
         add_special_tokens = body.add_special_tokens is True
 
         def encode() -> list[int]:
-            text = apply_chat_template(tokenizer, messages, add_generation_prompt)
+            text = render_chat(tokenizer, messages, add_generation_prompt)
             return self.engine.tokenize(text, add_special_tokens, "messages")
 
         return await asyncio.to_thread(encode)
@@ -67,18 +60,14 @@ class TokenizerService:
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             return f"token_id:{token}"
-        return str(tokenizer.decode([token]))
+        return spell_token(tokenizer, token)
 
     def token_bytes(self, token: int) -> list[int]:
-        """A token's UTF-8 bytes. If the token is part of a character, its text does not tell them,
-        but its name in a byte-level vocabulary does."""
-        text = self.token_text(token)
+        """A token's UTF-8 bytes, those of part of a character included."""
         tokenizer = self.engine.tokenizer
-        if tokenizer is not None and REPLACEMENT in text:
-            name = str(tokenizer.convert_ids_to_tokens(token))
-            if all(character in BYTE_OF_CHARACTER for character in name):
-                return [BYTE_OF_CHARACTER[character] for character in name]
-        return list(text.encode())
+        if tokenizer is None:
+            return list(self.token_text(token).encode())
+        return spell_bytes(tokenizer, token)
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
@@ -107,16 +96,3 @@ class TokenizerService:
                     f"the vocabulary has {vocab_size} tokens"
                 )
         return str(await asyncio.to_thread(tokenizer.decode, tokens, skip_special_tokens))
-
-
-def apply_chat_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool
-) -> str:
-    """The text of a conversation. Raises ValueError if the template refuses the messages."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise ValueError(f"messages: the chat template refuses them: {error}") from error
-    return str(text)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp.attention.context import ContextPolicy
-from minidcp.batch import BlockTables, CacheRows, ForwardBatch, StepPlan
+from minidcp.batch import BlockTables, CacheQueries, ForwardBatch, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
@@ -117,7 +117,7 @@ def test_forward_batch(
     # What each new token finds in the cache, with either strategy.
     found: list[list[int]] = [[] for _ in plan.tokens]
     for k, piece in enumerate(batches[0].context):
-        if isinstance(piece, CacheRows):
+        if isinstance(piece, CacheQueries):
             for batch, cache in zip(batches, caches, strict=True):
                 for i, tokens in enumerate(found[piece.tokens]):
                     tokens += read_rows(batch.context[k], i, cache, layout)
@@ -142,7 +142,7 @@ def test_forward_batch(
     assert [sorted(tokens) for tokens in found] == wanted
 
 
-def read_rows(rows: CacheRows, row: int, cache: torch.Tensor, layout: Interleave) -> list[int]:
+def read_rows(rows: CacheQueries, row: int, cache: torch.Tensor, layout: Interleave) -> list[int]:
     blocks = cache.view(-1, layout.block_size)[rows.block_table[row].long()].flatten()
     return blocks[: rows.local_lens[row]].tolist()
 

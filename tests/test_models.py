@@ -13,9 +13,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minidcp import LLM
 from minidcp.kernels.route import route
-from minidcp.model_config import ModelConfig, RopeConfig
+from minidcp.model_config import ModelConfig
 from minidcp.models.rope import inverse_frequencies
 from minidcp.models.weights import WHOLE, RandomSource, Shard
+from minidcp.rope_config import RopeConfig
 
 
 @pytest.mark.parametrize(

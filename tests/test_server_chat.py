@@ -359,8 +359,19 @@ def test_tokenizing_round_trips(api: Api, tokenizer: Tokenizer, text: str) -> No
 def test_tokenizing_messages(api: Api, tokenizer: Tokenizer) -> None:
     ids = render(tokenizer)
     assert api.post({"messages": MESSAGES}, "/tokenize").json()["tokens"] == ids
-    twice = api.post({"messages": MESSAGES, "add_special_tokens": True}, "/tokenize").json()
-    assert twice["tokens"] == [BOS, *ids]
+    body = {"messages": MESSAGES, "add_special_tokens": True}
+    assert api.post(body, "/tokenize").json()["tokens"] == ids  # the template wrote BOS already
+
+
+def test_special_tokens_for_a_template_that_writes_none(
+    api: Api, inner: PreTrainedTokenizerBase
+) -> None:
+    inner.chat_template = "{{ messages[0].content }}"
+    body = {"messages": [{"role": "user", "content": "one"}], "add_special_tokens": True}
+    bare = inner("one", add_special_tokens=False)["input_ids"]
+    assert api.post(body, "/tokenize").json()["tokens"] == [BOS, *bare]
+    body["add_special_tokens"] = False
+    assert api.post(body, "/tokenize").json()["tokens"] == bare
 
 
 @pytest.mark.parametrize(

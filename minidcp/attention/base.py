@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from minidcp.batch import CacheRows, Partial, Varlen
+from minidcp.batch import CacheQueries, OutAndLse, Varlen
 
 
 class AttentionBackend(Protocol):
@@ -18,12 +18,20 @@ class AttentionBackend(Protocol):
     name: str  # for the log
     graphs: bool  # whether CUDA graphs can capture it, which means it never waits for the device
 
-    def prepare(self, rows: CacheRows) -> None:
-        """Set rows.prepared to what `decode` needs in every layer. Called once per step."""
+    def prepare(self, queries: CacheQueries) -> None:
+        """Set queries.prepared to what `decode` needs in every layer.
+
+        Called before the first layer, once for each CacheQueries of a step.
+        """
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
-    ) -> Partial:
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        kv: Tensor,
+        queries: CacheQueries,
+        out: Tensor | None = None,
+    ) -> OutAndLse:
         """Absorbed attention of B queries over this rank's shard.
 
         "Absorbed" means that W_UK has been moved from the keys to the queries, so that queries
@@ -38,7 +46,7 @@ class AttentionBackend(Protocol):
         Returns the output [B, H, kv_lora_rank], before W_UV, and lse [B, H].
         """
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> OutAndLse:
         """MHA over packed sequences.
 
         q [Tq, H, Dqk], k [Tk, H, Dqk], v [Tk, H, Dv] -> output [Tq, H, Dv] and lse [Tq, H].

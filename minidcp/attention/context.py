@@ -11,7 +11,7 @@ import torch
 from minidcp.batch import (
     Array,
     BlockTables,
-    CacheRows,
+    CacheQueries,
     ContextPiece,
     ExchangesNarrow,
     StepPlan,
@@ -30,7 +30,7 @@ MULTIPLY_ADDS_PER_SECOND = PREFILL_FLOPS / 2
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """Chooses the way to the cached context, and prepares it. All ranks choose alike.
+    """Chooses how new tokens reach their cached context, and prepares it. All ranks choose alike.
 
     gather_kv: every rank gets the latents of all ranks, a piece at a time, decompresses them for
         its own heads and attends in MHA form.
@@ -41,8 +41,8 @@ class ContextPolicy:
     Attributes:
         num_heads: attention heads of this rank.
         workspace: how many tokens of context are gathered at once.
-        max_queries: how many new tokens' queries are gathered at once. Until they are merged each
-            takes half a megabyte, because it has all heads of the DCP group.
+        max_queries: how many new tokens' queries are gathered at once. Each has all heads of the
+            DCP group: for the 128 heads of DeepSeek-V2, with latent output, a third of a megabyte.
     """
 
     config: ModelConfig
@@ -53,13 +53,16 @@ class ContextPolicy:
     max_queries: int = 1024
 
     def gathers_q(self, new: Array, cached: Array) -> bool:
-        """Whether rows with `new` new and `cached` cached tokens gather their queries."""
+        """Whether to gather the queries of R rows that have new [R] and cached [R] tokens."""
         if self.strategy == "cheaper":
             return self.estimate_gather_q(new, cached) < self.estimate_gather_kv(new, cached)
         return self.strategy == "gather_q"
 
     def estimate_gather_q(self, new: Array, cached: Array) -> float:
-        """Seconds per layer: absorb and project, send q and results (narrow), attend absorbed."""
+        """Seconds per layer: absorb and project, send q and results, attend absorbed.
+
+        Simplified: what crosses is counted as if narrow, products as if wide.
+        """
         config = self.config
         num_peers = self.layout.size - 1
         values_per_head = config.qk_head_dim + config.v_head_dim + 2  # q, output, and a float32 LSE
@@ -73,7 +76,7 @@ class ContextPolicy:
         return attend + num_sent * (self.seconds_to_project() + send_one)
 
     def estimate_gather_kv(self, new: Array, cached: Array) -> float:
-        """Seconds per layer: send latents, decompress them for own heads, attend in MHA form."""
+        """Seconds per layer: send latents, decompress them for this rank's heads, attend as MHA."""
         config = self.config
         num_peers = self.layout.size - 1
         values_per_token = num_peers * config.latent_dim / self.layout.size
@@ -85,11 +88,11 @@ class ContextPolicy:
         return num_sent * (self.seconds_to_project() + send_one) + attend
 
     def count_pairs(self, new: Array, cached: Array) -> float:
-        """(new token, cached token, own head) triples: how many scores attention computes."""
+        """(new token, cached token, head) triples: how many scores attention computes."""
         return float(new @ cached) * self.num_heads
 
     def seconds_to_project(self) -> float:
-        """W_UK and W_UV for one token and the own heads: as many products in either way."""
+        """W_UK and W_UV for one token and this rank's heads."""
         config = self.config
         widths = config.qk_nope_head_dim + config.v_head_dim
         return self.num_heads * widths * config.kv_lora_rank / MULTIPLY_ADDS_PER_SECOND
@@ -101,7 +104,7 @@ class ContextPolicy:
         rank: int,
         exchanges_narrow: ExchangesNarrow,
         device: torch.device,
-    ) -> Sequence[CacheRows | ContextPiece]:
+    ) -> Sequence[CacheQueries | ContextPiece]:
         """What the prefill rows of a step find in the cache, as seen by DCP rank `rank`."""
         new = np.array(plan.lengths[plan.num_decode :], dtype=np.int64)
         cached = np.array(plan.starts[plan.num_decode :], dtype=np.int64)
@@ -120,7 +123,7 @@ class ContextPolicy:
         rank: int,
         exchanges_narrow: ExchangesNarrow,
         device: torch.device,
-    ) -> list[CacheRows]:
+    ) -> list[CacheQueries]:
         """The new tokens as queries over this rank's shard, at most `max_queries` at once.
 
         They run from the first token that has context to the last. A token without context between
@@ -146,7 +149,7 @@ class ContextPolicy:
         for start in range(0, end - begin, self.max_queries):
             stop = min(start + self.max_queries, end - begin)
             pieces.append(
-                CacheRows(
+                CacheQueries(
                     block_table=token_table[start:stop],
                     local_lens=tensors["local_lens"][start:stop],
                     narrow=narrow,
@@ -165,18 +168,20 @@ class ContextPolicy:
         many rows as the longest shard has, which is rank 0's. The row that is one too many lies in
         a block that the request owns, and no index points at it.
 
-        Example with N = 4 and a workspace of 8 tokens: row A has 3 new and 6 cached tokens, row B
-        has 2 and 5. Padded to multiples of 4 their contexts take 8 tokens each, so there are two
-        pieces. In the piece of row A every rank sends two cache rows, its local slots 0 and 1:
+        Example with N = 4 and a workspace of 12 tokens: row A has 6 cached tokens, row B has 7.
+        Padded to multiples of 4 they take places [0, 8) and [8, 16), so the first piece has all of
+        A and tokens 0 to 3 of B, and the second has tokens 4 to 6 of B. In the first piece every
+        rank sends three cache rows (- is unused):
 
-            rank            0      1      2      3
-            sends tokens    0, 4   1, 5   2, -   3, -      (- is unused)
+            rank             0     1     2     3
+            sends of A       0 4   1 5   2 -   3 -
+            sends of B       0     1     2     3
 
-            packed token    0  1  2  3  4  5
-            owner           0  1  2  3  0  1
-            sent_index      0  0  0  0  1  1
+            packed token     A0 A1 A2 A3 A4 A5 B0 B1 B2 B3
+            owner             0  1  2  3  0  1  0  1  2  3
+            sent_index        0  0  0  0  1  1  2  2  2  2
 
-        New tokens 0 to 2 see it. For row B it is likewise: 5 tokens, seen by new tokens 3 and 4.
+        The new tokens of A and of B see it, each their own row's part.
         """
         size = self.layout.size
         padded = -(-cached // size) * size
@@ -192,16 +197,15 @@ class ContextPolicy:
             # One run of rows. Rows without context may lie between.
             rows = np.arange(rows_in_piece[0], rows_in_piece[-1] + 1)
             first_token = int(new[: rows[0]].sum())
-            pieces.append(
-                self.make_piece(
-                    start[rows],
-                    (end - start)[rows],
-                    new[rows],
-                    block_table[rows],
-                    first_token,
-                    device,
-                )
+            piece = self.make_piece(
+                start=start[rows],
+                lens_k=(end - start)[rows],
+                lens_q=new[rows],
+                block_table=block_table[rows],
+                first_token=first_token,
+                device=device,
             )
+            pieces.append(piece)
         return pieces
 
     def make_piece(
@@ -223,12 +227,13 @@ class ContextPolicy:
         row_of_sent = np.repeat(np.arange(len(start)), num_sent)
         blocks = block_table[row_of_sent, local_slots // layout.block_size]
 
-        offset = ranges(lens_k)  # of each packed token in its row's part of the piece
-        sent_offsets = np.repeat(offsets(num_sent)[:-1], lens_k)
+        place_in_row = ranges(lens_k)  # of each packed token
+        # Where the cache rows that are sent for each token's row begin.
+        first_sent = np.repeat(offsets(num_sent)[:-1], lens_k)
         arrays = {
             "cache_rows": layout.cache_row(blocks, local_slots),
-            "sent_index": sent_offsets + layout.local_slot(offset),
-            "owner": layout.owner_of(offset),
+            "sent_index": first_sent + layout.local_slot(place_in_row),
+            "owner": layout.owner_of(place_in_row),
             "cu_seqlens_q": offsets(lens_q),
             "cu_seqlens_k": offsets(lens_k),
         }

@@ -5,7 +5,7 @@ fast. Next: `context.py`."""
 import torch
 from torch import Tensor
 
-from minidcp.batch import CacheRows, Partial, Varlen
+from minidcp.batch import CacheQueries, OutAndLse, Varlen
 
 MAX_GATHERED_VALUES = 16 << 20  # of latents that are gathered at once, to bound memory
 
@@ -19,15 +19,20 @@ class ReferenceBackend:
     def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
 
-    def prepare(self, rows: CacheRows) -> None:
+    def prepare(self, queries: CacheQueries) -> None:
         """The local slots [0, L) up to the longest shard."""
-        longest = int(rows.local_lens.max())
-        rows.prepared = torch.arange(longest, device=rows.local_lens.device)
+        longest = int(queries.local_lens.max())
+        queries.prepared = torch.arange(longest, device=queries.local_lens.device)
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
-    ) -> Partial:
-        local_slots = rows.prepared
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        kv: Tensor,
+        queries: CacheQueries,
+        out: Tensor | None = None,
+    ) -> OutAndLse:
+        local_slots = queries.prepared
         assert isinstance(local_slots, Tensor)
         if out is None:
             out = torch.empty_like(q_latent)
@@ -37,7 +42,7 @@ class ReferenceBackend:
         rows_at_once = max(1, MAX_GATHERED_VALUES // values_per_row)
         for start in range(0, len(q_latent), rows_at_once):
             part = slice(start, start + rows_at_once)
-            latents, is_unused = self.gather_latents(kv, rows, part, local_slots)
+            latents, is_unused = self.gather_latents(kv, queries, part, local_slots)
             q = torch.cat([q_latent[part], q_pe[part]], -1).float()
             scores = torch.einsum("bhc,blc->bhl", q, latents) * self.softmax_scale
             scores = scores.masked_fill(is_unused[:, None], -torch.inf)
@@ -46,17 +51,17 @@ class ReferenceBackend:
         return out, lse
 
     def gather_latents(
-        self, kv: Tensor, rows: CacheRows, part: slice, local_slots: Tensor
+        self, kv: Tensor, queries: CacheQueries, part: slice, local_slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cached tokens [b, L, C + rope] float32 of these rows, and which are unused [b, L]."""
         block_size = kv.shape[1]
-        blocks = rows.block_table[part].long()[:, local_slots // block_size]
+        blocks = queries.block_table[part].long()[:, local_slots // block_size]
         cache_rows = blocks * block_size + local_slots % block_size
-        is_unused = local_slots >= rows.local_lens[part, None]
+        is_unused = local_slots >= queries.local_lens[part, None]
         latents = kv.flatten(0, 1)[cache_rows].float()
         return latents.masked_fill(is_unused[..., None], 0.0), is_unused  # unused may hold NaN
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> OutAndLse:
         outs = []
         lses = []
         queries = q.split(varlen.lens_q)
@@ -73,7 +78,7 @@ class ReferenceBackend:
         return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
-def attend(scores: Tensor, values: Tensor) -> Partial:
+def attend(scores: Tensor, values: Tensor) -> OutAndLse:
     """softmax(scores [..., Q, K]) @ values [..., K, D], and the log-sum-exp of the scores [..., Q].
 
     Where all scores are -inf the output is 0 and the log-sum-exp -inf.

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.batch import CacheRows, Partial, Varlen
+from minidcp.batch import CacheQueries, OutAndLse, Varlen
 from minidcp.kernels.mla_decode import mla_decode
 
 
@@ -18,17 +18,22 @@ class TritonBackend:
     def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
 
-    def prepare(self, rows: CacheRows) -> None:
+    def prepare(self, queries: CacheQueries) -> None:
         pass
 
     def decode(
-        self, q_latent: Tensor, q_pe: Tensor, kv: Tensor, rows: CacheRows, out: Tensor | None = None
-    ) -> Partial:
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        kv: Tensor,
+        queries: CacheQueries,
+        out: Tensor | None = None,
+    ) -> OutAndLse:
         return mla_decode(
-            q_latent, q_pe, kv, rows.block_table, rows.local_lens, self.softmax_scale, out
+            q_latent, q_pe, kv, queries.block_table, queries.local_lens, self.softmax_scale, out
         )
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Partial:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> OutAndLse:
         v_dim = v.shape[2]
         padding = q.shape[2] - v_dim  # this operator wants one head dim for q, k and v
         out, lse, *_ = torch.ops.aten._flash_attention_forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minidcp.request import SamplingParams
@@ -17,24 +16,6 @@ CHARACTER_BYTES = 4  # of the longest characters in UTF-8; a token has at least 
 # replacement characters at the end may stand for nine bytes. Three more bytes at the beginning may
 # be the rest of a character.
 WINDOW = 12
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none: prompts are then token ids.
-
-    Raises ValueError if there is one that cannot be read.
-    """
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False
-        )
-    except Exception as error:
-        raise ValueError(f"{path}: the tokenizer cannot be loaded ({error})") from error
-    return tokenizer
 
 
 class Detokenizer:

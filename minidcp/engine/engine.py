@@ -15,9 +15,10 @@ import torch
 
 from minidcp.batch import StepResult
 from minidcp.config import EngineConfig, require
-from minidcp.engine.detokenizer import Detokenizer, load_tokenizer
+from minidcp.engine.detokenizer import Detokenizer
 from minidcp.engine.executor import Executor
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
+from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
@@ -69,6 +70,7 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(Path(resolved.model))
         self.longest_token = 0  # in characters
         if self.tokenizer is not None:
+            self.encoder = TextEncoder.from_checkpoint(self.tokenizer, Path(resolved.model))
             self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
         self.layout = Interleave(resolved.dcp_size, resolved.block_size)
 
@@ -174,7 +176,7 @@ class LLMEngine:
         return request
 
     def tokenize(self, text: str, special_tokens: bool = True, field: str = "prompt") -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds (BOS) or without.
+        """Token ids of a text, with the special tokens that the checkpoint adds (BOS) or without.
 
         A text that must be too long is refused first: to tokenize megabytes takes seconds.
         """
@@ -190,7 +192,7 @@ class LLMEngine:
             len(text) <= self.max_model_len * self.longest_token,
             f"your {field} has {len(text)} characters, more than so many tokens can hold.",
         )
-        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+        return self.encoder.encode(text, special_tokens)
 
     def require_fit(self, fits: bool, given: str) -> None:
         """Clients recognise the beginning of this message."""
@@ -332,7 +334,7 @@ class LLMEngine:
         )
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
-        """By rank: how many tokens its cache has room for, and how many of running requests."""
+        """By rank: how many tokens its cache can hold, and how many of running requests it has."""
         layout = self.layout
         room = self.blocks.num_blocks * layout.block_size
         lengths = [request.num_computed for request in list(self.scheduler.running)]

@@ -1,17 +1,17 @@
 """Continuous batching in integers: decode rows first, then prompt chunks within the token budget of
-a step. The youngest request is preempted when blocks run out. No tensors, no ranks and no text:
-those are in `engine.py`. Next: `executor.py`."""
+a step. The youngest request is preempted when blocks run out. Text is in `engine.py`, ranks are in
+`executor.py`, tensors in `worker/`. Next: `executor.py`."""
 
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from minidcp.batch import MAX_SCORED_TOKENS, Admission, StepPlan
+from minidcp.batch import MAX_SCORED_TOKENS, Admission, ScoredToken, StepPlan
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
-# A request is admitted only if all running requests can still grow by so many tokens. Otherwise it
-# might be preempted soon after, and its prompt would be computed twice.
+# A request is admitted only if there is room for about this many more tokens of every running
+# request. Otherwise it might be preempted soon after, and its prompt would be computed twice.
 GROWTH = 64
 
 
@@ -165,9 +165,9 @@ class Scheduler:
         return self.blocks.share(request.block_hashes[:num_usable])
 
     def has_room_to_grow(self, num_new_blocks: int) -> bool:
-        """Whether there are so many blocks, and enough left for GROWTH tokens per running request.
+        """Whether there are that many blocks, and room for about GROWTH tokens per running request.
 
-        A request that will end sooner needs less.
+        A request that will end sooner needs less. Blocks are not rounded up for each request.
         """
         num_spare = self.blocks.num_available - num_new_blocks
         tokens_per_block = self.blocks.tokens_per_block
@@ -210,8 +210,8 @@ class Scheduler:
         end = start + length
         last = min(end, len(request.prompt_token_ids) - 1)
         for position in range(start + 1, last + 1):
-            distance = end - position  # from the row's last token to the one before `position`
-            step.plan.scored.append((row, distance, request.tokens[position]))
+            tokens_before_last = end - position  # counted from the token before `position`
+            step.plan.scored.append(ScoredToken(row, tokens_before_last, request.tokens[position]))
 
     def add_row(self, step: ScheduledStep, request: Request, length: int) -> None:
         """Add a row for the request's next `length` tokens."""

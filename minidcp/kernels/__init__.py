@@ -7,13 +7,17 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from minidcp.kernels.compiler import HAS_TRITON, fail_without_triton, tl, triton
 
 
 def use_triton(x: Tensor) -> bool:
     """Whether kernels for x run in Triton: on GPUs, and on CPUs in Triton's interpreter (tests)."""
+    if not HAS_TRITON:
+        if x.is_cuda:
+            fail_without_triton("a CUDA device")
+        return False
     return bool(x.is_cuda or triton.knobs.runtime.interpret)
 
 
@@ -28,7 +32,7 @@ class DeviceProperties(NamedTuple):
 @cache
 def get_device_properties() -> DeviceProperties:
     """Properties of the GPU that this process uses."""
-    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+    if not HAS_TRITON or triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return DeviceProperties()
 
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -7,11 +7,10 @@ A choice is a (token, expert) pair; choice t · K + i is the i-th of token t."""
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import launch_early, wait_for_previous
+from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.tiles import MAX_DIRECT_TOKENS
 
 MAX_CHUNK = 4096  # choices that one program counts at once

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minidcp.kernels import get_device_properties, launch_early, use_triton, wait_for_previous
 from minidcp.kernels.align import Blocks, align, gather_rows
+from minidcp.kernels.compiler import TensorDescriptor, tl, triton
 from minidcp.kernels.linear import add_product
 from minidcp.kernels.norm import sum_scaled_ref
 from minidcp.kernels.tiles import Tile, choose_tiles

@@ -4,11 +4,10 @@ rotated, both are stored in the paged cache, and queries are rotated in place.
 Rotary embedding is in the rotate-half layout and computed in float32."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.norm import rms_norm_ref
 
 

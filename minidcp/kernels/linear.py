@@ -3,11 +3,10 @@
 For more tokens it calls cuBLAS. The experts' products are in `experts.py`."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels.compiler import tl, triton
 
 # Up to how many tokens the kernel is faster than cuBLAS.
 MAX_TOKENS_OF_HEADS = 64  # with a weight per head

@@ -6,9 +6,9 @@ no torch definitions: a CPU has no peer memory."""
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from minidcp.kernels.compiler import tl, triton
 
 MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
 
@@ -45,13 +45,13 @@ class Meeting:
         num_programs = max(1, min(self.programs, tiles))
         kernel[(num_programs,)](
             self.pads, self.epochs, self.rank, tiles, *args, **constants,
-            PEERS=num_peers, LANES=triton.next_power_of_2(num_peers),
+            RANKS=num_peers, LANES=triton.next_power_of_2(num_peers),
             num_warps=max(4, min(16, tile_size // 512)),
         )  # fmt: skip
 
 
 @triton.jit
-def meet(pads, epochs, rank, PEERS: tl.constexpr, LANES: tl.constexpr):
+def meet(pads, epochs, rank, RANKS: tl.constexpr, LANES: tl.constexpr):
     """Tell program p of every peer that this one is here, and wait until all of them are."""
     p = tl.program_id(0)
     n = tl.arange(0, LANES)
@@ -59,19 +59,19 @@ def meet(pads, epochs, rank, PEERS: tl.constexpr, LANES: tl.constexpr):
     tl.debug_barrier()  # every thread has read the epoch and written what peers may read
 
     # Write the epoch into the pads of all ranks.
-    peer_pads = tl.load(pads + n, mask=n < PEERS, other=0).to(tl.pointer_type(tl.int32))
+    peer_pads = tl.load(pads + n, mask=n < RANKS, other=0).to(tl.pointer_type(tl.int32))
     here = tl.zeros([LANES], tl.int32) + epoch
     own_entries = peer_pads + rank * MAX_PROGRAMS + p
-    tl.atomic_xchg(own_entries, here, mask=n < PEERS, sem="release", scope="sys")
+    tl.atomic_xchg(own_entries, here, mask=n < RANKS, sem="release", scope="sys")
 
     # Read this rank's pad until all peers have come as far.
     own_pad = tl.load(pads + rank).to(tl.pointer_type(tl.int32))
     peer_entries = own_pad + n * MAX_PROGRAMS + p
-    num_missing = PEERS
+    num_missing = RANKS
     while num_missing > 0:
         zeros = tl.zeros([LANES], tl.int32)
-        seen = tl.atomic_add(peer_entries, zeros, mask=n < PEERS, sem="acquire", scope="sys")
-        is_missing = (seen - epoch < 0) & (n < PEERS)  # a difference survives overflow
+        seen = tl.atomic_add(peer_entries, zeros, mask=n < RANKS, sem="acquire", scope="sys")
+        is_missing = (seen - epoch < 0) & (n < RANKS)  # a difference survives overflow
         num_missing = tl.sum(is_missing.to(tl.int32), 0)
 
     tl.debug_barrier()

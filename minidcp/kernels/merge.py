@@ -4,11 +4,10 @@ Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inferen
 `peer.py` does the same with shards of several ranks."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import use_triton
+from minidcp.kernels.compiler import tl, triton
 
 
 def merge_partials_ref(

@@ -2,11 +2,10 @@
 then their weighted sum comes first of all."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels.compiler import tl, triton
 
 
 def rms_norm_ref(

@@ -2,10 +2,9 @@
 ranks (`meeting.py`) and then reads what their buffers hold. There are no torch definitions, because
 a CPU has no peer memory. `parallel/symmetric.py` uses them, and says when they are safe."""
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.meeting import MAX_PROGRAMS as MAX_PROGRAMS
 from minidcp.kernels.meeting import Meeting, load_peer_pointer, meet
 from minidcp.kernels.merge import add_partials, store_merged
@@ -15,10 +14,10 @@ from minidcp.kernels.merge import add_partials, store_merged
 def read_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, out, num_sources, count, width, stride, offset,
-    TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile is TILE of the `count` elements that are read of one rank."""
-    meet(pads, epochs, rank, PEERS, LANES)
+    meet(pads, epochs, rank, RANKS, LANES)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         n = tile % num_sources
         i = tl.cast(tile // num_sources, tl.int64) * TILE + tl.arange(0, TILE)
@@ -52,15 +51,15 @@ def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out
 def sum_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, out, count, width, stride, offset,
-    TILE: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile is TILE of the `count` elements of the result."""
-    meet(pads, epochs, rank, PEERS, LANES)
+    meet(pads, epochs, rank, RANKS, LANES)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
         element = i // width * stride + offset + i % width  # in every rank's buffer
         total = tl.zeros([TILE], tl.float32)
-        for n in tl.static_range(PEERS):
+        for n in tl.static_range(RANKS):
             source = load_peer_pointer(pointers, n, out)
             total += tl.load(source + element, mask=i < count, other=0.0).to(tl.float32)
         tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
@@ -94,7 +93,7 @@ def merge_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, staged_lse, lse, out, merged_lse,
     tokens, heads, own_heads, dim, lse_t, lse_h, lse_offset,
-    ROWS: tl.constexpr, DIM: tl.constexpr, PEERS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS (token, own head) pairs. Program p of every rank has the same tiles."""
     # Stage the LSEs that program p of each peer will read: those of the peer's heads.
@@ -104,11 +103,11 @@ def merge_peers_kernel(
         t = row // own_heads
         h = row % own_heads
         head = peer * own_heads + h[:, None]
-        mask = (peer < PEERS) & (row < tokens * own_heads)[:, None]
+        mask = (peer < RANKS) & (row < tokens * own_heads)[:, None]
         value = tl.load(lse + t[:, None] * lse_t + head * lse_h, mask=mask)
         tl.store(staged_lse + t[:, None] * heads + head, value, mask=mask)
 
-    meet(pads, epochs, rank, PEERS, LANES)
+    meet(pads, epochs, rank, RANKS, LANES)
 
     d = tl.arange(0, DIM)[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -119,7 +118,7 @@ def merge_peers_kernel(
 
         # Load the partial outputs of all ranks.
         parts = ()
-        for n in tl.static_range(PEERS):
+        for n in tl.static_range(RANKS):
             pointer = load_peer_pointer(pointers, n, out) + element
             part = tl.load(pointer, mask=in_rows[:, None] & (d < dim), other=0.0)
             parts += (part,)  # type: ignore[assignment]
@@ -129,7 +128,7 @@ def merge_peers_kernel(
 
         # Load their LSEs, and merge.
         part_lses = ()
-        for n in tl.static_range(PEERS):
+        for n in tl.static_range(RANKS):
             lse_pointer = load_peer_pointer(pointers, n, merged_lse) + lse_offset + peer_row
             part_lse = tl.load(lse_pointer, mask=in_rows, other=-float("inf"))
             part_lses += (part_lse,)  # type: ignore[assignment]

@@ -3,11 +3,10 @@
 The logits come from the model; `experts.py` runs the experts that are chosen here."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
+from minidcp.kernels.compiler import tl, triton
 from minidcp.model_config import ModelConfig
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from minidcp.attention import AttentionBackend
-from minidcp.batch import CacheRows, ContextPiece, ForwardBatch, Partial, Varlen
+from minidcp.batch import CacheQueries, ContextPiece, ForwardBatch, OutAndLse, Varlen
 from minidcp.kernels.experts import ExpertOutputs
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding, join
-from minidcp.models.query import LATENT_NORM_EPS, make_query, read_q_down_proj
+from minidcp.models.query import LATENT_NORM_EPS, make_query, read_q_down_proj, shard_heads
 from minidcp.models.rope import rotary_table
 from minidcp.models.weights import Shard, Weights
 from minidcp.parallel.state import ParallelState
@@ -77,13 +77,9 @@ class MLAAttention:
         )
 
     def read_kv_b(self, weights: Weights, state: ParallelState, needs_group_heads: bool) -> None:
-        """Read W_UK and W_UV, the halves of kv_b_proj, for the own heads or for the group's."""
+        """Read W_UK and W_UV, the halves of kv_b_proj, for H heads or for the group's G heads."""
         config = self.config
-        tp = state.tp
-        dcp = state.dcp
-        shard = Shard(0, tp.rank, tp.size)
-        if needs_group_heads:
-            shard = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
+        shard = shard_heads(state, of_group=needs_group_heads)
         widths = [config.qk_nope_head_dim, config.v_head_dim]
         out_dim = config.num_attention_heads * sum(widths)
         kv_b = weights.read("kv_b_proj.weight", out_dim, config.kv_lora_rank, shard=shard)
@@ -92,9 +88,9 @@ class MLAAttention:
         # In the order that `decompress` wants. All attributes are views of this one tensor.
         kv_b = torch.cat([w_uv, w_uk], 1)  # [G or H, v + nope, C]
         widths.reverse()
-        self.group_w_uv, self.group_w_uk = kv_b.split(widths, 1)  # [G or H, v or nope, C]
         if needs_group_heads:
-            begin = dcp.rank * self.num_heads
+            self.group_w_uv, self.group_w_uk = kv_b.split(widths, 1)  # [G, v, C] and [G, nope, C]
+            begin = state.dcp.rank * self.num_heads
             kv_b = kv_b[begin : begin + self.num_heads]
         self.kv_b = kv_b  # [H, v + nope, C]
         self.w_uv, self.w_uk = kv_b.split(widths, 1)  # [H, v, C] and [H, nope, C]
@@ -126,17 +122,18 @@ class MLAAttention:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.o_proj(out.flatten(1))
 
-    def project_decode_q(self, q_input: Tensor, rows: CacheRows) -> Tensor:
+    def project_decode_q(self, q_input: Tensor, queries: CacheQueries) -> Tensor:
         """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated."""
         if self.replicates_q:
             return self.query.project_group(q_input)
-        if rows.narrow:
-            return self.query.project_own(q_input, self.exchange.q_buffer)  # gathered as it is
+        if queries.narrow:
+            # q is gathered as it is. Only `store`, which rotates it in place, comes between.
+            return self.query.project_own(q_input, self.exchange.q_buffer)
         return self.query.project_own(q_input)
 
     def project_prefill_q(self, q_input: Tensor, batch: ForwardBatch) -> Tensor:
         """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated and meets the cache."""
-        meets_cache = any(isinstance(piece, CacheRows) for piece in batch.context)
+        meets_cache = any(isinstance(piece, CacheQueries) for piece in batch.context)
         if self.replicates_q and meets_cache:
             return self.query.project_group(q_input)
         return self.query.project_own(q_input)
@@ -162,26 +159,30 @@ class MLAAttention:
         q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, q_pe
 
-    def attend_cache(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
-        """Absorbed attention over the sharded cache: output [T, H, v] and lse [T, H].
+    def attend_cache(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+        """Absorbed attention over the sharded cache, of decode rows or of prompts that gather q.
 
-        q is rotated, [T, H, nope + rope], or [T, G, nope + rope] if it is replicated.
+        q is rotated, [T, H, nope + rope], or [T, G, nope + rope] if it is replicated. Returns the
+        output [T, H, v] and lse [T, H].
         """
         if self.dcp.size == 1:
-            return self.decode_alone(q, kv, rows)
-        if rows.narrow:
-            return self.decode_narrow(q, kv, rows)
-        return self.decode_wide(q, kv, rows)
+            return self.decode_alone(q, kv, queries)
+        if queries.narrow:
+            return self.decode_narrow(q, kv, queries)
+        return self.decode_wide(q, kv, queries)
 
-    def decode_alone(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
+    def decode_alone(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
         """One rank has the whole context: nothing crosses."""
         q_nope, q_pe = self.split_q(q)
         q_latent = multiply_by_head(q_nope, self.w_uk.mT)  # [T, H, C]
-        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows)  # [T, H, C]
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, queries)  # [T, H, C]
         return multiply_by_head(latent, self.w_uv), lse
 
-    def decode_wide(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
-        """W_UK before the gather, W_UV after the merge: both for own heads only."""
+    def decode_wide(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+        """q crosses after W_UK, results before W_UV: each rank multiplies for its own heads only.
+
+        If q is replicated, none of it crosses, and W_UK is applied for all heads of the group.
+        """
         if self.replicates_q:
             q_nope, q_pe = self.split_q(q)
             q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
@@ -189,17 +190,21 @@ class MLAAttention:
             q_latent, q_pe = self.gather_absorbed(q)
 
         partial = self.exchange.out_buffer(q_latent.shape, q)  # [T, G, C]
-        partial, lse = self.attention.decode(q_latent, q_pe, kv, rows, partial)
+        partial, lse = self.attention.decode(q_latent, q_pe, kv, queries, partial)
         latent, lse = self.exchange.merge(partial, lse)  # [T, H, C]
         return multiply_by_head(latent, self.w_uv), lse
 
-    def decode_narrow(self, q: Tensor, kv: Tensor, rows: CacheRows) -> Partial:
-        """W_UK after the gather, W_UV before the merge: both for all heads of the group."""
+    def decode_narrow(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+        """q crosses before W_UK, results after W_UV: each rank multiplies for the group's heads.
+
+        W_UK acts on each head of q by itself, and the merge weights are scalars per head, so the
+        result is that of `decode_wide`. If q is replicated, none of it crosses.
+        """
         if not self.replicates_q:
             q = self.exchange.gather_q(q)  # [T, G, nope + rope]
         q_nope, q_pe = self.split_q(q)
         q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
-        latent, lse = self.attention.decode(q_latent, q_pe, kv, rows)  # [T, G, C]
+        latent, lse = self.attention.decode(q_latent, q_pe, kv, queries)  # [T, G, C]
 
         shape = (*latent.shape[:2], self.config.v_head_dim)
         partial = self.exchange.out_buffer(shape, latent)  # [T, G, v]
@@ -222,7 +227,7 @@ class MLAAttention:
         latents: Tensor,
         kv: Tensor,
         varlen: Varlen,
-        context: Sequence[CacheRows | ContextPiece],
+        context: Sequence[CacheQueries | ContextPiece],
     ) -> Tensor:
         """New tokens among themselves in MHA form, merged with what they find in the cache.
 
@@ -234,7 +239,7 @@ class MLAAttention:
         out, lse = self.attention.prefill(own_q, k, v, varlen)
         for piece in context:
             tokens = piece.tokens
-            if isinstance(piece, CacheRows):
+            if isinstance(piece, CacheQueries):
                 seen, seen_lse = self.attend_cache(q[tokens], kv, piece)
             else:
                 seen, seen_lse = self.attend_gathered(own_q[tokens], kv, piece)
@@ -243,8 +248,8 @@ class MLAAttention:
             out[tokens], lse[tokens] = merge_partials(outs, lses)
         return out
 
-    def attend_gathered(self, q: Tensor, kv: Tensor, piece: ContextPiece) -> Partial:
-        """MHA over a piece of context from all ranks: own heads, q [T, H, nope + rope]."""
+    def attend_gathered(self, q: Tensor, kv: Tensor, piece: ContextPiece) -> OutAndLse:
+        """MHA over a piece of context from all ranks, for this rank's q [T, H, nope + rope]."""
         shard = kv.flatten(0, 1)[piece.cache_rows]  # [S, C + rope]
         by_rank = self.dcp.all_gather(shard)  # [S, N, C + rope]
         context = by_rank[piece.sent_index, piece.owner]  # [P, C + rope]
@@ -258,7 +263,7 @@ class MLAAttention:
         return q[:, begin : begin + self.num_heads]
 
     def decompress(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of the own heads.
+        """[T, C + rope] -> k [T, H, nope + rope] and v [T, H, v] of this rank's heads.
 
         Both are views of one tensor [T, H, v + nope + rope], so that one product fills them.
         """
@@ -307,7 +312,10 @@ class DecoderLayer:
         kv: Tensor,
         batch: ForwardBatch,
     ) -> tuple[Tensor | ExpertOutputs, Tensor]:
-        """The MLP's output, and the residual stream without it: the next norm adds the two."""
+        """One layer: x [T, hidden] and the residual stream, which is None before the first layer.
+
+        Returns the MLP's output and the residual stream without it. The next norm adds the two.
+        """
         x, residual = self.input_layernorm.add_and_norm(x, residual)
         x = self.tp.all_reduce(self.self_attn(x, cos_sin, kv, batch))
         x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
@@ -349,9 +357,9 @@ class DeepseekV2ForCausalLM:
 
     def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index."""
-        for rows in (batch.decode, *batch.context):
-            if isinstance(rows, CacheRows):
-                self.attention.prepare(rows)
+        for queries in (batch.decode, *batch.context):
+            if isinstance(queries, CacheQueries):
+                self.attention.prepare(queries)
 
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
         x: Tensor | ExpertOutputs = self.embed_tokens(token_ids)

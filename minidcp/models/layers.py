@@ -199,7 +199,8 @@ class MoE:
     tokens are routed. A shared expert is one that every token takes, with weight 1.
 
     Attributes:
-        bounds: numbers of tokens at which other kernels take over; all are run before serving.
+        token_limits: numbers of tokens up to which one choice of kernels holds; all are run before
+            serving.
     """
 
     def __init__(self, config: ModelConfig, tp: Group, weights: Weights) -> None:
@@ -226,7 +227,7 @@ class MoE:
 
         top_k = config.num_experts_per_tok + self.num_shared
         _, hidden, own_intermediate = self.down_proj.shape
-        self.bounds = list(list_tiles(len(experts), top_k, hidden, own_intermediate))
+        self.token_limits = list(list_tiles(len(experts), top_k, hidden, own_intermediate))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts.

@@ -26,7 +26,10 @@ class Query(Protocol):
         """
 
     def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
-        """[T, H, nope + rope], not rotated yet; written to a buffer if it is computed here."""
+        """[T, H, nope + rope], not rotated yet.
+
+        A variant that computes a product here writes it to make_buffer(shape, like).
+        """
 
     def project_group(self, q_input: Tensor) -> Tensor:
         """[T, G, nope + rope]; only where q is replicated."""
@@ -44,11 +47,8 @@ class HeadProjection:
         weights: Weights,
     ) -> None:
         self.head_dim = config.qk_head_dim
-        tp = state.tp
         dcp = state.dcp
-        shard = Shard(0, tp.rank, tp.size)
-        if replicates_q:
-            shard = Shard(0, tp.rank // dcp.size, tp.size // dcp.size)
+        shard = shard_heads(state, of_group=replicates_q)
         out_dim = config.num_attention_heads * config.qk_head_dim
         num_heads = config.num_attention_heads // shard.count
         whole = Linear.read(in_dim, out_dim, weights, shard)
@@ -92,7 +92,10 @@ class LowRankQuery:
 
 
 class JoinedQuery:
-    """q_proj(x), computed in one product with the latents, as in DeepSeek-V2-Lite: it is q_down."""
+    """q_proj(x), computed in one product with the latents, as in DeepSeek-V2-Lite.
+
+    So q_down is q itself, and nothing is left to compute.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.head_dim = config.qk_head_dim
@@ -104,11 +107,14 @@ class JoinedQuery:
         return q_input.view(len(q_input), -1, self.head_dim)
 
     def project_group(self, q_input: Tensor) -> Tensor:
-        raise NotImplementedError("only the own heads are computed in one product with the latents")
+        raise NotImplementedError("q of the group's heads is never joined with the latents")
 
 
-class ReplicatedQuery:
-    """q_proj(x) for all heads of the DCP group, which only decode wants: a product by itself."""
+class DirectReplicatedQuery:
+    """q_proj(x) for all heads of the DCP group, without q_lora.
+
+    Prompts need only this rank's heads, unless they gather q, so it is a product by itself.
+    """
 
     def __init__(self, config: ModelConfig, state: ParallelState, weights: Weights) -> None:
         scope = weights.scope("q_proj")
@@ -124,13 +130,22 @@ class ReplicatedQuery:
         return self.q_proj.project_group(q_input)
 
 
+def shard_heads(state: ParallelState, of_group: bool) -> Shard:
+    """This rank's heads, or those of its DCP group, which are consecutive: a shard of dim 0."""
+    tp = state.tp
+    if not of_group:
+        return Shard(0, tp.rank, tp.size)
+    group_size = state.dcp.size
+    return Shard(0, tp.rank // group_size, tp.size // group_size)
+
+
 def make_query(
     config: ModelConfig, state: ParallelState, replicates_q: bool, weights: Weights
 ) -> Query:
     if config.q_lora_rank is not None:
         return LowRankQuery(config, state, replicates_q, weights)
     if replicates_q:
-        return ReplicatedQuery(config, state, weights)
+        return DirectReplicatedQuery(config, state, weights)
     return JoinedQuery(config)
 
 

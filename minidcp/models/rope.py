@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from minidcp.model_config import RopeConfig
+from minidcp.rope_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
@@ -27,9 +27,16 @@ def inverse_frequencies(config: RopeConfig, dim: int) -> Tensor:
         wavelength = config.original_max_position / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(config.theta))
 
-    low = max(math.floor(find_dim(config.beta_fast)), 0)
-    high = min(math.ceil(find_dim(config.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    low = find_dim(config.beta_fast)
+    high = find_dim(config.beta_slow)
+    if config.truncate:
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
     stretched_share = ramp.clamp(0, 1)
     return plain / config.factor * stretched_share + plain * (1 - stretched_share)
 

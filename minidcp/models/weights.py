@@ -2,7 +2,7 @@
 What the model asks for, by Hugging Face's names, is recorded first. A checkpoint that lacks a
 tensor, or has one too many, is then refused before it is read."""
 
-import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidcp.config import require
+from minidcp.model_config import read_object
 
 MAX_LISTED = 8  # how many names an error message lists
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
+ROWS_COMPARED = 4096  # at a time, to need little memory
+# What is downloaded of a model on the hub: configurations, weights, and everything that
+# transformers reads for a tokenizer, chat templates included.
+HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,7 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Weights:
-    """A source as one module sees it: names are relative to `prefix`.
-
-    Shapes are those of whole tensors.
-    """
+    """A source as one module sees it: names are relative to `prefix`."""
 
     source: "WeightSource"
     prefix: str = ""
@@ -81,6 +95,7 @@ class Weights:
         return Weights(self.source, f"{self.prefix}{name}.")
 
     def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
+        """This rank's part of a tensor. `shape` is that of the whole tensor."""
         return self.source.read(self.prefix + name, shape, shard)
 
 
@@ -113,6 +128,7 @@ class CheckpointSource:
         self.bytes_read = 0
         self.files: dict[str, Any] = {}
         self.file_of = self.find_tensors()
+        self.stored_names: dict[str, str] = {}  # of tensors that have another name in their file
         self.bar = tqdm(
             desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress
         )
@@ -120,14 +136,16 @@ class CheckpointSource:
     def find_tensors(self) -> dict[str, str]:
         """The file of every tensor: from the index if there is one, else of the single file."""
         index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{index}: not a safetensors index") from None
+        if os.path.lexists(index):
+            weight_map = read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
+                raise ValueError(f"{index}: not a safetensors index")
+            return weight_map
 
         single = "model.safetensors"
-        is_there = (self.path / single).exists()
+        is_there = os.path.lexists(self.path / single)
         require(is_there, f"{self.path}: neither {index.name} nor {single} is there")
         return dict.fromkeys(self.open(single).keys(), single)
 
@@ -135,31 +153,78 @@ class CheckpointSource:
         if file not in self.files:
             path = self.path / file
             try:
+                # safe_open calls a file that may not be read one that is not there.
+                path.open("rb").close()
                 self.files[file] = safe_open(path, framework="pt", device="cpu")
             except FileNotFoundError:
+                if path.is_symlink():
+                    raise ValueError(f"{path}: links to a file that is not there") from None
                 raise ValueError(
                     f"{path}: no such file, but the checkpoint's index names it"
                 ) from None
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise ValueError(f"{path}: truncated or not safetensors ({error})") from None
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
         return self.files[file]
+
+    def get_slice(self, name: str) -> Any:
+        """The tensor, of which nothing is read yet. Raises SafetensorError if its file has none."""
+        return self.open(self.file_of[name]).get_slice(self.stored_names.get(name, name))
+
+    def tie_head(self) -> bool:
+        """Make lm_head and the embeddings one tensor, as a config.json with tied embeddings says.
+
+        The checkpoint may have both, or lm_head only. Returns False if they differ: transformers
+        then uses both.
+        """
+        if HEAD not in self.file_of:
+            return True
+        if EMBEDDINGS not in self.file_of:
+            self.file_of[EMBEDDINGS] = self.file_of.pop(HEAD)
+            self.stored_names[EMBEDDINGS] = HEAD
+            return True
+
+        try:
+            is_copy = self.are_equal(HEAD, EMBEDDINGS)
+        except SafetensorError:
+            return False  # only the index has it, which `check` reports
+        if is_copy:
+            del self.file_of[HEAD]
+        return is_copy
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Compare two tensors in the model's dtype, some rows at a time."""
+        slices = [self.get_slice(first), self.get_slice(second)]
+        shape, other_shape = (s.get_shape() for s in slices)
+        if shape != other_shape:
+            return False
+        for begin in range(0, shape[0], ROWS_COMPARED):
+            rows, other_rows = (s[begin : begin + ROWS_COMPARED].to(self.dtype) for s in slices)
+            if not torch.equal(rows, other_rows):
+                return False
+        return True
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare the checkpoint's tensors with the shapes of those that the model asks for.
 
-        Raises ValueError with a list of what is missing, left over or of another shape.
+        Raises ValueError with a list of what is missing, left over, of another shape, or quantised.
         """
         held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
         missing = sorted(expected.keys() - held)
         left_over = sorted(held - expected.keys())
         misshapen = []
+        quantised = []
         for name in sorted(expected.keys() & held):
             file = self.file_of[name]
             try:
-                shape = tuple(self.open(file).get_slice(name).get_shape())
+                tensor = self.get_slice(name)
             except SafetensorError:
                 missing.append(f"{name} (in the index, not in {file})")
                 continue
+            shape = tuple(tensor.get_shape())
+            if tensor.get_dtype() not in DTYPES:
+                quantised.append(f"{name} ({tensor.get_dtype()})")
             if shape != expected[name]:
                 wanted = list(expected[name])
                 misshapen.append(f"{name} {list(shape)}, config.json says {wanted}")
@@ -168,13 +233,14 @@ class CheckpointSource:
             describe_problem("missing", missing),
             describe_problem("not part of this model", left_over),
             describe_problem("of another shape", misshapen),
+            describe_problem(f"of a dtype other than {', '.join(DTYPES)}", quantised),
         ]
         found = "; ".join(problem for problem in problems if problem)
         require(not found, f"{self.path}: the weights do not fit config.json: {found}")
+        self.bar.total = len(expected)
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        tensor = self.open(self.file_of[name]).get_slice(name)
-        part = shard.cut(tensor, shape)
+        part = shard.cut(self.get_slice(name), shape)
         self.bytes_read += part.nbytes
         self.bar.update()
         part = part.to(device=self.device, dtype=self.dtype)
@@ -196,7 +262,9 @@ def describe_problem(problem: str, names: list[str]) -> str:
 
 
 class RandomSource:
-    """Random weights of the right shapes, to measure without a checkpoint: std 0.02, norms 1.
+    """Random weights of the right shapes, to measure without a checkpoint.
+
+    Matrices have std 0.02; vectors, which are norms and biases, are 1.
 
     Weights that are almost equal would be wrong: the router would send every token to the same
     experts, and steps would look faster than they are. Every rank makes the whole tensor, seeded
@@ -223,17 +291,18 @@ class RandomSource:
 WeightSource = RecordingSource | CheckpointSource | RandomSource
 
 
-def find_model(
-    model: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "tokenizer*")
-) -> Path:
+def find_model(model: str, files: tuple[str, ...] = HUB_FILES) -> Path:
     """The local directory of `model`: a path, or a name on the Hugging Face hub.
 
     A hub model is downloaded, with progress. Raises ValueError if it is neither a directory nor a
     name that can be downloaded.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: of ~user, if there is no such user
+        raise ValueError(f"--model-path {model!r}: cannot be read ({error})") from None
     is_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     require(is_hub_name and not path.exists(), f"--model-path {model!r}: no such directory")
 

@@ -1,6 +1,6 @@
 """The DCP exchange: from partial attention over my shard, for all heads of the DCP group, to whole
-attention for my heads. It is exact, because softmax over a union of shards is the mean of the
-shards' results, weighted by their log-sum-exps. Next: `state.py`."""
+attention for my heads. It is exact: attention over a union of shards is the average of the
+shards' outputs with weights exp(lse_i - lse). Next: `state.py`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minidcp.batch import Partial
+from minidcp.batch import OutAndLse
 from minidcp.kernels.merge import merge_partials
 from minidcp.parallel.group import Group
 
@@ -21,14 +21,16 @@ class Exchange(ABC):
 
         lse = ln Σ_i exp(lse_i)        out = Σ_i exp(lse_i - lse) out_i
 
-    The weights exp(lse_i - lse) are scalars per head. Hence linear maps of q and of out, such as
-    W_UK and W_UV, may stand on either side of the exchange, and it can be chosen what crosses:
+    The weights exp(lse_i - lse) are scalars per token and head, so W_UV may be applied before or
+    after the merge. W_UK acts on each head of q by itself, so it may come before or after the
+    gather. Hence we can choose what crosses:
 
         wide:   q after W_UK (576 values per head of DeepSeek-V2), out before W_UV (512)
         narrow: q before W_UK (192), out after W_UV (128); each rank then multiplies by W_UK and
                 W_UV for all heads of the group
 
     New latents never cross: every rank computes them for all tokens, and stores its own share.
+    (Cached ones may, if a prompt gathers them: `attention/context.py`.)
     """
 
     def __init__(self, group: Group) -> None:
@@ -47,7 +49,7 @@ class Exchange(ABC):
         return like.new_empty(shape)
 
     @abstractmethod
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         """Attention over the union of the shards, for this rank's H heads.
 
         out [T, N * H, D] and lse [T, N * H], of this rank's shard -> [T, H, D] and [T, H]. Every
@@ -59,20 +61,21 @@ class Exchange(ABC):
 class NoExchange(Exchange):
     """For a DCP group of one rank, whose shard is the whole context."""
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         return out, lse
 
 
 class AllGatherReduceScatter(Exchange):
-    """All-gather the LSEs, scale the own partial by exp(lse_i - lse), reduce-scatter the result."""
+    """All-gather the LSEs, scale this rank's partial by exp(lse_i - lse), reduce-scatter it."""
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         rank = self.group.rank
         size = self.group.size
         tokens, _, dim = out.shape
 
         all_lses = self.group.all_gather(lse).transpose(0, 1)  # [N, T, N * H]
-        same_for_all = out.expand(size, -1, -1, -1)  # only the own one is read
+        # merge_partials wants N outputs. With `only` it reads just this rank's.
+        same_for_all = out.expand(size, -1, -1, -1)
         scaled, merged_lse = merge_partials(same_for_all, all_lses, only=rank)
         own_lse = merged_lse.view(tokens, size, -1)[:, rank]
         return self.group.reduce_scatter(scaled.view(tokens, size, -1, dim)), own_lse
@@ -81,7 +84,7 @@ class AllGatherReduceScatter(Exchange):
 class AllToAll(Exchange):
     """One all-to-all of outputs and LSEs in one buffer, then the weighted merge."""
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         tokens, heads, dim = out.shape
         # An LSE takes the place of one value of out if that is float32, of two if it is bf16.
         lse_width = lse.element_size() // out.element_size()
@@ -100,7 +103,7 @@ class PeerGroup(Protocol):
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor: ...
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         """`Exchange.merge` in one kernel."""
 
 
@@ -115,7 +118,7 @@ class PeerToPeer(Exchange):
     def out_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return self.peers.empty(shape, like)
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         return self.peers.merge(out, lse)
 
 

@@ -3,6 +3,7 @@ Which ranks form which group is in `state.py`; what decode context parallelism s
 group is in `exchange.py`, which comes next."""
 
 import threading
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,19 +23,23 @@ class Group:
     received_bytes = 0  # received from other ranks since the start
 
     def begin_step(self) -> None:
-        """Every rank calls this before the first collective of a step, and of a CUDA graph."""
+        """Every rank calls this before the first collective of a step, and of a CUDA graph.
+
+        A group whose buffers take turns begins with the first one again.
+        """
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory in which to build the input of the very next collective.
 
-        A group that keeps inputs in memory of its own then need not copy it. Such a group raises
-        RuntimeError if another collective comes first, because that would overwrite the memory.
+        A group that keeps inputs in memory of its own then need not copy it. Only one buffer may
+        be outstanding: RuntimeError is raised if `empty` is called again before the collective, or
+        if the collective then gets another tensor, because that would overwrite the memory.
         """
         return like.new_empty(shape)
 
-    def count_received(self, x: Tensor, num_peers: float) -> None:
-        """Note that `num_peers` other ranks each sent as many bytes as x has."""
-        self.received_bytes += round(x.nbytes * num_peers)
+    def count_received(self, x: Tensor, times: float) -> None:
+        """Note that this rank received `times` as many bytes as x has."""
+        self.received_bytes += round(x.nbytes * times)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks of x [T, D]; the same on all ranks."""
@@ -125,7 +130,7 @@ class ThreadGroup(Group):
         self.num_calls += 1
         board[self.rank] = x.clone()  # the caller may change x before all ranks have read it
         self.barrier.wait()
-        return [tensor for tensor in board if tensor is not None]
+        return [cast(Tensor, tensor) for tensor in board]  # every rank has put one there
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.count_received(x, self.size - 1)

@@ -22,8 +22,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 class ParallelState:
     """One rank's view of the others.
 
-    `tp` are all ranks. `dcp` are the ranks that share one interleaved KV cache with this one, and
-    attend with the heads of all of them. Ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group
+    `tp` are all ranks. `dcp` are the ranks that share one interleaved KV cache; each of them
+    attends for the heads of all of them. Ranks [g * dcp_size, (g + 1) * dcp_size) form DCP group
     g. They have consecutive heads. Each group has the whole context, so tp_size / dcp_size copies
     of the cache are kept.
     """

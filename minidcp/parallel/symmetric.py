@@ -10,13 +10,14 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from minidcp.batch import Partial
+from minidcp.batch import OutAndLse
 from minidcp.kernels.meeting import MAX_PROGRAMS, Meeting
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
 from minidcp.parallel.group import Group
 
 BUFFER_BYTES = 64 << 20  # of one half of the buffer; larger tensors go in pieces
-# Behind it in each half is room for the LSEs of partial outputs, if a head has 64 bytes or more.
+# Behind it in each half is room for the LSEs of partial outputs, 4 bytes for each head. That is
+# enough if a head's output takes 64 bytes or more.
 LSE_BYTES = BUFFER_BYTES // 16
 HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 # A larger all-reduce is a reduce-scatter and an all-gather: it reads each value twice, not N times.
@@ -81,6 +82,8 @@ class SymmetricGroup(Group):
         nbytes = math.prod(shape) * like.element_size()
         if nbytes > BUFFER_BYTES:
             return super().empty(shape, like)
+        if self.is_reserved:
+            raise RuntimeError("memory from Group.empty is still waiting for its collective")
         self.is_reserved = True
         return self.own_half()[:nbytes].view(like.dtype).view(shape)
 
@@ -129,13 +132,13 @@ class SymmetricGroup(Group):
 
     def all_gather(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[1:])
-        return self.read(x, width, 0).view(len(x), self.size, *x.shape[1:])
+        return self.read_columns(x, width, 0).view(len(x), self.size, *x.shape[1:])
 
     def all_to_all(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[2:])
-        return self.read(x, width, self.rank * width).view(x.shape)
+        return self.read_columns(x, width, self.rank * width).view(x.shape)
 
-    def read(self, x: Tensor, width: int, offset: int) -> Tensor:
+    def read_columns(self, x: Tensor, width: int, offset: int) -> Tensor:
         """Elements [offset, offset + width) of every rank's rows of x [T, ...]: [T, N, width]."""
         out = x.new_empty(len(x), self.size, width)
         stride = x[0].numel()
@@ -152,7 +155,7 @@ class SymmetricGroup(Group):
         self.count_received(out, self.size - 1)
         return out.view(len(x), *x.shape[2:])
 
-    def merge(self, out: Tensor, lse: Tensor) -> Partial:
+    def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         """The p2p exchange in one kernel; `parallel/exchange.py` has its contract.
 
         The kernel itself puts the LSEs behind the outputs, because attention back-ends write them

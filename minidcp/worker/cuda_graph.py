@@ -1,6 +1,6 @@
 """CUDA graphs of pure decode steps, one for each batch size of a ladder. Smaller batches are
-padded. A padded row has local length 0 and cache row -1: it reads nothing from the cache, writes
-nothing there, and nobody looks at its token. Next: `sampler.py`."""
+padded. A padded row has local length 0 and slot_mapping -1: it reads nothing from the cache,
+writes nothing there, and nobody looks at its token. Next: `sampler.py`."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidcp.batch import Array, BlockTables, CacheRows, ForwardBatch, StepPlan, upload
+from minidcp.batch import Array, BlockTables, CacheQueries, ForwardBatch, StepPlan, upload
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.parallel.state import ParallelState
 from minidcp.resolve import ResolvedConfig
@@ -36,8 +36,8 @@ def ladder(max_size: int) -> list[int]:
 @dataclass(frozen=True)
 class CapturedStep:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # what a replay writes
-    tokens: Tensor
+    logits: Tensor  # [B, V / tp], written by each replay
+    tokens: Tensor  # [B]
     received_bytes: int  # what a replay receives from other ranks
 
 
@@ -46,9 +46,9 @@ class GraphInputs:
 
     def __init__(self, tables: BlockTables, device: torch.device) -> None:
         max_num_seqs, width = tables.table.shape
-        # The first four are views of one tensor, so that one copy fills them.
-        self.rows = torch.zeros(4, max_num_seqs, dtype=torch.int32, device=device)
-        self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.rows
+        # The first four fields are views of one tensor, so that one copy fills them.
+        self.fields = torch.zeros(4, max_num_seqs, dtype=torch.int32, device=device)
+        self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields
         self.block_table = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=device)
 
         self.slot_mapping.fill_(-1)
@@ -57,7 +57,7 @@ class GraphInputs:
         """A decode batch of the first `size` rows."""
         positions = self.positions[:size]
         decode_slots = self.decode_slots[:size]
-        decode = CacheRows(self.block_table[:size], self.local_lens[:size], narrow)
+        decode = CacheQueries(self.block_table[:size], self.local_lens[:size], narrow)
         return ForwardBatch(
             num_decode=size,
             prefill_tokens=positions[:0],
@@ -69,17 +69,18 @@ class GraphInputs:
             decode=decode,
         )
 
-    def fill(self, columns: Sequence[Array], block_table: Array, size: int) -> None:
+    def fill(self, fields: Sequence[Array], block_table: Array, size: int) -> None:
         """Copy positions, slot_mapping, decode_slots and local_lens of n rows, padded to `size`.
 
-        block_table is [n, W]. Two copies on the device lie between one graph and the next.
+        block_table is [n, W]. It takes two copies on the device, which lie between the graphs of
+        two steps.
         """
         num_rows, width = block_table.shape
-        rows = np.zeros((4, size), dtype=np.int64)
-        rows[1, num_rows:] = -1  # the padded rows' slot_mapping
-        rows[:, :num_rows] = columns
-        tensors = upload({"rows": rows, "block_table": block_table}, self.rows.device)
-        self.rows[:, :size].copy_(tensors["rows"])
+        padded = np.zeros((4, size), dtype=np.int64)
+        padded[1, num_rows:] = -1  # slot_mapping
+        padded[:, :num_rows] = fields
+        tensors = upload({"fields": padded, "block_table": block_table}, self.fields.device)
+        self.fields[:, :size].copy_(tensors["fields"])
         self.block_table[:num_rows, :width].copy_(tensors["block_table"])
 
 
@@ -137,7 +138,7 @@ class DecodeGraphs:
         rank = self.state.dcp.rank
         starts = np.array(plan.starts, dtype=np.int64)
         slots = np.array(plan.slots, dtype=np.int64)
-        slot_mapping = self.tables.map_slots(slots, starts, self.layout, rank)
+        slot_mapping = self.tables.find_cache_rows(slots, starts, self.layout, rank)
         local_lens = self.layout.local_len(starts + 1, rank)
         width = self.layout.num_blocks(int(starts.max()) + 1)
         block_table = self.tables.table[slots, :width]

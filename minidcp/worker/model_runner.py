@@ -105,7 +105,7 @@ class ModelRunner:
         )
 
         self.model, self.bytes_read = self.load()
-        width = self.interleave.num_blocks(config.max_model_len) + 1
+        width = self.interleave.num_blocks(config.max_model_len)
         self.tables = BlockTables(config.max_num_seqs, width)
         # The token that was sampled last, by request slot: the next decode row's input.
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
@@ -130,6 +130,14 @@ class ModelRunner:
         source = CheckpointSource(
             Path(self.config.model), self.dtype, self.device, progress=is_first_rank
         )
+        if self.model_config.tie_word_embeddings and not source.tie_head():
+            self.model_config = replace(self.model_config, tie_word_embeddings=False)
+            self.log(
+                "config.json ties lm_head to the embeddings, but the checkpoint's lm_head.weight "
+                "differs from them: it is used, as in transformers",
+                logging.WARNING,
+            )
+
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
@@ -157,7 +165,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run steps of up to max_num_batched_tokens tokens on as much context, storing nothing.
+        """Run steps of up to max_num_batched_tokens tokens with long contexts, storing nothing.
 
         The largest step takes the memory that steps need. All of them together compile every
         kernel, so that no request waits for a compiler.
@@ -192,7 +200,7 @@ class ModelRunner:
         sizes.update(1 << i for i in range(budget.bit_length()))
         last_mlp = self.model.layers[-1].mlp
         if isinstance(last_mlp, MoE):
-            sizes.update(last_mlp.bounds)
+            sizes.update(last_mlp.token_limits)
         return sorted(size for size in sizes if size <= budget)
 
     def plan_warm_up(self, size: int) -> StepPlan:
@@ -272,7 +280,7 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """This rank's logits [S + K, V / tp] of a batch, and the most likely tokens [S].
 
-        It runs outside graphs, and once for each graph, to be captured.
+        It runs eagerly, and while a graph is captured.
         """
         assert self.cache is not None
         self.state.begin_step()
@@ -318,7 +326,9 @@ class ModelRunner:
         if not plan.sampling and not plan.scored:
             return nothing, best
         if self.sampler.reads_logits(plan):
-            self.state.begin_step()  # the collectives from here on are in no graph
+            # A replayed graph leaves the groups' buffers as its capture left them. The collectives
+            # from here on are in no graph, so they begin anew.
+            self.state.begin_step()
             logits = self.model.lm_head.gather(logits)
 
         sampled = nothing

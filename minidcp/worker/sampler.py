@@ -1,6 +1,6 @@
 """From logits to tokens: greedy, or the Gumbel-max trick with temperature, top-k, top-p and min-p.
-Randomness is a function of (seed, position, token id), so a request's tokens depend neither on what
-runs beside it nor on preemption. Next: `worker.py`."""
+Noise is a function of (seed, position, token id), so a request's noise depends neither on what runs
+beside it nor on preemption. Next: `worker.py`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

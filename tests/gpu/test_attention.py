@@ -8,7 +8,7 @@ import torch
 from minidcp.attention import AttentionBackend
 from minidcp.attention.fa3 import FA3Backend
 from minidcp.attention.triton import TritonBackend
-from minidcp.batch import CacheRows, Varlen
+from minidcp.batch import CacheQueries, Varlen
 from minidcp.kernels.fa3 import load_operators
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
 
 def make_case(
     lens: list[int], heads: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CacheRows]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CacheQueries]:
     generator = torch.Generator("cuda").manual_seed(len(lens) * heads + block_size)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def make_case(
     kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(
         len(lens), blocks_each, block_size, 576
     )
-    batch = CacheRows(table, local_lens, narrow=False)
+    batch = CacheQueries(table, local_lens, narrow=False)
     return normal(len(lens), heads, 512), normal(len(lens), heads, 64), kv, batch
 
 
@@ -49,7 +49,7 @@ def check_rows(
     lse: torch.Tensor,
     q: torch.Tensor,
     kv: torch.Tensor,
-    batch: CacheRows,
+    batch: CacheQueries,
     rows: range,
 ) -> None:
     for row in rows:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import Oracle
 
-from minidcp.batch import Admission, CacheRows, StepPlan
+from minidcp.batch import Admission, CacheQueries, StepPlan
 from minidcp.config import EngineConfig
 from minidcp.kernels.experts import ExpertOutputs
 from minidcp.model_config import ModelConfig
@@ -59,7 +59,7 @@ def test_layers(checkpoint: Oracle) -> None:
             runner.tables.update(plan)
             batches.append(runner.build_batch(plan))
             for rows in (batches[-1].decode, *batches[-1].context):
-                if isinstance(rows, CacheRows):
+                if isinstance(rows, CacheQueries):
                     runner.attention.prepare(rows)
         for i, (ours, theirs) in enumerate(zip(gpu.model.layers, cpu.model.layers, strict=True)):
             x = torch.randn(sum(plan.lengths), 256).bfloat16()
