@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -20,17 +19,16 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from minidcp.batch import StepResult
+from minidcp.engine.reports import Reports
 from minidcp.engine.threads import join_all, raise_in_thread
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState, build_thread_states
 from minidcp.resolve import ResolvedConfig, under_torchrun
-from minidcp.worker.worker import Command, Failed, Ready, Report, serve_and_exit, serve_rank
+from minidcp.worker.worker import Command, Failed, Ready, serve_and_exit, serve_rank
 
 R = TypeVar("R", Ready, StepResult)
 
 STOP_SECONDS = 5.0  # how long ranks may take to leave by themselves before they are killed
-CAUSE_SECONDS = 1.0  # how long to wait for a report that explains the first failure
-WAIT_PARTS = 10  # a long wait for a report is made of so many short ones
 CLOSED = "the engine is closed"
 
 
@@ -61,11 +59,7 @@ class Executor:
         self.config = config
         self.model_config = model_config
         self.connections: list[Connection] = []
-
-        # Reports in the order of their arrival. A failure is put into `failures` too, where it is
-        # seen before the results that are still waiting in `reports`.
-        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()
+        self.reports = Reports()
         self.failure: str | None = None  # why no more commands are taken
         self.sending = threading.Lock()  # `close` may be called while another thread submits
 
@@ -177,7 +171,6 @@ class Executor:
         except Exception as error:
             failure = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
 
-        self.failures.put(failure)
         self.reports.put(failure)
 
     def get_exit_code(self, rank: int) -> str:
@@ -220,7 +213,7 @@ class Executor:
     def check(self) -> None:
         """Raise EngineDeadError if a rank has ended."""
         self.check_open()
-        if not self.failures.empty():
+        if self.reports.has_failure():
             self.fail()
 
     def check_open(self) -> None:
@@ -240,56 +233,21 @@ class Executor:
 
     def receive(self, kind: type[R], timeout: float = math.inf) -> R:
         """The oldest report that has not been received yet, unless a rank has ended."""
-        report = self.wait_for_report(timeout)
+        report = self.reports.get(timeout)
         if isinstance(report, Failed):
             self.fail()
         assert isinstance(report, kind)
         return report
 
-    def wait_for_report(self, timeout: float) -> Report:
-        """The oldest report. If there is none for `timeout` seconds, a rank counts as failed.
-
-        The clock goes on while all our processes are suspended (Ctrl-Z). Such a time uses up only
-        one part of the wait.
-        """
-        part = min(timeout / WAIT_PARTS, threading.TIMEOUT_MAX)
-        for _ in range(WAIT_PARTS):
-            with contextlib.suppress(queue.Empty):
-                return self.reports.get(timeout=part)
-
-        stuck = Failed(
-            f"no step has ended for {timeout:g} s: a rank is stuck, or steps take longer here than "
-            f"--engine-timeout {timeout:g} allows",
-            died=True,
-        )
-        self.failures.put(stuck)
-        return stuck
-
     def fail(self) -> NoReturn:
         """End all ranks, because one has failed, and raise the cause."""
         self.check_open()  # another thread may have closed it while this one waited
-        cause = self.find_cause()
+        cause = self.reports.find_cause()
         self.failure = cause.reason
         self.stop(kill=True)
         if cause.user_error:
             raise ValueError(cause.reason)
         raise EngineDeadError(cause.reason)
-
-    def find_cause(self) -> Failed:
-        """The failure behind the reports. When one rank ends, its peers fail as well.
-
-        A process that died or a user's error is the cause for certain. If no rank reports one soon,
-        the first report is taken for the cause.
-        """
-        first = self.failures.get()
-        failure = first
-        deadline = time.monotonic() + CAUSE_SECONDS
-        while not failure.died and not failure.user_error:
-            try:
-                failure = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                return first
-        return failure
 
     def close(self) -> None:
         """End the ranks. Safe to call twice, after a failure, and while another thread waits."""
