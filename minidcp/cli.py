@@ -5,12 +5,14 @@ import argparse
 import json
 import logging
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
+from minidcp.console import exit_at_once, protect_stderr, protect_stdout
 from minidcp.engine.executor import EngineDeadError
 from minidcp.hardware import GPUS
 from minidcp.llm import LLM
@@ -258,10 +260,22 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def protect_process(command: str) -> None:
+    """Let nothing that happens to this process's output hurt what it does, nor SIGTERM be lost."""
+    protect_stderr()
+    if command == "serve":  # the other commands print results, whose loss is an error
+        protect_stdout()
+        # Until the server is there to finish its requests. As a container's process 1, this one
+        # would not end by a signal that it does not handle.
+        signal.signal(signal.SIGTERM, lambda *_: exit_at_once(0))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0, 1 if the engine died, 2 for an error of the user, 130 for
     Ctrl-C."""
     args = build_parser().parse_args(argv)
+    if argv is None:  # this is the process's own command line
+        protect_process(args.command)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         return int(args.run(args))

@@ -1,6 +1,7 @@
 """The offline API: prompts in, completions out. Next: the server, from `server/protocol.py` on."""
 
 import queue
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minidcp.config import EngineConfig, require
+from minidcp.console import UnfailingStream
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.engine_thread import Call, EngineThread, Prompt
 from minidcp.request import RequestOutput, SamplingParams
@@ -78,7 +80,8 @@ class LLM(AbstractContextManager["LLM"]):
 
 def show_progress(call: Call) -> BaseException | None:
     """Wait for a call and show a progress bar. Returns the call's outcome."""
-    with tqdm(total=len(call.prompts), desc="Requests", unit="req") as bar:
+    file = UnfailingStream(sys.stderr)
+    with tqdm(total=len(call.prompts), desc="Requests", unit="req", file=file) as bar:
         error = None
         is_running = True
         while is_running:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 from checkpoints import STYLES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import EngineConfig
@@ -28,6 +28,7 @@ def resolve_quietly(config: EngineConfig, machine: Machine, model: ModelConfig =
     return resolved, heard
 
 
+@settings(deadline=None)
 @given(
     machine=st.builds(
         Machine,

@@ -16,7 +16,7 @@ import torch
 from minidcp.batch import StepResult
 from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer
-from minidcp.engine.executor import Executor
+from minidcp.engine.executor import Executor, is_driver, serve_torchrun_rank
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
 from minidcp.kv_cache.block_manager import BlockManager
@@ -63,6 +63,8 @@ class LLMEngine:
         start: Callable[[ResolvedConfig, ModelConfig], Executor] = Executor,
         listener: StepListener | None = None,
     ) -> None:
+        if not is_driver():
+            serve_torchrun_rank(config.model)  # which does not return
         config = replace(config, model=str(find_model(config.model)))
         self.model_config = ModelConfig.from_hf(config.model)
         resolved = resolve(config, self.model_config, detect_machine(config))

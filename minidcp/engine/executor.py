@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing.connection import Client, Connection, Listener, Pipe
+from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from minidcp.batch import StepResult
+from minidcp.engine.control import accept_ranks, connect_to_driver, find_host, open_store
 from minidcp.engine.reports import Reports
 from minidcp.engine.threads import join_all, raise_in_thread
 from minidcp.model_config import ModelConfig
@@ -30,6 +31,24 @@ R = TypeVar("R", Ready, StepResult)
 
 STOP_SECONDS = 5.0  # how long ranks may take to leave by themselves before they are killed
 CLOSED = "the engine is closed"
+
+# What a rank's process runs. Its imports take seconds. Also in that time it leaves signals to the
+# driver (`leave_signals_to_driver`), and ends when the driver does.
+START_RANK = """
+import os, select, signal, sys, threading
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def end_with_driver():
+    poll = select.poll()
+    poll.register(int(sys.argv[1]), 0)  # reports nothing but the end of the connection
+    poll.poll()
+    os._exit(1)
+
+threading.Thread(target=end_with_driver, daemon=True).start()
+from minidcp.worker.worker import main
+main()
+"""
 
 
 class EngineDeadError(RuntimeError):
@@ -51,8 +70,8 @@ class Executor:
         torchrun   socket; a pipe for rank 0        through torchrun's store
 
     A thread reads each connection. A connection that ends means a dead rank. Steps are answered in
-    the order in which they were submitted. Under torchrun the constructor returns only in the
-    process of rank 0: the other processes serve it as ranks, and end when it does.
+    the order in which they were submitted. Under torchrun only the process of rank 0 has one; the
+    others call `serve_torchrun_rank`.
     """
 
     def __init__(self, config: ResolvedConfig, model_config: ModelConfig) -> None:
@@ -114,7 +133,7 @@ class Executor:
         """Start ranks as processes on this machine. They end when this process ends, in any way."""
         # As torchrun's agent does: host the store (the system picks the port). The ranks find it in
         # their environment.
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = host_store()
         for rank in range(self.config.tp_size):
             own_end, rank_end = Pipe()
             process = spawn_rank(rank, self.config.tp_size, self.store.port, rank_end)
@@ -125,24 +144,15 @@ class Executor:
     def accept_torchrun(self) -> None:
         """Make the processes that torchrun started the ranks.
 
-        The process of rank 0 is the driver and, in a thread, rank 0. It leaves its address in
-        torchrun's store, where the others find it. These do not return from here.
+        This process, that of rank 0, is the driver and, in a thread, rank 0.
         """
-        host = os.environ["MASTER_ADDR"]
-        port = int(os.environ["MASTER_PORT"])
-        store = dist.PrefixStore("minidcp", dist.TCPStore(host, port, is_master=False))
-        if not is_driver():
-            serve_torchrun_rank(host, store)
-
-        size = self.config.tp_size
-        key = os.urandom(32)
-        with Listener((host, 0), backlog=size, authkey=key) as listener:
-            store.set("minidcp/control", f"{listener.address[1]} {key.hex()}")
-            self.start_thread(0)
-            for _ in range(size - 1):
-                connection = listener.accept()
-                rank = connection.recv()
-                self.connect(rank, connection)
+        try:
+            connections = accept_ranks(open_store(), find_host(), self.config.tp_size)
+        except TimeoutError as error:
+            raise EngineDeadError(str(error)) from None
+        self.start_thread(0)
+        for rank, connection in connections.items():
+            self.connect(rank, connection)
 
     def connect(self, rank: int, connection: Connection) -> None:
         """Tell a rank what to load, and start to read what it reports."""
@@ -309,6 +319,22 @@ class Executor:
                 process.wait()
 
 
+def host_store() -> dist.TCPStore:
+    """A store for ranks on this machine. The system picks the port.
+
+    Left to itself the store would listen on every interface, and it asks nobody for a password.
+    """
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    host, port = listener.getsockname()
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
+
+
 def spawn_rank(
     rank: int, world_size: int, store_port: int, connection: Connection
 ) -> subprocess.Popen[bytes]:
@@ -320,21 +346,25 @@ def spawn_rank(
     env["MASTER_PORT"] = str(store_port)
     env["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 is not to host the store
     env["GLOO_SOCKET_IFNAME"] = "lo"
+    env["NCCL_SOCKET_IFNAME"] = "=lo"
     env["MINIDCP_LOG_LEVEL"] = str(logging.getLogger("minidcp").getEffectiveLevel())
 
     descriptor = connection.fileno()
-    start = "from minidcp.worker.worker import main; main()"
-    command = [sys.executable, "-c", start, str(descriptor)]
+    command = [sys.executable, "-c", START_RANK, str(descriptor)]
     return subprocess.Popen(command, env=env, pass_fds=[descriptor])
 
 
-def serve_torchrun_rank(host: str, store: dist.Store) -> NoReturn:
-    """Connect to the driver, serve it as this process's rank, and end the process."""
+def serve_torchrun_rank(model: str) -> NoReturn:
+    """Connect to the driver, serve it as this process's rank, and end the process.
+
+    `model` is what the user gave: a name on the hub is downloaded to this node too.
+    """
     rank = int(os.environ["RANK"])
-    port, key = store.get("minidcp/control").decode().split()
-    connection = Client((host, int(port)), authkey=bytes.fromhex(key))
-    connection.send(rank)
-    serve_and_exit(rank, connection)
+    try:
+        connection = connect_to_driver(open_store(), find_host(), rank)
+    except ConnectionError as error:
+        raise SystemExit(f"minidcp: error: {error}") from None
+    serve_and_exit(rank, connection, model)
 
 
 def shut_down(connection: Connection) -> None:

@@ -3,6 +3,7 @@ What the model asks for, by Hugging Face's names, is recorded first. A checkpoin
 tensor, or has one too many, is then refused before it is read."""
 
 import os
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidcp.config import require
+from minidcp.console import UnfailingStream
 from minidcp.model_config import read_object
 
 MAX_LISTED = 8  # how many names an error message lists
@@ -130,7 +132,11 @@ class CheckpointSource:
         self.file_of = self.find_tensors()
         self.stored_names: dict[str, str] = {}  # of tensors that have another name in their file
         self.bar = tqdm(
-            desc="Loading weights", total=len(self.file_of), unit=" tensors", disable=not progress
+            desc="Loading weights",
+            total=len(self.file_of),
+            unit=" tensors",
+            disable=not progress,
+            file=UnfailingStream(sys.stderr),
         )
 
     def find_tensors(self) -> dict[str, str]:

@@ -82,6 +82,11 @@ def init_process_state(
     RANK, MASTER_ADDR and MASTER_PORT say how. torchrun or our own launcher has set them. `comm` is
     gloo, nccl or symmetric. The last needs Gloo only to find its peers.
     """
+    if count_ranks_here(tp_size) == tp_size:
+        # Left to themselves, Gloo and NCCL listen on the network, without authentication.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+
     max_programs = 0
     if comm == "symmetric":
         max_programs = prepare_symmetric_memory(tp_size, device)
@@ -124,5 +129,9 @@ def prepare_symmetric_memory(tp_size: int, device: torch.device) -> int:
 
 def count_ranks_per_gpu(tp_size: int) -> int:
     """Above 1 if there are more ranks on this node than GPUs, which is meant for tests."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", tp_size))
-    return -(-ranks_here // torch.cuda.device_count())
+    return -(-count_ranks_here(tp_size) // torch.cuda.device_count())
+
+
+def count_ranks_here(tp_size: int) -> int:
+    """How many ranks are on this node. Only torchrun can have put some on others."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", tp_size))

@@ -5,6 +5,7 @@ does is in `model_runner.py`. Next: `engine/scheduler.py`."""
 import contextlib
 import logging
 import os
+import platform
 import queue
 import signal
 import sys
@@ -17,7 +18,9 @@ from typing import NoReturn
 import torch
 
 from minidcp.batch import StepPlan, StepResult
+from minidcp.console import drain, exit_at_once, protect_stderr, protect_stdout
 from minidcp.model_config import ModelConfig
+from minidcp.models.weights import find_model
 from minidcp.parallel.state import ParallelState, init_process_state
 from minidcp.resolve import ResolvedConfig
 from minidcp.worker.model_runner import ModelRunner, PendingResult
@@ -52,17 +55,22 @@ def serve_rank(
     connection: Connection,
     state: ParallelState | None = None,
     own_process: bool = True,
+    model: str = "",
 ) -> bool:
     """Serve the driver at the other end of the connection as rank `rank`, until told to stop.
 
     `Executor.start_thread` calls it in a thread, with own_process False. `serve_and_exit` calls it
     as all that a process does. Without a `state` the rank joins the other ranks' processes. The
-    driver's first message is (ResolvedConfig, ModelConfig).
+    driver's first message is (ResolvedConfig, ModelConfig). `model`, if given, is fetched from the
+    hub first: the driver has done that only for its own node.
 
     Returns False if something failed here; that has been logged and reported.
     """
     config, model_config = connection.recv()
-    receive = watch(connection) if own_process else connection.recv
+    receive = connection.recv
+    if own_process:
+        receive = watch(connection)
+        leave_signals_to_driver()
     sending = threading.Lock()  # on a GPU results come from a thread of their own
 
     def report(message: Report) -> None:
@@ -71,6 +79,8 @@ def serve_rank(
 
     is_loading = True
     try:
+        if model:
+            fetch_model(model, rank)
         runner = build_runner(config, model_config, rank, state)
         report(Ready(runner.measure_kv_bytes(), runner.bytes_read))
         is_loading = False
@@ -83,10 +93,18 @@ def serve_rank(
         if is_loading and isinstance(error, ValueError):
             report(Failed(str(error), user_error=True))
         else:
-            logger.exception("rank %d has failed", rank)
+            log_failure(rank)
             report(Failed(f"rank {rank}: {error!r}"))
         return False
     return True
+
+
+def fetch_model(model: str, rank: int) -> None:
+    """Download a model of the hub to this node. Raises ValueError if it is not to be had here."""
+    try:
+        find_model(model)
+    except ValueError as error:
+        raise ValueError(f"rank {rank} on {platform.node()}: {error}") from None
 
 
 def build_runner(
@@ -160,11 +178,28 @@ def report_from_thread(
                 if rank == 0:
                     report(result)
         except Exception as error:
-            logger.exception("rank %d has failed", rank)
+            log_failure(rank)
             report(Failed(f"rank {rank}: {error!r}"))
 
     threading.Thread(target=run, name="results", daemon=True).start()
     return pending.put
+
+
+def log_failure(rank: int) -> None:
+    """Log the exception that is being handled, before the driver hears of it and kills us."""
+    logger.exception("rank %d has failed", rank)
+    drain()
+
+
+def leave_signals_to_driver() -> None:
+    """Ignore what asks a process to end; `watch` ends this one when the driver does.
+
+    Ctrl-C and SIGTERM reach the whole process group from a terminal, systemd or torchrun. The
+    driver needs its ranks to finish what is running.
+    """
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def watch(connection: Connection) -> Callable[[], Command]:
@@ -194,7 +229,8 @@ def main() -> None:
 
     Its argument is the file descriptor of the connection, which it has inherited.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    protect_stderr()
+    protect_stdout()
     rank = int(os.environ["RANK"])
 
     # Rank 0 logs for all ranks, at the driver's level. The others log only what goes wrong.
@@ -203,8 +239,11 @@ def main() -> None:
     serve_and_exit(rank, Connection(int(sys.argv[1])))
 
 
-def serve_and_exit(rank: int, connection: Connection) -> NoReturn:
+def serve_and_exit(rank: int, connection: Connection, model: str = "") -> NoReturn:
     """Serve as a rank, then end this process."""
-    ok = serve_rank(rank, connection)
-    sys.stdout.flush()
-    os._exit(0 if ok else 1)  # without the tear-down of process groups, which waits for peers
+    try:
+        ok = serve_rank(rank, connection, model=model)
+    except (EOFError, OSError):  # the driver has ended before it said what to load
+        logger.error("rank %d: the driver has ended", rank)
+        ok = False
+    exit_at_once(0 if ok else 1)  # without the tear-down of process groups, which waits for peers
