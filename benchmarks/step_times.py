@@ -6,6 +6,7 @@ Read `serving_emulated.py` next.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -106,7 +107,7 @@ class SimulatedExecutor(Executor):
         tokens = [0] * len(command.sampling)
         self.steps.append((self.free_at, StepResult(tokens, None, seconds)))
 
-    def collect(self) -> StepResult:
+    def collect(self, timeout: float = math.inf) -> StepResult:
         self.clock, result = self.steps.popleft()
         return result
 

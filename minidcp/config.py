@@ -2,6 +2,7 @@
 machine and without a checkpoint is raised here, as a ValueError that names its flag. What "auto"
 means is decided in `resolve.py`. Next: `model_config.py`."""
 
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -197,6 +198,12 @@ class EngineConfig(Options):
         least=1,
     )
     mixed_steps: bool = option(True, "let one step hold decode rows and prompt chunks")
+    engine_timeout: float = option(
+        120.0,
+        "seconds that a step may take; then a rank counts as stuck: the server's /health answers "
+        "503, and LLM.generate raises EngineDeadError",
+        least=1,
+    )
 
     load_format: str = choice(
         "auto: safetensors; dummy: random weights, to measure with a config.json alone",
@@ -208,6 +215,9 @@ class EngineConfig(Options):
         super().__post_init__()
         share = self.gpu_memory_utilization
         require(0 < share <= 1, f"--gpu-memory-utilization {share}: must be in (0, 1]")
+
+        timeout = self.engine_timeout
+        require(timeout < math.inf, f"--engine-timeout {timeout}: must be finite, such as 86400")
 
         batched_tokens = self.max_num_batched_tokens
         require(
@@ -247,9 +257,6 @@ class ServeConfig(Options):
         30.0,
         "seconds that requests have to end after SIGTERM or Ctrl-C; then they are aborted",
         least=0,
-    )
-    engine_timeout: float = option(
-        120.0, "seconds without progress after which /health answers 503", least=1
     )
     sse_keep_alive_interval: float = option(
         0.0, "seconds between comments in a silent stream; 0: no comments", least=0

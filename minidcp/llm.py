@@ -1,7 +1,8 @@
 """The offline API: prompts in, completions out. Next: the server, from `server/protocol.py` on."""
 
+import queue
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,17 @@ from tqdm import tqdm
 from minidcp.config import EngineConfig, require
 from minidcp.console import UnfailingStream
 from minidcp.engine.engine import LLMEngine
-from minidcp.request import CompletionOutput, OutputDelta, RequestOutput, SamplingParams
+from minidcp.engine.engine_thread import Call, EngineThread, Prompt
+from minidcp.request import RequestOutput, SamplingParams
 
-Prompt = str | list[int]
-Prompts = Prompt | Sequence[Prompt]
+# A text, token ids, or vLLM's dicts {"prompt": text} and {"prompt_token_ids": token ids}. Arrays of
+# NumPy or torch are as good as lists.
+PromptInput = str | Sequence[int] | Mapping[str, Any]
+Prompts = PromptInput | Sequence[PromptInput]
 Params = SamplingParams | Sequence[SamplingParams]
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+BAR_SECONDS = 0.1  # between two looks at the progress
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -33,83 +40,131 @@ class LLM(AbstractContextManager["LLM"]):
         unknown = sorted(set(options) - set(known))
         require(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         self.engine = LLMEngine(EngineConfig(str(model), **options))
-        self.num_requests = 0
+        self.engine_thread = EngineThread(self.engine)
+        try:
+            self.engine_thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     def generate(
         self, prompts: Prompts, sampling_params: Params | None = None, use_tqdm: bool = False
     ) -> list[RequestOutput]:
-        """Complete every prompt (text, or token ids). Outputs are in the order of the prompts."""
-        batch = as_batch(prompts)
-        params = list_params(sampling_params, len(batch))
+        """Complete every prompt. Outputs are in the order of the prompts.
 
-        outputs: dict[str, RequestOutput] = {}
+        A prompt is a text, a list of token ids, or a dict with one of these as `prompt` or
+        `prompt_token_ids`. Several threads may call this at the same time; their prompts run
+        together. An interrupt (Ctrl-C) ends the call and aborts its prompts, and the engine stays
+        as good as before. Raises ValueError if a prompt or a parameter is wrong, EngineDeadError if
+        a rank has ended or takes longer than `engine_timeout` for a step.
+        """
+        batch = [read_prompt(prompt) for prompt in split_prompts(prompts)]
+        call = Call(batch, list_params(sampling_params, len(batch)))
         try:
-            for prompt, prompt_params in zip(batch, params, strict=True):
-                output = self.add_request(prompt, prompt_params)
-                outputs[output.request_id] = output
-            self.run(outputs, use_tqdm)
+            self.engine_thread.submit(call)
+            error = show_progress(call) if use_tqdm else call.outcome.get()
         finally:
-            self.engine.abort(*outputs)  # what an error has left unfinished
-        return list(outputs.values())
-
-    def add_request(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        """Queue a prompt; returns its output, which is still empty."""
-        request_id = f"llm-{self.num_requests}"
-        self.num_requests += 1
-        request = self.engine.add_request(request_id, prompt, params)
-        return RequestOutput(
-            request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[CompletionOutput(logprobs=None if params.logprobs is None else [])],
-        )
-
-    def run(self, outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
-        """Step the engine until all requests are finished, and add to their outputs."""
-        num_generated = 0
-        with tqdm(
-            total=len(outputs),
-            desc="Requests",
-            unit="req",
-            disable=not use_tqdm,
-            file=UnfailingStream(sys.stderr),
-        ) as bar:
-            while self.engine.has_work:
-                for delta in self.engine.step():
-                    extend_output(outputs[delta.request_id], delta)
-                    num_generated += len(delta.token_ids)
-                    if delta.finish_reason is not None:
-                        bar.update()
-                    seconds = bar.format_dict["elapsed"] or 1
-                    bar.set_postfix_str(f"{num_generated / seconds:.1f} tok/s", refresh=False)
+            call.is_abandoned = True  # if it was interrupted; else it has ended
+        if error is not None:
+            raise error
+        return list(call.outputs.values())
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
         self.engine.close()
+        self.engine_thread.stop()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def as_batch(prompts: Prompts) -> list[Prompt]:
-    """A list of prompts from one or several. A list of token ids is one prompt, like a text."""
-    if isinstance(prompts, str):
-        return [prompts]
-    token_ids = [p for p in prompts if isinstance(p, int)]
-    if token_ids and len(token_ids) == len(prompts):
-        return [token_ids]
+def show_progress(call: Call) -> BaseException | None:
+    """Wait for a call and show a progress bar. Returns the call's outcome."""
+    file = UnfailingStream(sys.stderr)
+    with tqdm(total=len(call.prompts), desc="Requests", unit="req", file=file) as bar:
+        error = None
+        is_running = True
+        while is_running:
+            try:
+                error = call.outcome.get(timeout=BAR_SECONDS)
+                is_running = False
+            except queue.Empty:
+                pass
+            seconds = bar.format_dict["elapsed"] or 1
+            bar.set_postfix_str(f"{call.num_tokens / seconds:.1f} tok/s", refresh=False)
+            bar.update(call.num_finished - bar.n)
+    return error
 
-    batch: list[Prompt] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            batch.append(prompt)
-        elif isinstance(prompt, list | tuple):
-            batch.append(list(prompt))
+
+def as_batch(prompts: str | Sequence[Any]) -> list[str | list[int]]:
+    """A list of prompts from one or several. A list of token ids is one prompt, like a text."""
+    return [read_prompt(prompt).content for prompt in split_prompts(prompts)]
+
+
+def split_prompts(prompts: Prompts) -> list[Any]:
+    """One prompt, or several, as a list of prompts that are not checked yet."""
+    prompts = as_list(prompts)
+    if not isinstance(prompts, list):
+        return [prompts]
+    are_token_ids = {issubclass(kind, int) for kind in set(map(type, prompts))}
     require(
-        len(batch) == len(prompts),
+        len(are_token_ids) < 2,
         "prompts: give a text, a list of token ids, or a list of either, not mixed",
     )
-    return batch
+    return [prompts] if True in are_token_ids else prompts
+
+
+def read_prompt(prompt: Any) -> Prompt:
+    """One prompt in any of its forms."""
+    prompt = as_list(prompt)
+    if isinstance(prompt, str):
+        return Prompt(prompt, text=prompt)
+    if isinstance(prompt, list):
+        return Prompt(prompt)
+    if isinstance(prompt, Mapping):
+        return read_prompt_dict(prompt)
+    raise ValueError(
+        f"prompts: {prompt!r} is neither a text nor a list of token ids, nor a dict with one of "
+        "them as 'prompt' or 'prompt_token_ids'"
+    )
+
+
+def read_prompt_dict(prompt: Mapping[str, Any]) -> Prompt:
+    """vLLM's form. With both keys, the token ids are what runs, and the text is only shown."""
+    unknown = [key for key in prompt if key not in PROMPT_KEYS]
+    require(
+        not unknown,
+        f"prompts: a dict has {', '.join(map(repr, unknown))}; "
+        "possible are 'prompt' and 'prompt_token_ids'",
+    )
+    text = prompt.get("prompt")
+    require(
+        text is None or isinstance(text, str),
+        f"prompts: 'prompt' is {text!r}; give a text, or token ids as 'prompt_token_ids'",
+    )
+    token_ids = as_list(prompt.get("prompt_token_ids"))
+    if token_ids is None:
+        require(text is not None, "prompts: a dict is empty; give 'prompt' or 'prompt_token_ids'")
+        return Prompt(str(text), text)
+    require(
+        isinstance(token_ids, list),
+        f"prompts: 'prompt_token_ids' is {token_ids!r}; give a list of token ids",
+    )
+    return Prompt(token_ids, text)
+
+
+def as_list(value: Any) -> Any:
+    """A list from a sequence or an array, with Python's numbers in it; anything else as it is.
+
+    NumPy's integers are no `int`. What NumPy and torch have becomes Python's with `tolist`.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
+        return value
+    if set(map(type, value)) <= {int, str}:  # mostly so, and a prompt may be long
+        return list(value)
+    return [item.tolist() if hasattr(item, "tolist") else item for item in value]
 
 
 def list_params(params: Params | None, num_prompts: int) -> list[SamplingParams]:
@@ -124,18 +179,3 @@ def list_params(params: Params | None, num_prompts: int) -> list[SamplingParams]
         f"sampling_params: {len(by_prompt)} for {num_prompts} prompts; give one or as many",
     )
     return by_prompt
-
-
-def extend_output(output: RequestOutput, delta: OutputDelta) -> None:
-    """Add what one step brought to a request's output."""
-    output.cached_tokens = delta.cached_tokens
-    if delta.prompt_logprobs:
-        output.prompt_logprobs = delta.prompt_logprobs
-
-    completion = output.outputs[0]
-    completion.text += delta.text
-    completion.token_ids += delta.token_ids
-    if completion.logprobs is not None and delta.logprobs is not None:
-        completion.logprobs.append(delta.logprobs)
-    if delta.finish_reason is not None:
-        completion.finish_reason = delta.finish_reason.value

@@ -28,7 +28,11 @@ def number(default: float | None, minimum: float, maximum: float, allowed: str) 
 class SamplingParams:
     """How tokens are chosen and when a completion ends.
 
-    With a `seed`, a request gets the same tokens regardless of what runs beside it.
+    A `seed` fixes the random numbers: they depend on it, on the position and on the token id, never
+    on what runs beside the request. So the tokens are the same where the logits are. In float32
+    other requests, cached prefixes, chunks and preemption change logits in their last digits only,
+    and tokens practically never. In bfloat16 they change more, and a token may differ now and then,
+    and with it all that follow (docs/operations.md, "Repeatable outputs").
     Log-probabilities are the model's own: before temperature, penalties and biases.
     Raises ValueError, which names the field and its value, if a value is out of range.
     """

@@ -48,6 +48,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     mixed_steps: bool
+    engine_timeout: float  # in seconds
     load_format: str  # safetensors, or dummy: random weights
 
     def exchanges_narrow(self, num_queries: int) -> bool:
@@ -108,6 +109,7 @@ def resolve(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=choose_max_num_batched_tokens(config, device),
         mixed_steps=config.mixed_steps,
+        engine_timeout=config.engine_timeout,
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
     )
 

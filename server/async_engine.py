@@ -121,7 +121,7 @@ class AsyncEngine:
         """Raises UnavailableError or EngineDeadError if nothing can be generated, and says why."""
         engine = self._require_engine()
         idle_seconds = time.monotonic() - self.last_progress
-        if engine.has_work and idle_seconds > self.config.engine_timeout:
+        if engine.has_work and idle_seconds > engine.config.engine_timeout:
             raise UnavailableError(
                 f"the engine is stuck: no step has ended for {idle_seconds:.0f} s"
             )

@@ -157,6 +157,11 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         None, description="default: 16 in completions, what fits the context in chats"
     )
     max_completion_tokens: int | None = Field(None, description="another name for max_tokens")
+    seed: int | None = Field(
+        None,
+        description="fixes the random numbers; tokens are then repeatable in float32, and in "
+        "bfloat16 as far as other requests and cached prefixes do not change the rounding",
+    )
     n: int | None = Field(None, ge=1, le=128)
     add_special_tokens: bool | None = Field(
         None, description="default: true for prompts, false for chats"

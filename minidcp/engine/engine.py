@@ -3,6 +3,7 @@ driver and touches no tensor. `scheduler.py` decides what a step computes, `exec
 ranks. Next: `llm.py`."""
 
 import logging
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -51,8 +52,10 @@ class StepListener(Protocol):
 class LLMEngine:
     """One model on the ranks that `start` starts, serving many requests at once.
 
-    It is not thread-safe: one thread calls it. Raises ValueError if the configuration or the
-    checkpoint is wrong. Every method raises EngineDeadError if a rank has ended.
+    It is not thread-safe: one thread calls it, and no signal handler may raise in that thread while
+    a step is made (`EngineThread` and the server use a thread of their own). Raises ValueError if
+    the configuration or the checkpoint is wrong. Every method raises EngineDeadError if a rank has
+    ended.
     """
 
     def __init__(
@@ -212,7 +215,8 @@ class LLMEngine:
 
         vocab_size = self.model_config.vocab_size
         for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
+            is_id = isinstance(token, int) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < vocab_size:
                 raise ValueError(
                     f"prompt: token id {token!r} is out of range; "
                     f"the vocabulary has {vocab_size} tokens"
@@ -247,22 +251,23 @@ class LLMEngine:
     def has_work(self) -> bool:
         return bool(self.requests or self.in_flight)
 
-    def step(self) -> list[OutputDelta]:
+    def step(self, timeout: float = math.inf) -> list[OutputDelta]:
         """Plan and submit the next step, then take in the result of the one before it.
 
         So planning overlaps with running. Returns what that older step added to each request.
+        Raises EngineDeadError if that result does not come within `timeout` seconds.
         """
         planned = self.scheduler.schedule()
         if planned is not None:
+            self.in_flight.append(planned)  # before it is sent: its result must find it here
             self.executor.submit(planned.plan)
-            self.in_flight.append(planned)
             if self.listener is not None:
                 self.listener.on_scheduled(planned)
 
         is_first = planned is not None and len(self.in_flight) == 1
         if not self.in_flight or is_first:
             return []
-        result = self.executor.collect()  # if this is interrupted, the step is still in flight
+        result = self.executor.collect(timeout)
         return self.take_in(self.in_flight.popleft(), result)
 
     def take_in(self, step: ScheduledStep, result: StepResult) -> list[OutputDelta]:

@@ -1,10 +1,12 @@
 """The ranks as the driver sees them: start them, send all of them the same commands, hear reports.
 What a rank does with a command is in `worker/worker.py`. Next: `engine.py`."""
 
+import atexit
 import contextlib
 import logging
+import math
 import os
-import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -18,16 +20,18 @@ import torch.distributed as dist
 
 from minidcp.batch import StepResult
 from minidcp.engine.control import accept_ranks, connect_to_driver, find_host, open_store
+from minidcp.engine.reports import Reports
+from minidcp.engine.threads import join_all, raise_in_thread
 from minidcp.machine import under_torchrun
 from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import ParallelState, build_thread_states
 from minidcp.resolve import ResolvedConfig
-from minidcp.worker.worker import Command, Failed, Ready, Report, serve_and_exit, serve_rank
+from minidcp.worker.worker import Command, Failed, Ready, serve_and_exit, serve_rank
 
 R = TypeVar("R", Ready, StepResult)
 
 STOP_SECONDS = 5.0  # how long ranks may take to leave by themselves before they are killed
-CAUSE_SECONDS = 1.0  # how long to wait for a report that explains the first failure
+CLOSED = "the engine is closed"
 
 # What a rank's process runs. Its imports take seconds. Also in that time it leaves signals to the
 # driver (`leave_signals_to_driver`), and ends when the driver does.
@@ -75,20 +79,26 @@ class Executor:
         self.config = config
         self.model_config = model_config
         self.connections: list[Connection] = []
-
-        # Reports in the order of their arrival. A failure is put into `failures` too, where it is
-        # seen before the results that are still waiting in `reports`.
-        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[Failed] = queue.SimpleQueue()
+        self.reports = Reports()
         self.failure: str | None = None  # why no more commands are taken
+        self.sending = threading.Lock()  # `close` may be called while another thread submits
 
         self.threads: list[threading.Thread] = []  # ranks that are threads
         self.barriers: list[threading.Barrier] = []  # where they wait for each other
         self.processes: dict[int, subprocess.Popen[bytes]] = {}  # ranks that were started here
 
-        if config.ranks == "threads":
+        self.owner = os.getpid()
+        atexit.register(self.close_at_exit)
+        try:
+            self.start_ranks()
+        except BaseException:
+            self.close()
+            raise
+
+    def start_ranks(self) -> None:
+        if self.config.ranks == "threads":
             self.start_threads()
-        elif config.ranks == "processes":
+        elif self.config.ranks == "processes":
             self.start_processes()
         else:
             self.accept_torchrun()
@@ -109,7 +119,8 @@ class Executor:
         own_end, rank_end = Pipe()
 
         def run() -> None:
-            with rank_end:
+            # `end_threads` may raise SystemExit here.
+            with rank_end, contextlib.suppress(SystemExit):
                 ok = serve_rank(rank, rank_end, state, own_process=False)
                 if not ok:
                     self.abort_barriers()
@@ -171,7 +182,6 @@ class Executor:
         except Exception as error:
             failure = Failed(f"rank {rank}: its report cannot be read ({error!r})", died=True)
 
-        self.failures.put(failure)
         self.reports.put(failure)
 
     def get_exit_code(self, rank: int) -> str:
@@ -191,34 +201,50 @@ class Executor:
         return [self.receive(Ready) for _ in range(self.config.tp_size)]
 
     def submit(self, command: Command) -> None:
-        """Send a command to every rank. Raises EngineDeadError if one has ended."""
-        self.check()
-        self.send(command)
+        """Send a command to every rank. Raises EngineDeadError if one has ended.
 
-    def collect(self) -> StepResult:
-        """Wait for the result of the oldest step that has not been collected yet.
-
-        Raises EngineDeadError if a rank ended.
+        If this is interrupted, the ranks may have different commands, so the engine ends.
         """
         self.check()
-        return self.receive(StepResult)
+        try:
+            self.send(command)
+        except BaseException as error:
+            self.failure = f"a command has not reached every rank ({error!r})"
+            self.stop(kill=True)
+            raise
+
+    def collect(self, timeout: float = math.inf) -> StepResult:
+        """Wait for the result of the oldest step that has not been collected yet.
+
+        Raises EngineDeadError if a rank ended, or if there is no result for `timeout` seconds.
+        """
+        self.check()
+        return self.receive(StepResult, timeout)
 
     def check(self) -> None:
         """Raise EngineDeadError if a rank has ended."""
+        self.check_open()
+        if self.reports.has_failure():
+            self.fail()
+
+    def check_open(self) -> None:
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        if not self.failures.empty():
-            self.fail()
 
     def send(self, command: Command) -> None:
         message = ForkingPickler.dumps(command)
-        for connection in self.connections:
-            with contextlib.suppress(OSError):  # the thread that reads it reports its end
-                connection.send_bytes(message)
+        if not self.sending.acquire(timeout=STOP_SECONDS):
+            return  # `close` finds another thread stuck in here: the ranks can only be killed
+        try:
+            for connection in self.connections:
+                with contextlib.suppress(OSError):  # the thread that reads it reports its end
+                    connection.send_bytes(message)
+        finally:
+            self.sending.release()
 
-    def receive(self, kind: type[R]) -> R:
+    def receive(self, kind: type[R], timeout: float = math.inf) -> R:
         """The oldest report that has not been received yet, unless a rank has ended."""
-        report = self.reports.get()
+        report = self.reports.get(timeout)
         if isinstance(report, Failed):
             self.fail()
         assert isinstance(report, kind)
@@ -226,48 +252,58 @@ class Executor:
 
     def fail(self) -> NoReturn:
         """End all ranks, because one has failed, and raise the cause."""
-        cause = self.find_cause()
+        self.check_open()  # another thread may have closed it while this one waited
+        cause = self.reports.find_cause()
         self.failure = cause.reason
         self.stop(kill=True)
         if cause.user_error:
             raise ValueError(cause.reason)
         raise EngineDeadError(cause.reason)
 
-    def find_cause(self) -> Failed:
-        """The failure behind the reports. When one rank ends, its peers fail as well.
-
-        A process that died or a user's error is the cause for certain. If no rank reports one soon,
-        the first report is taken for the cause.
-        """
-        first = self.failures.get()
-        failure = first
-        deadline = time.monotonic() + CAUSE_SECONDS
-        while not failure.died and not failure.user_error:
-            try:
-                failure = self.failures.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                return first
-        return failure
-
     def close(self) -> None:
-        """End the ranks. Safe to call twice, and after a failure."""
+        """End the ranks. Safe to call twice, after a failure, and while another thread waits."""
         if self.failure is None:
-            self.failure = "the engine is closed"
+            self.failure = CLOSED
+            self.reports.put(Failed(self.failure))  # wakes a thread that waits for a result
             self.stop(kill=False)
+
+    def close_at_exit(self) -> None:
+        """End ranks that nobody has closed, when the interpreter exits.
+
+        A rank that is a thread, and still computes while the interpreter is torn down, would abort
+        the process. So another Ctrl-C must not disturb this.
+        """
+        if os.getpid() != self.owner:  # a copy of the process that the user has forked
+            return
+        with contextlib.suppress(ValueError):  # only the main thread may do this
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.failure is None:
+            self.failure = CLOSED
+        self.stop(kill=False)  # even if `close` was called: then it was interrupted
 
     def stop(self, kill: bool) -> None:
         """End every rank: politely, or at once because one has failed."""
         if kill:
             self.abort_barriers()
-        if not kill or self.config.ranks == "threads":  # threads cannot be killed
+        if not kill or self.config.ranks == "threads":
             self.send(None)
-            for thread in self.threads:
-                thread.join(STOP_SECONDS)
+            self.end_threads()
 
         self.end_processes(0.0 if kill else STOP_SECONDS)
         if self.config.ranks == "torchrun":
             for connection in self.connections:
                 shut_down(connection)
+        atexit.unregister(self.close_at_exit)
+
+    def end_threads(self) -> None:
+        """Wait for the ranks that are threads to end, and make those end that compute too long."""
+        join_all(self.threads, STOP_SECONDS)
+        if not any(thread.is_alive() for thread in self.threads):
+            return
+        self.abort_barriers()
+        for thread in self.threads:
+            raise_in_thread(thread, SystemExit)
+        join_all(self.threads, STOP_SECONDS)
 
     def abort_barriers(self) -> None:
         for barrier in self.barriers:
