@@ -74,17 +74,16 @@ def start(launcher: list[str], checkpoint: Path, *flags: str, **options: Any) ->
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("launcher", "number", "code"),
+    ("launcher", "code"),
     [
-        (MINIDCP, signal.SIGTERM, 0),
-        (MINIDCP, signal.SIGINT, 130),
+        (MINIDCP, 0),
         # It signals its processes, and exits with 1 after a signal whatever they do.
-        ([*TORCHRUN, "-m", "minidcp"], signal.SIGTERM, 1),
+        ([*TORCHRUN, "-m", "minidcp"], 1),
     ],
-    ids=["sigterm", "ctrl-c", "torchrun"],
+    ids=["processes", "torchrun"],
 )
 def test_running_requests_end_when_every_process_is_signalled(
-    checkpoint: Path, launcher: list[str], number: int, code: int
+    checkpoint: Path, launcher: list[str], code: int
 ) -> None:
     flags = ["--tp-size", "2", "--dcp-size", "2"]
     with start(launcher, checkpoint, *flags, stderr=subprocess.DEVNULL) as server:
@@ -92,7 +91,7 @@ def test_running_requests_end_when_every_process_is_signalled(
         processes = children_of(server.process.pid)
         assert len(processes) == 2
         requests = InFlight(server.url, max_tokens=100)
-        server.signal_group(number)
+        server.signal_group(signal.SIGTERM)
 
         answer = requests.whole.result(60)
         requests.streamed.result(60)
@@ -111,20 +110,18 @@ def test_a_signal_ends_a_server_that_is_loading(checkpoint: Path, number: int, c
         wait_until(lambda: len(children_of(server.process.pid)) == 2, 60, "there are no ranks")
         ranks = children_of(server.process.pid)
         server.process.send_signal(number)
-        output, _ = server.process.communicate(timeout=5)  # ranks have the same pipe
+        output, _ = server.process.communicate(timeout=20)  # ranks have the same pipe
         assert b"Serving" not in output
         assert server.process.returncode == code
         wait_until(lambda: not any(map(is_alive, ranks)), 5, "ranks are left")
 
 
 @needs_dev_full
-@pytest.mark.parametrize("sink", ["full disk", "pipe without a reader", "closed pipe"])
+@pytest.mark.parametrize("sink", ["full disk", "pipe without a reader"])
 def test_output_that_nobody_takes_hurts_nobody(checkpoint: Path, sink: str) -> None:
-    read_end, write_end = os.pipe()
+    _, write_end = os.pipe()
     if sink == "full disk":
         write_end = os.open("/dev/full", os.O_WRONLY)
-    elif sink == "closed pipe":
-        os.close(read_end)
     with start(MINIDCP, checkpoint, stdout=write_end, stderr=write_end) as server:
         server.wait_until_healthy()
         with httpx.Client(base_url=server.url, timeout=20) as client:
