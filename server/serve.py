@@ -14,6 +14,7 @@ from minidcp.config import EngineConfig, ServeConfig
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import is_driver
 
+from .address_file import write_address_file
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
 
@@ -37,6 +38,7 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
             print(f"Serving {model_name} on {address} ({ranks}). Try:\n\n{command}\n", flush=True)
             return llm_engine
 
+        write_address_file(listening)
         engine = AsyncEngine(load, options, model_name)
         try:
             Server(engine).run(sockets=[listening])
