@@ -1,14 +1,13 @@
-# syntax=docker/dockerfile:1
-
 # minidcp for a machine with 8 H100 or H200. CUDA 13 comes with torch's wheels: the host needs NVIDIA's driver,
 # 580 or newer, and its container toolkit, nothing else.
 #
 #   docker build -t minidcp .
-#   docker run --gpus all --ipc=host -p 8000:8000 -v minidcp-hub:/home/minidcp/.cache/huggingface \
-#       minidcp deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8
+#   docker run --gpus all --ipc=host --stop-timeout 60 -p 8000:8000 \
+#       -v minidcp-hub:/home/minidcp/.cache/huggingface minidcp deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8
 #
 # Flags follow the image's name. --ipc=host (or --shm-size=16g): NCCL's ranks meet in /dev/shm, of which Docker
-# gives 64 MB. More of this is in examples/README.md.
+# gives 64 MB. --stop-timeout: running requests get 30 s to finish, of which Docker leaves 10. More of this is in
+# examples/README.md and docs/operations.md.
 
 ARG PYTHON_VERSION=3.12
 
@@ -54,12 +53,23 @@ COPY minidcp minidcp
 COPY server server
 RUN pip install --no-deps . && rm -rf /src/*
 
-# A volume that is new takes its owner from the folder it is mounted on, so the hub's cache exists beforehand.
+# Fails if FA3 was built against another torch: the engine would choose a slower back-end, without an error. It is
+# linked to the driver's libcuda, which builders lack. A stub with the one function that it takes from there will do.
+RUN mkdir /stub \
+    && echo 'int cuTensorMapEncodeTiled(void) { return 1; }' | gcc -shared -x c -o /stub/libcuda.so.1 - \
+    && LD_LIBRARY_PATH=/stub python -c "from minidcp.kernels.fa3 import load_operators; \
+        ops = load_operators().ops; print(ops.fwd, ops.get_scheduler_metadata)" \
+    && rm -r /stub
+
+# Containers may run under any user id, as OpenShift's do: these are in group 0, so that group may write. A volume that
+# is new takes its owner and mode from the folder it is mounted on, so the hub's cache exists beforehand.
 RUN useradd --uid 1000 --user-group --create-home minidcp \
-    && install -d -o minidcp -g minidcp /home/minidcp/.cache /home/minidcp/.cache/huggingface /home/minidcp/.triton
+    && install -d -o minidcp -g 0 -m 2775 /home/minidcp /home/minidcp/.cache /home/minidcp/.cache/huggingface \
+        /home/minidcp/.triton
 USER 1000:1000
 WORKDIR /home/minidcp
-ENV HOME=/home/minidcp PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# LOGNAME: a user id without an entry in /etc/passwd has no name, and torch asks for it.
+ENV HOME=/home/minidcp LOGNAME=minidcp PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 LABEL org.opencontainers.image.title="minidcp" \
       org.opencontainers.image.description="Decodes DeepSeek-V2 with tensor and decode context parallelism" \
@@ -67,9 +77,12 @@ LABEL org.opencontainers.image.title="minidcp" \
       org.opencontainers.image.licenses="Apache-2.0"
 
 EXPOSE 8000
-# /health answers 503 until the engine is warm; loading 472 GB from a slow disk takes its time.
+# The server writes its address to this file, whatever --host and --port are.
+ENV MINIDCP_ADDRESS_FILE=/tmp/minidcp-address
+# /health answers 503 until the engine is warm; loading 472 GB from a slow disk takes its time. No proxy stands between,
+# even where HTTP_PROXY is set.
 HEALTHCHECK --start-period=60m --interval=15s --timeout=5s --retries=4 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(open(os.environ['MINIDCP_ADDRESS_FILE']).read() + '/health', timeout=4)"]
 
 ENTRYPOINT ["tini", "--", "minidcp", "serve", "--host", "0.0.0.0", "--port", "8000"]
 CMD ["--help"]

@@ -18,6 +18,7 @@ from minidcp.console import exit_at_once
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import is_driver
 
+from .address_file import write_address_file
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
 from .http_protocol import HttpProtocol
@@ -46,6 +47,7 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
             print(f"Serving {model_name} on {address} ({ranks}). Try:\n\n{command}\n", flush=True)
             return llm_engine
 
+        write_address_file(listening)
         engine = AsyncEngine(load, options, model_name)
         server = Server(engine)
         try:

@@ -7,6 +7,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -38,6 +41,7 @@ BOS = 0
 CONTEXT = 8192  # of the demo checkpoint
 # With other tests on few cores, threads that wait for each other are ten times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ORDINARY_SECONDS = 0.06  # for the work of measure_slowness
 LONG = dict(max_tokens=6000)  # takes a minute or more if the client does not leave
 # Fields that the openai client sends only as extra fields of the body.
 EXTRA = (
@@ -51,11 +55,41 @@ EXTRA = (
 )
 
 
+def measure_slowness() -> float:
+    """How many times as long as an ordinary core this one takes now, with all else that runs on
+    this machine. At least 1. Takes a fifth of a second on an ordinary core."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        total = 0
+        for i in range(1_000_000):
+            total += i * i % 7
+        seconds.append(time.perf_counter() - start)
+    return max(1.0, statistics.mean(seconds) / ORDINARY_SECONDS)
+
+
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
+    """Wait for a state. The seconds are those of an ordinary machine; a slow or busy one gets as
+    many more as it is slower."""
+    start = time.monotonic()
+    slowness = 1.0
     while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
+        waited = time.monotonic() - start
+        if waited > seconds * slowness:
+            slowness = max(slowness, measure_slowness())
+            assert waited <= seconds * slowness, f"after {waited:.1f} s: {what}"
         time.sleep(0.02)
+
+
+@contextmanager
+def obeying_ctrl_c() -> Iterator[None]:
+    """Processes started here end by SIGINT. Those of a script's background jobs, such as
+    `make test &`, would ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Server:
@@ -66,9 +100,10 @@ class Server:
         command = [Path(sysconfig.get_path("scripts"), "minidcp"), "serve", checkpoint]
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
             command += ["--device", "cpu", "--port", "0", *flags]
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=os.environ | ONE_THREAD
-            )
+            with obeying_ctrl_c():
+                self.process = subprocess.Popen(
+                    command, stdout=out, stderr=err, env=os.environ | ONE_THREAD
+                )
         self.url = ""
 
     def wait_until_healthy(self) -> None:
@@ -85,7 +120,20 @@ class Server:
     def stop(self) -> int:
         """Send SIGTERM. Returns the exit code."""
         self.process.terminate()
-        return self.process.wait(20)
+        return self.wait(20)
+
+    def wait(self, seconds: float) -> int:
+        """Wait for the end of the process. Returns the exit code."""
+        wait_until(lambda: self.process.poll() is not None, seconds, "the server has not ended")
+        return self.process.wait()
+
+    def accepts_connections(self) -> bool:
+        url = httpx.URL(self.url)
+        try:
+            socket.create_connection((url.host, url.port)).close()
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def kill(self) -> None:
         """End the process, whatever happened before."""

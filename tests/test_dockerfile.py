@@ -6,7 +6,9 @@ agree with the server and with each other.
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +25,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from minidcp.cli import build_parser
+from minidcp_server.address_file import write_address_file
+from minidcp_server.serve import listen
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -124,22 +128,115 @@ def answering(status: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (404, 1), (None, 1)])
-def test_health_check(status: int | None, code: int) -> None:
+def test_health_check(status: int | None, code: int, tmp_path: Path) -> None:
+    """The command asks the server where it says that it listens, whatever proxies there are."""
     options, command = arguments("HEALTHCHECK")[-1].split("CMD", 1)
     assert "--start-period=60m" in options
     python, *rest = json.loads(command)
     assert python == "python"
+    assert "MINIDCP_ADDRESS_FILE=/tmp/minidcp-address" in arguments("ENV")
+    file = tmp_path / "address"
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:1")
+    environment = os.environ | proxies | {"MINIDCP_ADDRESS_FILE": str(file)}
 
-    def check(port: int) -> int:
-        script = [part.replace("127.0.0.1:8000/", f"127.0.0.1:{port}/") for part in rest]
-        assert script != rest
-        return subprocess.run([sys.executable, *script], capture_output=True).returncode
+    def check() -> int:
+        command = [sys.executable, *rest]
+        return subprocess.run(command, capture_output=True, env=environment).returncode
 
     if status is None:
-        assert check(1) == code  # no server listens there
+        assert check() == code  # no server has written its address
+        file.write_text("http://127.0.0.1:1")
+        assert check() == code  # no server listens there
     else:
         with answering(status) as port:
-            assert check(port) == code
+            file.write_text(f"http://127.0.0.1:{port}")
+            assert check() == code
+
+
+@pytest.mark.parametrize(
+    ("host", "reachable"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")],
+)
+def test_the_server_writes_where_it_listens(
+    host: str, reachable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "address"
+    monkeypatch.setenv("MINIDCP_ADDRESS_FILE", str(file))
+    try:
+        listening = listen(host, 0)
+    except ValueError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with listening:
+        write_address_file(listening)
+        port = listening.getsockname()[1]
+        assert file.read_text() == f"http://{reachable}:{port}"
+        with socket.create_connection((reachable.strip("[]"), port)):
+            pass
+        monkeypatch.setenv("MINIDCP_ADDRESS_FILE", str(tmp_path / "not" / "there"))
+        with pytest.raises(ValueError, match=r"MINIDCP_ADDRESS_FILE=.*/there: .* --tmpfs /tmp"):
+            write_address_file(listening)
+        monkeypatch.setenv("MINIDCP_ADDRESS_FILE", "")
+        write_address_file(listening)
+
+
+# What importing the official package does, and whether the image may be built then.
+FA3_PACKAGES = {
+    "both operators": (
+        "import torch\n"
+        "library = torch.library.Library('flash_attn_3', 'DEF')\n"
+        "library.define('fwd(Tensor q) -> Tensor')\n"
+        "library.define('get_scheduler_metadata(Tensor q) -> Tensor')\n",
+        True,
+    ),
+    "none that torch knows": ("", False),
+}
+
+
+@pytest.mark.parametrize("case", FA3_PACKAGES)
+def test_the_build_fails_without_fa3(case: str, tmp_path: Path) -> None:
+    code, loads = FA3_PACKAGES[case]
+    (tmp_path / "flash_attn_interface.py").write_text(code)
+    (step,) = (rest for rest in arguments("RUN") if "load_operators" in rest)
+    script = re.search(r'python -c "([^"]*)"', step)
+    assert script is not None
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", script[1]]
+    built = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (built.returncode == 0) == loads, built.stderr
+
+
+def test_the_build_needs_no_front_end_from_the_net() -> None:
+    assert "syntax=" not in (ROOT / "Dockerfile").read_text()
+
+
+def test_any_user_id_may_write() -> None:
+    """Group 0 has what a user without an entry in /etc/passwd writes to."""
+    (step,) = (rest for rest in arguments("RUN") if "useradd" in rest)
+    install = step[step.index("install ") :].split()
+    assert install[install.index("-g") : install.index("2775") + 1] == ["-g", "0", "-m", "2775"]
+    home = "/home/minidcp"
+    hub = f"{home}/.cache/huggingface"
+    assert {home, f"{home}/.cache", hub, f"{home}/.triton"} <= set(install)
+    assert f"HOME={home}" in arguments("ENV")[-2] and "LOGNAME=" in arguments("ENV")[-2]
+
+
+def test_documented_stops_wait_for_running_requests() -> None:
+    """Docker kills after 10 s, which is less than the default of --shutdown-timeout."""
+    default = build_parser().parse_args([*entrypoint(), "MODEL"]).shutdown_timeout
+    for name in ("README.md", "Dockerfile", "examples/README.md", "docs/operations.md"):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        commands = re.findall(r"docker run .*(?:MODEL|deepseek-ai).*", text)
+        assert commands, name
+        for command in commands:
+            given = re.search(r"--shutdown-timeout (\d+)", command)
+            drained = float(given[1]) if given else default
+            stop = re.search(r"--stop-timeout (\d+)", command)
+            assert stop is not None and float(stop[1]) > drained, command
+    compose = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/operations.md").read_text(), re.S)
+    assert compose is not None
+    service = yaml.safe_load(compose[1])["services"]["minidcp"]
+    assert float(service["stop_grace_period"].removesuffix("s")) > default
+    build_parser().parse_args([*entrypoint(), *service["command"]])
 
 
 def test_copies_what_is_there_and_not_ignored() -> None:

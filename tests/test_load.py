@@ -1,5 +1,5 @@
-"""256 streaming clients send 2,000 requests. A third of these leave early. All others are complete
-and equal to a run alone, nothing leaks, and probes are answered in time."""
+"""256 streaming clients send 2,000 requests, fewer on a slow machine. A third of these leave early.
+All others are complete and equal to a run alone, nothing leaks, and probes are answered in time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import httpx
-from servers import BOS, Server, wait_until
+import pytest
+from servers import BOS, Server, measure_slowness, wait_until
 
 pytest_plugins = ["servers"]
 
 CLIENTS, REQUESTS, TOKENS = 256, 2000, 8
+MIN_REQUESTS = 2 * CLIENTS  # on the slowest machines
+PROBE_SECONDS = 0.1  # for 99 of 100 probes
 
 
 def read_rss(pid: int) -> int:
@@ -67,19 +70,22 @@ def list_solo(url: str) -> dict[tuple[int, ...], list[str]]:
     return solo
 
 
+@pytest.mark.timeout(1800)  # where it hangs; it takes half a minute on two ordinary cores
 def test_load(demo: Path, tmp_path: Path) -> None:
     server = Server(demo, tmp_path, "--tp-size", "2", "--dcp-size", "2", "--num-blocks", "600")
     try:
         server.wait_until_healthy()
+        slowness = measure_slowness()
+        num_requests = max(MIN_REQUESTS, int(REQUESTS / slowness))
         solo = list_solo(server.url)
         spawn = multiprocessing.get_context("spawn")
         results, done = spawn.Queue(), spawn.Event()
         prober = spawn.Process(target=probe, args=(server.url, results, done), daemon=True)
         prober.start()
-        rss = asyncio.run(drive(server, solo))
+        rss = asyncio.run(drive(server, solo, num_requests))
         done.set()
-        latencies = sorted(results.get(timeout=20))
-        prober.join(10)
+        latencies = sorted(results.get(timeout=20 * slowness))
+        prober.join(10 * slowness)
         with httpx.Client(base_url=server.url) as client:
             wait_until(lambda: client.get("/load").json()["running"] == 0, 10, "requests are left")
             load = client.get("/load").json()
@@ -89,21 +95,23 @@ def test_load(demo: Path, tmp_path: Path) -> None:
         assert len(latencies) > 50
         p50, p99 = (latencies[int(len(latencies) * share)] for share in (0.5, 0.99))
         print(
-            f"/health, {len(latencies)} times: {p50:.4f} s in the median, "
+            f"{num_requests} requests. /health, {len(latencies)} times: {p50:.4f} s in the median, "
             f"{p99:.4f} s at the 99th percentile"
         )
-        assert p99 < 0.1
+        assert p99 < PROBE_SECONDS or p99 < PROBE_SECONDS * max(slowness, measure_slowness())
         assert rss[-1] < rss[len(rss) // 2] + (16 << 20), "memory grows"
         assert "Traceback" not in server.stderr.read_text()
     finally:
         server.kill()
 
 
-async def drive(server: Server, solo: dict[tuple[int, ...], list[str]]) -> list[int]:
-    """Send all requests. Returns the server's memory over time."""
+async def drive(
+    server: Server, solo: dict[tuple[int, ...], list[str]], num_requests: int
+) -> list[int]:
+    """Send so many requests. Returns the server's memory over time."""
     host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
     rng, rss = random.Random(1), []
-    left = REQUESTS
+    left = num_requests
     prompts = list(solo)
 
     async def client() -> None:

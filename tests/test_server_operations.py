@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from servers import LONG, PROMPT, Api, Server, check_error, wait_until
+from servers import LONG, PROMPT, Api, Server, check_error, measure_slowness, wait_until
 from test_faults import InFlight, children_of, is_alive, needs_proc
 
 pytest_plugins = ["servers"]
@@ -187,9 +188,10 @@ def test_a_second_ctrl_c_ends_at_once(demo: Path, tmp_path: Path) -> None:
         ranks = children_of(server.process.pid)
         requests = InFlight(server.url)
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        wait_until(lambda: not server.accepts_connections(), 15, "it does not shut down")
+        assert not requests.streamed.done()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(15) in (130, -signal.SIGINT)
+        assert server.wait(15) in (130, -signal.SIGINT)
         assert not any(map(is_alive, ranks))
         assert requests.streamed.exception(5) is not None
     finally:
@@ -238,10 +240,11 @@ def test_a_prompt_of_megabytes_is_refused_without_tokenizing_it(api: Api) -> Non
             check_error(
                 api.post(body, path), 400, "This model's maximum context length is 8192 tokens"
             )
-            assert time.monotonic() - start < 2
+            seconds = time.monotonic() - start
+            assert seconds < 2 or seconds < 2 * measure_slowness()
         done.set()
         probing.result()
-    assert max(latencies) < 1
+    assert max(latencies) < 1 or max(latencies) < measure_slowness()
 
 
 def test_slow_readers_hold_up_nobody(api: Api) -> None:
@@ -296,13 +299,18 @@ def test_random_bodies_never_hurt(api: Api) -> None:
     ]
     paths = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
     codes = set()
+    url = httpx.URL(api.url)
+    connection = http.client.HTTPConnection(url.host, url.port)  # half of the time of httpx
     for i in range(10_000):
         body = {rng.choice(names): rng.choice(values) for _ in range(rng.randint(0, 5))}
         content = rng.randbytes(rng.randint(0, 40)) if i % 10 == 0 else json.dumps(body).encode()
-        response = api.post_bytes(content, paths[i % 4])
-        codes.add(response.status_code)
-        if response.status_code != 200:
-            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        connection.request("POST", paths[i % 4], content, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        codes.add(response.status)
+        if response.status != 200:
+            assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
+    connection.close()
     assert codes <= {200, 400, 404} and {200, 400} <= codes
 
 
@@ -352,12 +360,15 @@ def test_503_until_the_model_is_there(demo: Path, tmp_path: Path) -> None:
 
 
 def test_request_timeout(demo: Path, tmp_path: Path) -> None:
-    server = Server(demo, tmp_path, "--request-timeout", "0.5")
+    timeout = round(0.5 * measure_slowness(), 1)  # time for a few tokens
+    server = Server(demo, tmp_path, "--request-timeout", str(timeout))
     try:
         server.wait_until_healthy()
         api = Api(server.url, str(demo))
         response = api.post(api.body(**LONG))
-        assert response.status_code == 504 and "0.5 s" in response.json()["error"]["message"]
+        assert (
+            response.status_code == 504 and f"{timeout:g} s" in response.json()["error"]["message"]
+        )
         lines = api.post(api.body(**LONG, stream=True)).text.split("\n\n")
         assert len(lines) > 5
         assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == 504
@@ -373,12 +384,13 @@ def test_request_timeout(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("patient", [True, False])
 def test_sigterm_under_load(demo: Path, tmp_path: Path, patient: bool) -> None:
     """Running requests are finished. After --shutdown-timeout they get an error event."""
-    server = Server(demo, tmp_path, "--shutdown-timeout", "30" if patient else "0.5")
+    timeout = 30 * measure_slowness() if patient else 0.5
+    server = Server(demo, tmp_path, "--shutdown-timeout", str(timeout))
     try:
         server.wait_until_healthy()
         requests = InFlight(server.url, max_tokens=400 if patient else 8000)
         server.process.terminate()
-        assert server.process.wait(30) in (0, -signal.SIGTERM)
+        assert server.wait(30) in (0, -signal.SIGTERM)
         requests.streamed.result(5)
         answer = requests.whole.result(5)
         assert requests.lines[-1] == "data: [DONE]"
@@ -395,7 +407,9 @@ def test_sigterm_under_load(demo: Path, tmp_path: Path, patient: bool) -> None:
 
 @needs_proc
 def test_health_notices_a_stuck_rank(demo: Path, tmp_path: Path) -> None:
-    server = Server(demo, tmp_path, "--tp-size", "2", "--dcp-size", "2", "--engine-timeout", "2")
+    timeout = 2 * measure_slowness()  # no step that runs takes as long
+    flags = ["--tp-size", "2", "--dcp-size", "2", "--engine-timeout", str(timeout)]
+    server = Server(demo, tmp_path, *flags)
     try:
         server.wait_until_healthy()
         ranks = children_of(server.process.pid)
@@ -403,7 +417,9 @@ def test_health_notices_a_stuck_rank(demo: Path, tmp_path: Path) -> None:
         os.kill(ranks[1], signal.SIGSTOP)
         start = time.monotonic()
         wait_until(
-            lambda: httpx.get(f"{server.url}/health").status_code == 503, 6, "nobody notices"
+            lambda: httpx.get(f"{server.url}/health").status_code == 503,
+            6 + timeout,
+            "nobody notices",
         )
         assert time.monotonic() - start > 1
         assert "stuck" in httpx.get(f"{server.url}/health").json()["error"]["message"]
