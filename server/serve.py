@@ -16,6 +16,7 @@ from minidcp.engine.executor import is_driver
 
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
+from .connection import TimedConnection, watch_connections
 
 
 def serve(config: EngineConfig, options: ServeConfig) -> int:
@@ -60,12 +61,17 @@ class Server(uvicorn.Server):
         graceful_seconds = int(min(engine.config.shutdown_timeout, 1e6)) + 5
         config = uvicorn.Config(
             create_app(engine),
+            http=TimedConnection,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=graceful_seconds,
         )
         super().__init__(config)
         self.engine = engine
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        watch_connections(self.server_state.connections, self.engine.config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called when a signal says to stop."""
