@@ -44,8 +44,8 @@ class Choice:
     """One choice as far as it is generated."""
 
     has_begun: bool = False
-    num_characters: int = 0  # of its text so far
-    text_offset: int = 0  # where the next token's text will begin
+    num_characters: int = 0  # of its text that is sent or in `texts`
+    text_end: int = 0  # where its text ends, with what is held back of it
     finish_reason: FinishReason | None = None
     # Only of an answer that is sent whole.
     texts: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Choice:
 
     def add_text(self, text: str, num_held_back: int = 0) -> None:
         self.num_characters += len(text)
-        self.text_offset = self.num_characters + num_held_back
+        self.text_end = self.num_characters + num_held_back
 
 
 class Generation(ABC):
@@ -204,14 +204,16 @@ class Generation(ABC):
     def read_delta(self, index: int, delta: OutputDelta) -> tuple[str, Iterable[Position]]:
         """The text and the tokens that a delta adds to its choice."""
         choice = self.choices[index]
-        positions = []
-        if delta.logprobs is not None:
-            entry = delta.logprobs
-            positions.append(Position(entry.token_id, choice.text_offset, entry))
         choice.has_begun = True
+        text_start = choice.text_end
         choice.add_text(delta.text, delta.num_held_back)
         self.count_tokens(index, delta)
-        return delta.text, positions
+
+        entry = delta.logprobs
+        if entry is None:
+            return delta.text, []
+        offset = self.formatter.locate_last(entry.token_id, text_start, choice.text_end)
+        return delta.text, [Position(entry.token_id, offset, entry)]
 
     def encode_logprobs(
         self, lists: dict[str, JsonList], positions: Iterable[Position]

@@ -15,6 +15,8 @@ logger = logging.getLogger("minidcp")
 
 Columns = dict[str, list[Any]]  # the lists of an answer, by their names
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+
 # OpenAI's API has this value for what is very unlikely, and vLLM has it for -inf. JSON has neither
 # -inf nor NaN.
 LEAST_LOGPROB = -9999.0
@@ -114,6 +116,14 @@ class LogprobsFormatter:
             if offset == 0 and shown.startswith(" ") and not text.startswith(" "):
                 shown = shown[1:]  # vocabularies like Llama's begin a text with a space
             offset += len(shown)
+
+    def locate_last(self, token: int, start: int, end: int) -> int:
+        """Where a token begins in a text that ended at `start` before it, and ends at `end` with
+        it. Earlier tokens that are no character have their text only now."""
+        text = self.get_text(token)
+        if REPLACEMENT in text:  # it is part of a character
+            return start
+        return max(start, end - len(text))
 
     @cached_property
     def special_ids(self) -> set[int]:
