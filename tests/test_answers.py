@@ -18,11 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from servers import BOS, Local
 from tokenizers import Tokenizer
 
+from minidcp.request import TokenLogprobs
 from minidcp.worker import sampler
 from minidcp_server import generation
 from minidcp_server.json_pieces import PIECE_BYTES, JsonList, join_pieces, write_json
+from minidcp_server.logprobs import LogprobsFormatter, Position
 from minidcp_server.side_work import SHIFT_SECONDS, SideWorker
-from minidcp_server.tokenization import TokenizerService
 
 pytest_plugins = ["servers"]
 EOS = 1
@@ -175,18 +176,24 @@ def test_prompts_count_once(local: Local) -> None:
     assert local.api.http.get("/load").json()["prompt_tokens"] == before + usage.prompt_tokens
 
 
-def test_the_text_of_a_token_is_found_once(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_of_a_token_is_found_once() -> None:
     asked: list[int] = []
-    original = TokenizerService.token_text
 
-    def note(service: TokenizerService, token: int) -> str:
-        asked.append(token)
-        return original(service, token)
+    class Service:
+        def token_text(self, token: int) -> str:
+            asked.append(token)
+            return f"<{token}>"
 
-    local.api.complete([5, 6], logprobs=20)
-    monkeypatch.setattr(TokenizerService, "token_text", note)
-    local.api.complete([5, 6], logprobs=20)
-    assert len(asked) == 0
+        def token_bytes(self, token: int) -> list[int]:
+            return [token]
+
+    formatter = LogprobsFormatter(Service())
+    positions = [Position(5, 0, TokenLogprobs(5, -1.0, ((6, -0.5), (5, -1.0))))] * 3
+    assert (
+        formatter.format_completion(positions)["top_logprobs"] == [{"<6>": -0.5, "<5>": -1.0}] * 3
+    )
+    assert formatter.format_chat(positions)["content"][2]["bytes"] == [5]
+    assert sorted(asked) == [5, 6]
 
 
 @pytest.mark.parametrize("echo", [False, True])
