@@ -252,6 +252,17 @@ class ServeConfig(Options):
     request_timeout: float = option(
         0.0, "seconds after which a request is aborted; 0: never", least=0
     )
+    receive_timeout: float = option(
+        60.0,
+        "seconds in which a request must arrive; else its connection is closed; 0: no limit",
+        least=0,
+    )
+    send_timeout: float = option(
+        30.0,
+        "seconds that a client may leave an answer unread; then its connection is closed; "
+        "0: no limit",
+        least=0,
+    )
     max_body_bytes: int = option(16 << 20, "largest body of a request, in bytes", least=1)
     shutdown_timeout: float = option(
         30.0,

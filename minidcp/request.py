@@ -183,6 +183,8 @@ class OutputDelta:
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
+    # characters that are decoded, and not in any text yet, because they may begin a stop string
+    num_held_back: int = 0
 
 
 @dataclass(eq=False)

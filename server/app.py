@@ -24,7 +24,9 @@ from .async_engine import AsyncEngine
 from .errors import ErrorResponse, add_error_handlers
 from .generation import ChatGeneration, CompletionGeneration
 from .json_body import BodyParser
+from .logprobs import LogprobsFormatter
 from .middleware import Gate
+from .side_work import SideWorker
 from .tokenization import TokenizerService
 
 OpenApiResponses = dict[int | str, dict[str, Any]]  # by status code
@@ -71,15 +73,17 @@ def create_app(engine: AsyncEngine) -> FastAPI:
 def add_generation_routes(
     app: FastAPI, engine: AsyncEngine, tokenizer_service: TokenizerService
 ) -> None:
+    shared = (engine, tokenizer_service, LogprobsFormatter(tokenizer_service), SideWorker())
+
     @app.post("/v1/completions", responses=describe_answer(protocol.Completion))
     async def complete(body: protocol.CompletionRequest, request: Request) -> Response:
         check_model(body.model, engine)
-        return await CompletionGeneration(engine, tokenizer_service, body).answer(request)
+        return await CompletionGeneration(*shared, body).answer(request)
 
     @app.post("/v1/chat/completions", responses=describe_answer(ChatCompletion))
     async def complete_chat(body: protocol.ChatRequest, request: Request) -> Response:
         check_model(body.model, engine)
-        return await ChatGeneration(engine, tokenizer_service, body).answer(request)
+        return await ChatGeneration(*shared, body).answer(request)
 
 
 def add_model_routes(app: FastAPI, engine: AsyncEngine) -> None:

@@ -56,7 +56,9 @@ class AsyncEngine:
         self.failure: Exception | None = None
 
         self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.streams: dict[str, tuple[int, Stream]] = {}  # by request id
+        # By request id, of those that wait or run. A request leaves it when it ends, even if its
+        # client has not read the answer yet.
+        self.streams: dict[str, tuple[int, Stream]] = {}
         self.request_numbers = itertools.count()
         self.stopping = False
         self.last_progress = time.monotonic()
@@ -129,7 +131,7 @@ class AsyncEngine:
     def describe_load(self) -> dict[str, Any]:
         """The body of GET /load."""
         uptime_seconds = time.monotonic() - self.started_at
-        return describe_load(self._require_engine(), self.model_name, uptime_seconds)
+        return describe_load(self._require_engine(), self.metrics, self.model_name, uptime_seconds)
 
     def _require_engine(self) -> LLMEngine:
         if self.failure is not None:
@@ -153,7 +155,7 @@ class AsyncEngine:
         stream: Stream = asyncio.Queue()
         engine = self._require_engine()
         request_ids = self.submit(engine, requests, stream)
-        timeout = self.start_timeout(stream)
+        timeout = self.start_timeout(engine, request_ids, stream)
         num_unfinished = len(requests)
         try:
             while num_unfinished > 0:
@@ -165,11 +167,7 @@ class AsyncEngine:
                     raise error
         finally:
             timeout.cancel()
-            for request_id in request_ids:
-                del self.streams[request_id]
-            if num_unfinished > 0:
-                self.metrics.count_aborted(request_ids)
-                self.inbox.put(partial(engine.abort, *request_ids))
+            self.abort(engine, request_ids)
 
     def submit(
         self, engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], stream: Stream
@@ -183,11 +181,28 @@ class AsyncEngine:
             self.inbox.put(partial(engine.add_request, request_id, tokens, params))
         return request_ids
 
-    def start_timeout(self, stream: Stream) -> asyncio.TimerHandle:
-        """Put a TimeoutError on the stream after --request-timeout seconds; 0 means never."""
+    def abort(self, engine: LLMEngine, request_ids: list[str]) -> None:
+        """Abandon those of these requests that have not finished."""
+        unfinished = [request_id for request_id in request_ids if request_id in self.streams]
+        if not unfinished:
+            return
+        for request_id in unfinished:
+            del self.streams[request_id]
+        self.metrics.count_aborted(unfinished)
+        self.inbox.put(partial(engine.abort, *unfinished))
+
+    def start_timeout(
+        self, engine: LLMEngine, request_ids: list[str], stream: Stream
+    ) -> asyncio.TimerHandle:
+        """Abort requests after --request-timeout seconds, and put a TimeoutError on their stream; 0
+        means never. Their client may be one that does not read, so nobody may wait for it."""
         seconds = self.config.request_timeout
-        error = TimeoutError(f"the request took longer than {seconds} s")
-        return self.loop.call_later(seconds or math.inf, stream.put_nowait, error)
+
+        def end_requests() -> None:
+            self.abort(engine, request_ids)
+            stream.put_nowait(TimeoutError(f"the request took longer than {seconds} s"))
+
+        return self.loop.call_later(seconds or math.inf, end_requests)
 
     def deliver(self, deltas: list[OutputDelta]) -> None:
         """Put a step's deltas on the streams of their requests."""
@@ -197,6 +212,8 @@ class AsyncEngine:
             index, stream = self.streams[delta.request_id]
             stream.put_nowait((index, delta))
             self.metrics.count_delta(delta)
+            if delta.finish_reason is not None:
+                del self.streams[delta.request_id]
 
     def interrupt(self, error: Exception) -> None:
         """End every stream with an error."""

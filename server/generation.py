@@ -1,27 +1,59 @@
 """POST /v1/completions and /v1/chat/completions: n samples of every prompt, answered whole or as a
-stream of events. A choice is a dict, in an event or in the whole answer. `protocol.py` has the
-requests, `async_engine.py` generates."""
+stream of events. `protocol.py` has the requests, `async_engine.py` generates, `logprobs.py` formats
+log-probabilities, `responses.py` sends answers."""
 
-import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
+from fastapi.responses import Response, StreamingResponse
 
 from minidcp.engine.executor import EngineDeadError
-from minidcp.request import FinishReason, OutputDelta, TokenLogprobs
+from minidcp.request import FinishReason, OutputDelta
 
 from .async_engine import AsyncEngine, IndexedDelta, UnavailableError
 from .errors import ErrorResponse
+from .json_pieces import JsonList, join_pieces, write_json
+from .logprobs import Columns, LogprobsFormatter, Position
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from .responses import (
+    cancel_on_disconnect,
+    format_event,
+    prepend,
+    respond_in_pieces,
+    write_long_event,
+)
+from .side_work import SideWorker
 from .tokenization import TokenizerService
+
+T = TypeVar("T")
+
+# As many log-probabilities are formatted in the event loop. That is cheaper than to involve another
+# thread, and takes a fraction of a millisecond.
+MAX_LOGPROBS_AT_ONCE = 100
+TOKENS_PER_PIECE = 8  # with their alternatives; so that each piece of work is short
+
+
+@dataclass
+class Choice:
+    """One choice as far as it is generated."""
+
+    has_begun: bool = False
+    num_characters: int = 0  # of its text that is sent or in `texts`
+    text_end: int = 0  # where its text ends, with what is held back of it
+    finish_reason: FinishReason | None = None
+    # Only of an answer that is sent whole.
+    texts: list[str] = field(default_factory=list)
+    logprobs: dict[str, JsonList] = field(default_factory=dict)
+
+    def add_text(self, text: str, num_held_back: int = 0) -> None:
+        self.num_characters += len(text)
+        self.text_end = self.num_characters + num_held_back
 
 
 class Generation(ABC):
@@ -32,27 +64,42 @@ class Generation(ABC):
     EVENT_OBJECT: ClassVar[str]
 
     def __init__(
-        self, engine: AsyncEngine, tokenizer_service: TokenizerService, body: GenerationRequest
+        self,
+        engine: AsyncEngine,
+        tokenizer_service: TokenizerService,
+        formatter: LogprobsFormatter,
+        side_worker: SideWorker,
+        body: GenerationRequest,
     ) -> None:
         self.engine = engine
         self.tokenizer_service = tokenizer_service
+        self.formatter = formatter
+        self.side_worker = side_worker
         self.body = body
         self.samples = body.make_sampling_params()  # of every prompt
+        self.num_logprobs = self.samples[0].logprobs
         self.header = {
             "id": f"{self.ID_PREFIX}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": engine.model_name,
         }
         self.prompts: list[list[int]] = []  # token ids
+        self.choices: list[Choice] = []
         self.num_completion_tokens = 0
         self.num_cached_tokens = 0
 
     async def answer(self, request: Request) -> Response:
         """Raises ValueError, naming the field that is wrong, before any answer begins."""
         await self.prepare()
-        if self.body.stream:
-            return StreamingResponse(self.stream(), media_type="text/event-stream")
-        return JSONResponse(await cancel_on_disconnect(request, self.collect()))
+        self.choices = [Choice() for _ in range(len(self.prompts) * len(self.samples))]
+        if not self.body.stream:
+            return respond_in_pieces(await cancel_on_disconnect(request, self.collect()))
+
+        # The answer begins with the first event: before that, the connection can tell whether a
+        # client that sends nothing more still listens (`connection.py`).
+        events = self.stream()
+        first = await cancel_on_disconnect(request, anext(events))
+        return StreamingResponse(prepend(first, events), media_type="text/event-stream")
 
     @abstractmethod
     async def prepare(self) -> None:
@@ -72,49 +119,121 @@ class Generation(ABC):
         batches = self.engine.generate(requests, keep_alive)
         return drop_tokens(batches) if self.body.only_scores_prompt else batches
 
-    async def collect(self) -> dict[str, Any]:
-        """The whole answer."""
-        num_choices = len(self.prompts) * len(self.samples)
-        deltas_by_choice: list[list[OutputDelta]] = [[] for _ in range(num_choices)]
+    async def collect(self) -> list[bytes]:
+        """The whole answer, in pieces."""
         async for batch in self.generate():
-            for index, delta in batch:
-                self.count_tokens(index, delta)
-                deltas_by_choice[index].append(delta)
-        return {
+            await self.run_work(self.take_in(batch), batch)
+        answer = {
             **self.header,
             "object": self.ANSWER_OBJECT,
-            "choices": [
-                self.format_choice(index, deltas, is_event=False)
-                for index, deltas in enumerate(deltas_by_choice)
-            ],
+            "choices": [self.describe_whole_choice(index) for index in range(len(self.choices))],
             "usage": self.describe_usage(),
         }
+        return await self.side_worker.run(join_pieces(write_json(answer)))
 
-    async def stream(self) -> AsyncIterator[str]:
+    def take_in(self, batch: list[IndexedDelta]) -> Iterator[bytes]:
+        """Add deltas to their choices. Yields after every short piece of work."""
+        for index, delta in batch:
+            choice = self.choices[index]
+            text, positions = self.read_delta(index, delta)
+            choice.texts.append(text)
+            choice.finish_reason = delta.finish_reason
+            if self.num_logprobs is not None:
+                yield from self.encode_logprobs(choice.logprobs, positions)
+
+    def describe_whole_choice(self, index: int) -> dict[str, Any]:
+        choice = self.choices[index]
+        text = "".join(choice.texts)
+        logprobs = None if self.num_logprobs is None else choice.logprobs
+        return {
+            "index": index,
+            **self.describe_text(text),
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    async def stream(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one for each token. A token without text gets one too,
         because clients measure latency by events."""
         options = self.body.stream_options or StreamOptions()
         header = {**self.header, "object": self.EVENT_OBJECT}
+        has_usage = bool(options.continuous_usage_stats)
         try:
             async for batch in self.generate(self.engine.config.sse_keep_alive_interval):
                 if not batch:
-                    yield ": keep-alive\n\n"
+                    yield b": keep-alive\n\n"
                     continue
-                events = []
-                for index, delta in batch:
-                    self.count_tokens(index, delta)
-                    choice = self.format_choice(index, [delta], is_event=True)
-                    event = {**header, "choices": [choice]}
-                    if options.continuous_usage_stats:
-                        event["usage"] = self.describe_usage()
-                    events.append(format_event(event))
-                yield "".join(events)
+                events = self.write_events(batch, header, has_usage)
+                for piece in join_pieces(await self.run_work(events, batch)):
+                    yield piece
             if options.include_usage:
                 yield format_event({**header, "choices": [], "usage": self.describe_usage()})
         except (EngineDeadError, UnavailableError, TimeoutError) as error:
             status = 504 if isinstance(error, TimeoutError) else 503
             yield format_event(ErrorResponse.make(status, str(error)).model_dump())
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def write_events(
+        self, batch: list[IndexedDelta], header: dict[str, Any], has_usage: bool
+    ) -> Iterator[bytes]:
+        """The events of deltas. Yields after every short piece of work."""
+        for index, delta in batch:
+            is_first = not self.choices[index].has_begun
+            is_long = bool(delta.prompt_logprobs)
+            text, positions = self.read_delta(index, delta)
+            logprobs: dict[str, Any] | None = None
+            if is_long:
+                logprobs = {}
+                yield from self.encode_logprobs(logprobs, positions)
+            elif self.num_logprobs is not None:
+                logprobs = self.format_logprobs(positions)
+
+            choice = {
+                "index": index,
+                **self.describe_new_text(text, is_first),
+                "logprobs": logprobs,
+                "finish_reason": delta.finish_reason,
+            }
+            event = {**header, "choices": [choice]}
+            if has_usage:
+                event["usage"] = self.describe_usage()
+            if is_long:
+                yield from join_pieces(write_long_event(event))
+            else:
+                yield format_event(event)
+
+    def read_delta(self, index: int, delta: OutputDelta) -> tuple[str, Iterable[Position]]:
+        """The text and the tokens that a delta adds to its choice."""
+        choice = self.choices[index]
+        choice.has_begun = True
+        text_start = choice.text_end
+        choice.add_text(delta.text, delta.num_held_back)
+        self.count_tokens(index, delta)
+
+        entry = delta.logprobs
+        if entry is None:
+            return delta.text, []
+        offset = self.formatter.locate_last(entry.token_id, text_start, choice.text_end)
+        return delta.text, [Position(entry.token_id, offset, entry)]
+
+    def encode_logprobs(
+        self, lists: dict[str, JsonList], positions: Iterable[Position]
+    ) -> Iterator[bytes]:
+        """Append to lists of log-probabilities. Yields after every short piece of work."""
+        for piece in cut(positions, TOKENS_PER_PIECE):
+            for name, items in self.format_logprobs(piece).items():
+                lists.setdefault(name, JsonList()).extend(items)
+            yield b""  # nothing can be sent yet
+
+    async def run_work(self, work: Iterator[bytes], batch: list[IndexedDelta]) -> list[bytes]:
+        """Do the work that these deltas make, outside the event loop if it is long."""
+        num_logprobs = 0
+        if self.num_logprobs is not None:
+            num_logprobs = len(batch) * (1 + self.num_logprobs)
+        has_prompt = any(delta.prompt_logprobs for _, delta in batch)
+        if num_logprobs <= MAX_LOGPROBS_AT_ONCE and not has_prompt:
+            return list(work)
+        return await self.side_worker.run(work)
 
     def count_tokens(self, index: int, delta: OutputDelta) -> None:
         self.num_completion_tokens += len(delta.token_ids)
@@ -132,10 +251,16 @@ class Generation(ABC):
         }
 
     @abstractmethod
-    def format_choice(
-        self, index: int, deltas: list[OutputDelta], is_event: bool
-    ) -> dict[str, Any]:
-        """The choice with this index: all its deltas or, in an event, only its next ones."""
+    def describe_text(self, text: str) -> dict[str, Any]:
+        """The members of a choice of a whole answer that have its text."""
+
+    @abstractmethod
+    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
+        """The members of an event's choice that have the text that is new."""
+
+    @abstractmethod
+    def format_logprobs(self, positions: Iterable[Position]) -> Columns:
+        """Lists with an item for each token."""
 
 
 class CompletionGeneration(Generation):
@@ -144,13 +269,7 @@ class CompletionGeneration(Generation):
     EVENT_OBJECT = "text_completion"
 
     body: CompletionRequest
-
-    def __init__(
-        self, engine: AsyncEngine, tokenizer_service: TokenizerService, body: CompletionRequest
-    ) -> None:
-        super().__init__(engine, tokenizer_service, body)
-        self.echoed_texts: list[str] = []  # the prompts' texts, if the answers begin with them
-        self.text_offsets: dict[int, int] = {}  # by choice: where the next token's text begins
+    echoed_texts: list[str]  # the prompts' texts, if the answers begin with them
 
     async def prepare(self) -> None:
         prompts = self.body.list_prompts()
@@ -160,6 +279,7 @@ class CompletionGeneration(Generation):
             tokens = await self.tokenizer_service.encode_prompt(prompt, add_special_tokens)
             self.prompts.append(tokens)
         self.validate_prompts()
+        self.echoed_texts = []
         if self.body.echo:
             for prompt in prompts:
                 self.echoed_texts.append(await self.read_text(prompt))
@@ -170,62 +290,33 @@ class CompletionGeneration(Generation):
         skip_special_tokens = self.body.skip_special_tokens is not False
         return await self.tokenizer_service.detokenize(prompt, skip_special_tokens)
 
-    def format_choice(
-        self, index: int, deltas: list[OutputDelta], is_event: bool
-    ) -> dict[str, Any]:
-        text = "".join(delta.text for delta in deltas)
-        entries = [delta.logprobs for delta in deltas if delta.token_ids]
-        if index not in self.text_offsets:  # the choice begins
-            self.text_offsets[index] = 0
-            if self.echoed_texts:
-                text = self.echoed_texts[index // len(self.samples)] + text
-                entries = [*(deltas[0].prompt_logprobs or []), *entries]
+    def read_delta(self, index: int, delta: OutputDelta) -> tuple[str, Iterable[Position]]:
+        choice = self.choices[index]
+        if choice.has_begun or not self.echoed_texts:
+            return super().read_delta(index, delta)
 
-        logprobs = None
-        if self.samples[0].logprobs is not None:
-            logprobs = self.format_logprobs(index, entries)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": deltas[-1].finish_reason,
-        }
+        prompt_index = index // len(self.samples)
+        echoed = self.echoed_texts[prompt_index]
+        choice.add_text(echoed)
+        text, positions = super().read_delta(index, delta)
+        prompt_positions = self.locate_prompt(prompt_index, delta)
+        return echoed + text, chain(prompt_positions, positions)
 
-    def format_logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
-        """Four lists with an item for each token. An entry is None for an echoed prompt's first
-        token, which has no log-probability."""
-        tokens: list[str] = []
-        token_logprobs: list[float | None] = []
-        top_logprobs: list[dict[str, float] | None] = []
-        text_offsets: list[int] = []
-        for position, entry in enumerate(entries):
-            if entry is None:
-                prompt = self.prompts[index // len(self.samples)]
-                token = self.tokenizer_service.token_text(prompt[position])
-                token_logprobs.append(None)
-                top_logprobs.append(None)
-            else:
-                token = self.tokenizer_service.token_text(entry.token_id)
-                token_logprobs.append(entry.logprob)
-                top_logprobs.append(self.format_top(token, entry))
-            tokens.append(token)
-            text_offsets.append(self.text_offsets[index])
-            self.text_offsets[index] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": token_logprobs,
-            "top_logprobs": top_logprobs,
-            "text_offset": text_offsets,
-        }
+    def locate_prompt(self, prompt_index: int, delta: OutputDelta) -> Iterator[Position]:
+        """The tokens of an echoed prompt."""
+        tokens = self.prompts[prompt_index]
+        offsets = self.formatter.locate_tokens(tokens, self.echoed_texts[prompt_index])
+        entries = delta.prompt_logprobs or []
+        return map(Position, tokens, offsets, entries)
 
-    def format_top(self, token: str, entry: TokenLogprobs) -> dict[str, float]:
-        """Log-probabilities of the likeliest tokens and the sampled one, by text. Where two tokens
-        have the same text, the likelier one counts."""
-        top: dict[str, float] = {}
-        for candidate, logprob in entry.top:
-            top.setdefault(self.tokenizer_service.token_text(candidate), logprob)
-        top.setdefault(token, entry.logprob)
-        return top
+    def describe_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    def format_logprobs(self, positions: Iterable[Position]) -> Columns:
+        return self.formatter.format_completion(positions)
 
 
 class ChatGeneration(Generation):
@@ -235,54 +326,23 @@ class ChatGeneration(Generation):
 
     body: ChatRequest
 
-    def __init__(
-        self, engine: AsyncEngine, tokenizer_service: TokenizerService, body: ChatRequest
-    ) -> None:
-        super().__init__(engine, tokenizer_service, body)
-        self.begun_choices: set[int] = set()
-
     async def prepare(self) -> None:
         self.check_room(1)
         self.prompts = [await self.tokenizer_service.encode_messages(self.body)]
         self.validate_prompts()
 
-    def format_choice(
-        self, index: int, deltas: list[OutputDelta], is_event: bool
-    ) -> dict[str, Any]:
-        message: dict[str, Any] = {}
-        if index not in self.begun_choices:
-            # The role comes with the first token. Clients that measure the time to the first token
-            # would take a separate event with the role for that token.
-            self.begun_choices.add(index)
-            message["role"] = "assistant"
-        message["content"] = "".join(delta.text for delta in deltas)
+    def describe_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
 
-        logprobs = None
-        if self.samples[0].logprobs is not None:
-            logprobs = self.format_logprobs([delta.logprobs for delta in deltas])
-        return {
-            "index": index,
-            "delta" if is_event else "message": message,
-            "logprobs": logprobs,
-            "finish_reason": deltas[-1].finish_reason,
-        }
+    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
+        if not is_first:
+            return {"delta": {"content": text}}
+        # The role comes with the first token. Clients that measure the time to the first token
+        # would take a separate event with the role for that token.
+        return {"delta": {"role": "assistant", "content": text}}
 
-    def format_logprobs(self, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
-        content = []
-        for entry in entries:
-            if entry is None:
-                continue
-            item = self.format_token(entry.token_id, entry.logprob)
-            item["top_logprobs"] = [self.format_token(token, value) for token, value in entry.top]
-            content.append(item)
-        return {"content": content}
-
-    def format_token(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self.tokenizer_service.token_text(token),
-            "logprob": logprob,
-            "bytes": self.tokenizer_service.token_bytes(token),
-        }
+    def format_logprobs(self, positions: Iterable[Position]) -> Columns:
+        return self.formatter.format_chat(positions)
 
 
 async def drop_tokens(
@@ -298,35 +358,11 @@ def drop_token(delta: OutputDelta) -> OutputDelta:
     return replace(delta, text="", token_ids=(), logprobs=None, finish_reason=reason)
 
 
-# Python's line readers, among others, end a line at these. JSON escapes the others like them.
-LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-
-
-def format_event(content: dict[str, Any]) -> str:
-    """One server-sent event."""
-    data = to_json(content).decode()
-    for line_end, escape in LINE_ENDS.items():
-        data = data.replace(line_end, escape)
-    return f"data: {data}\n\n"
-
-
-async def cancel_on_disconnect(
-    request: Request, answer: Awaitable[dict[str, Any]]
-) -> dict[str, Any]:
-    """Wait for the answer. If the client leaves first, cancel it and raise ClientDisconnect."""
-    working = asyncio.ensure_future(answer)
-
-    async def watch_client() -> None:
-        while True:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                working.cancel()
-                return
-
-    watching = asyncio.create_task(watch_client())
-    try:
-        return await working
-    except asyncio.CancelledError:
-        raise ClientDisconnect from None
-    finally:
-        watching.cancel()
+def cut(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`. The last list is shorter, and may be empty."""
+    iterator = iter(items)
+    piece = list(islice(iterator, size))
+    while len(piece) == size:
+        yield piece
+        piece = list(islice(iterator, size))
+    yield piece

@@ -41,6 +41,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
         self.requests: dict[str, RequestTimes] = {}  # those that are not finished, by id
+        # Of all prompts whose first token is there. The engine computes some of them not at all,
+        # and others twice: its own counters have what it computed.
+        self.num_prompt_tokens = 0
 
         self.time_to_first_token = self.make_histogram(
             "vllm:time_to_first_token_seconds", "from arrival to the first token", SECONDS_BUCKETS
@@ -83,7 +86,7 @@ class Metrics:
 
     def watch(self, engine: LLMEngine) -> None:
         """Add the metrics that are read from the engine whenever they are scraped."""
-        self.registry.register(EngineCollector(engine, self.labels))
+        self.registry.register(EngineCollector(engine, self))
 
         capacity_gauge = Gauge(
             "minidcp:kv_tokens_capacity",
@@ -123,6 +126,8 @@ class Metrics:
         times = self.requests[delta.request_id]
         now = time.monotonic()
         is_first = times.num_output_tokens == 0
+        if is_first:
+            self.num_prompt_tokens += times.num_prompt_tokens
         latency = self.time_to_first_token if is_first else self.inter_token_latency
         latency.observe(now - times.last_token_at)
         times.last_token_at = now
@@ -148,9 +153,9 @@ class Metrics:
 class EngineCollector(Collector):
     """Metrics that need no bookkeeping here: the engine has their values."""
 
-    def __init__(self, engine: LLMEngine, labels: dict[str, str]) -> None:
+    def __init__(self, engine: LLMEngine, metrics: Metrics) -> None:
         self.engine = engine
-        self.labels = labels
+        self.metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client at every scrape."""
@@ -164,15 +169,15 @@ class EngineCollector(Collector):
             "minidcp:kv_blocks_free": len(blocks.free),
         }
         counters = {
-            "vllm:prompt_tokens": stats.prompt_tokens + scheduler.num_cached_tokens,
+            "vllm:prompt_tokens": self.metrics.num_prompt_tokens,
             "vllm:generation_tokens": stats.generated_tokens,
             "vllm:num_preemptions": scheduler.num_preemptions,
             "vllm:prefix_cache_queries": scheduler.num_queried_tokens,
             "vllm:prefix_cache_hits": scheduler.num_cached_tokens,
             "minidcp:exchange_bytes": stats.received_bytes,
         }
-        label_names = list(self.labels)
-        label_values = list(self.labels.values())
+        label_names = list(self.metrics.labels)
+        label_values = list(self.metrics.labels.values())
         for name, value in gauges.items():
             gauge = GaugeMetricFamily(name, describe(name), labels=label_names)
             gauge.add_metric(label_values, value)
@@ -189,7 +194,9 @@ def describe(name: str) -> str:
     return name_in_namespace.replace("_", " ")
 
 
-def describe_load(engine: LLMEngine, model_name: str, uptime_seconds: float) -> dict[str, Any]:
+def describe_load(
+    engine: LLMEngine, metrics: Metrics, model_name: str, uptime_seconds: float
+) -> dict[str, Any]:
     """The body of GET /load; the page at / shows it."""
     scheduler = engine.scheduler
     num_blocks = engine.blocks.num_blocks
@@ -202,7 +209,7 @@ def describe_load(engine: LLMEngine, model_name: str, uptime_seconds: float) -> 
         "uptime_seconds": uptime_seconds,
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
-        "prompt_tokens": engine.stats.prompt_tokens + scheduler.num_cached_tokens,
+        "prompt_tokens": metrics.num_prompt_tokens,
         "generated_tokens": engine.stats.generated_tokens,
         "cached_tokens": scheduler.num_cached_tokens,
         "kv_blocks": {

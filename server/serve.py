@@ -21,6 +21,7 @@ from minidcp.engine.executor import is_driver
 from .address_file import write_address_file
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
+from .connection import TimedConnection, watch_connections
 from .http_protocol import HttpProtocol
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -73,6 +74,10 @@ def choose_api_key(options: ServeConfig) -> str | None:
     return key
 
 
+class Connection(HttpProtocol, TimedConnection):
+    """A connection with limits on what is sent, and on how long it may wait for a client."""
+
+
 class Server(uvicorn.Server):
     """Takes no new connections once it is told to stop or the engine has ended. Requests that run
     then have --shutdown-timeout seconds to finish."""
@@ -82,7 +87,7 @@ class Server(uvicorn.Server):
         graceful_seconds = int(min(engine.config.shutdown_timeout, 1e6)) + 5
         config = uvicorn.Config(
             create_app(engine),
-            http=HttpProtocol,
+            http=Connection,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=graceful_seconds,
@@ -104,6 +109,10 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        watch_connections(self.server_state.connections, self.engine.config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called when a signal says to stop."""

@@ -35,7 +35,7 @@ class EngineStats:
     """Counters since the start."""
 
     steps: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed: without cached ones, and again after a preemption
     generated_tokens: int = 0
     step_seconds: float = 0.0  # that rank 0 spent in steps
     received_bytes: int = 0  # by rank 0 from other ranks
@@ -334,6 +334,7 @@ class LLMEngine:
             logprobs=logprobs,
             cached_tokens=request.cached_tokens,
             prompt_logprobs=request.prompt_logprobs if num_outputs == 1 else None,
+            num_held_back=len(detokenizer.held_back),
         )
 
     def kv_tokens(self) -> tuple[list[int], list[int]]:
