@@ -13,7 +13,7 @@ from typing import Any
 
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.console import exit_at_once, protect_stderr, protect_stdout
-from minidcp.engine.executor import EngineDeadError
+from minidcp.engine.executor import EngineDeadError, is_driver
 from minidcp.hardware import GPUS
 from minidcp.llm import LLM
 from minidcp.plan import Deployment, find_gpu
@@ -265,9 +265,11 @@ def protect_process(command: str) -> None:
     protect_stderr()
     if command == "serve":  # the other commands print results, whose loss is an error
         protect_stdout()
-        # Until the server is there to finish its requests. As a container's process 1, this one
-        # would not end by a signal that it does not handle.
-        signal.signal(signal.SIGTERM, lambda *_: exit_at_once(0))
+        if is_driver():
+            # Until the server is there to finish its requests. As a container's process 1, this one
+            # would not end by a signal that it does not handle. Other ranks keep the default: while
+            # they wait for the driver in torch's store, no handler of Python's would run.
+            signal.signal(signal.SIGTERM, lambda *_: exit_at_once(0))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +174,30 @@ def listening_addresses(pids: list[int]) -> set[str]:
 
 def has(command: str) -> bool:
     return any(Path(folder, command).exists() for folder in os.environ["PATH"].split(os.pathsep))
+
+
+@pytest.mark.skipif(not has("ss"), reason="needs ss")
+def test_sigterm_ends_a_rank_that_waits_for_the_driver(checkpoint: Path) -> None:
+    """It waits in torch's store, where no signal handler of Python's can run."""
+    store = host_store()
+    torchrun = dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=store.port)
+    env = {name: str(value) for name, value in torchrun.items()}
+    command = [sys.executable, "-m", "minidcp", "serve", str(checkpoint), "--tp-size", "2"]
+    rank = subprocess.Popen(
+        [*command, "--device", "cpu"], env=os.environ | env | {"TORCHELASTIC_RUN_ID": "test"}
+    )
+
+    def is_connected() -> bool:
+        list_clients = ["ss", "-Htnp", "dport", "=", f":{store.port}"]
+        clients = subprocess.run(list_clients, capture_output=True, text=True, check=True).stdout
+        return f"pid={rank.pid}," in clients
+
+    try:
+        wait_until(is_connected, 60, "the rank has not found the store")
+        rank.terminate()
+        assert rank.wait(20) == -signal.SIGTERM
+    finally:
+        rank.kill()
 
 
 @needs_proc
