@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import NoReturn, TextIO, cast
 
+from tqdm import tqdm
+
 MAX_WAITING = 1 << 20  # characters that wait for a slow reader; beyond that text is dropped
 DRAIN_SECONDS = 0.5  # how long the end of a process may wait for its last words to be read
 
@@ -117,6 +119,13 @@ class UnfailingStream:
         if self.stream is not None:
             with contextlib.suppress(OSError):
                 self.stream.flush()
+
+
+class ProgressBar(tqdm):  # type: ignore[misc]
+    """A bar with a lock that is this process's own. tqdm's default lock is shared with forked
+    copies of the process and with all other bars: whoever ends while it holds it stops them all."""
+
+    _lock = threading.RLock()
 
 
 def protect(stream: TextIO | None) -> TextIO:

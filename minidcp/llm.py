@@ -7,10 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minidcp.config import EngineConfig, require
-from minidcp.console import UnfailingStream
+from minidcp.console import ProgressBar, UnfailingStream
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.engine_thread import Call, EngineThread, Prompt
 from minidcp.request import RequestOutput, SamplingParams
@@ -81,7 +79,7 @@ class LLM(AbstractContextManager["LLM"]):
 def show_progress(call: Call) -> BaseException | None:
     """Wait for a call and show a progress bar. Returns the call's outcome."""
     file = UnfailingStream(sys.stderr)
-    with tqdm(total=len(call.prompts), desc="Requests", unit="req", file=file) as bar:
+    with ProgressBar(total=len(call.prompts), desc="Requests", unit="req", file=file) as bar:
         error = None
         is_running = True
         while is_running:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from minidcp.config import require
-from minidcp.console import UnfailingStream
+from minidcp.console import ProgressBar, UnfailingStream
 from minidcp.model_config import read_object
 
 MAX_LISTED = 8  # how many names an error message lists
@@ -131,7 +130,7 @@ class CheckpointSource:
         self.files: dict[str, Any] = {}
         self.file_of = self.find_tensors()
         self.stored_names: dict[str, str] = {}  # of tensors that have another name in their file
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             desc="Loading weights",
             total=len(self.file_of),
             unit=" tensors",
