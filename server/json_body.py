@@ -24,8 +24,13 @@ MAX_NUMBER_BYTES = 5000  # Python takes fewer digits yet
 PIECE_BYTES = 32 << 10  # parsed in less than 10 ms, whatever it holds
 WINDOW_BYTES = 64 << 10  # what is measured at a time
 
-QUOTE, BACKSLASH = ord('"'), ord("\\")
-OPEN, CLOSE, COMMA, COLON = 1, 2, 3, 4
+QUOTE = ord('"')
+BACKSLASH = ord("\\")
+
+OPEN = 1
+CLOSE = 2
+COMMA = 3
+COLON = 4
 KIND_OF_BYTE = np.zeros(256, np.uint8)
 KIND_OF_BYTE[list(b"[{")] = OPEN
 KIND_OF_BYTE[list(b"]}")] = CLOSE
@@ -139,8 +144,10 @@ class Scanner:
         quotes = np.flatnonzero(window == QUOTE)
         is_backslash = window == BACKSLASH
         if not is_backslash.any():
-            starts_escaped, self.is_escaped = self.is_escaped, 0
-            return quotes[1:] if starts_escaped and len(quotes) > 0 and quotes[0] == 0 else quotes
+            starts_escaped = self.is_escaped
+            self.is_escaped = 0
+            is_first_escaped = starts_escaped and len(quotes) > 0 and quotes[0] == 0
+            return quotes[1:] if is_first_escaped else quotes
 
         # By position: the last byte before it that is no backslash.
         before = np.empty(len(window) + 1, np.int32)
@@ -169,7 +176,8 @@ class PieceParser:
         if begin == stop:
             return parse_large_scalar(self.body[start:end])
 
-        opening, closing = int(self.positions[begin]), int(self.positions[stop - 1])
+        opening = int(self.positions[begin])
+        closing = int(self.positions[stop - 1])
         is_whole = (
             CLOSING.get(self.body[opening]) == self.body[closing]
             and is_blank(self.body[start:opening])
