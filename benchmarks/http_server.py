@@ -41,7 +41,9 @@ class InstantEngine:
     def has_work(self) -> bool:
         return bool(self.left)
 
-    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt: list[int], params: SamplingParams, group: str
+    ) -> None:
         self.left[request_id] = params.max_tokens or 1
 
     def validate(self, tokens: list[int], params: SamplingParams) -> None: ...

@@ -64,7 +64,8 @@ class StepPlan:
     Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i].
     Rows [0, num_decode) decode one token each, the rows after them prefill a chunk. The token of a
     decode row is the one that was sampled last for its slot. Perhaps only the workers know it so
-    far. The tokens of the prefill rows are in `tokens`, one row after the other.
+    far. The tokens of the prefill rows are in `tokens`, one row after the other. A prefill row may
+    begin after tokens that a row before it computes in the same step, in blocks that both have.
     """
 
     num_decode: int = 0

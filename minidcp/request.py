@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
-from minidcp.config import shorten
+from minidcp.config import require, shorten
 
 MAX_SEED = 2**63 - 1
+MAX_SALT_LENGTH = 1024
 SMALLEST_POSITIVE = math.ulp(0.0)  # the smallest float above 0
 
 
@@ -66,6 +67,10 @@ class SamplingParams:
     prompt_logprobs: int | None = number(None, 0, math.inf, "at least 0")
     skip_special_tokens: bool = True
 
+    # Only requests with equal salts, or both without one, share blocks of the prefix cache. Results
+    # do not depend on it. It may be a secret, so it is not shown.
+    cache_salt: str | None = field(default=None, repr=False)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
@@ -91,6 +96,8 @@ class SamplingParams:
         ids_are_valid = all(is_number(token, int, 0) for token in self.stop_token_ids)
         self.check("stop_token_ids", ids_are_valid, "token ids")
 
+        self.check_cache_salt()
+
     def check(self, name: str, is_valid: bool, allowed: str) -> None:
         if not is_valid:
             raise ValueError(f"{name} {shorten(getattr(self, name))}: must be {allowed}")
@@ -101,6 +108,16 @@ class SamplingParams:
         copied = copy.copy(self)
         object.__setattr__(copied, "seed", seed)
         return copied
+
+    def check_cache_salt(self) -> None:
+        salt = self.cache_salt
+        if salt is None:
+            return
+        require(isinstance(salt, str), f"cache_salt of type {type(salt).__name__}: must be a text")
+        require(
+            0 < len(salt) <= MAX_SALT_LENGTH,
+            f"cache_salt of {len(salt)} characters: must have 1 to {MAX_SALT_LENGTH} characters",
+        )
 
     def may_stop_after(self, num_outputs: int) -> bool:
         """The rule of min_tokens: whether a completion may end with its `num_outputs`-th token."""
@@ -197,6 +214,7 @@ class Request:
     max_tokens: int
     seed: int
     stop_ids: tuple[int, ...] = ()  # tokens that end it: stop tokens and end-of-sequence tokens
+    group: str = ""  # the same for requests that one client sent at once; groups take turns
 
     # The prompt and the output tokens known so far. Positions [0, num_computed) have their latents
     # in the cache, or in a step that is already scheduled.

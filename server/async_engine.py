@@ -172,13 +172,14 @@ class AsyncEngine:
     def submit(
         self, engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], stream: Stream
     ) -> list[str]:
-        """Hand requests to the engine's thread; returns their ids."""
+        """Hand requests to the engine's thread, as one group; returns their ids."""
         request_ids = [f"request-{next(self.request_numbers)}" for _ in requests]
         for index, (tokens, params) in enumerate(requests):
             request_id = request_ids[index]
             self.streams[request_id] = (index, stream)
             self.metrics.count_request(request_id, len(tokens))
-            self.inbox.put(partial(engine.add_request, request_id, tokens, params))
+            group = request_ids[0]
+            self.inbox.put(partial(engine.add_request, request_id, tokens, params, group))
         return request_ids
 
     def abort(self, engine: LLMEngine, request_ids: list[str]) -> None:

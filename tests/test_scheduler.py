@@ -171,7 +171,7 @@ def test_engine_with_hundreds_of_requests_and_aborts(v2: Oracle, dcp: int) -> No
             left -= 1
             request_id = str(left)
             which = rng.randrange(len(v2.prompts))
-            params = SamplingParams(max_tokens=rng.randint(1, 12), temperature=0.0, ignore_eos=True)
+            params = SamplingParams(max_tokens=rng.randint(1, 16), temperature=0.0, ignore_eos=True)
             live[request_id] = (
                 which,
                 params.max_tokens,
@@ -208,7 +208,8 @@ def test_whoever_is_admitted_leaves_room_to_grow() -> None:
     size, prompt = 16, [5] * 190
 
     def count_running(max_tokens: int, num_blocks: int) -> int:
-        scheduler = Scheduler(BlockManager(num_blocks, size), max_num_seqs=4, budget=8192)
+        blocks = BlockManager(num_blocks, size, prefix_cache=False)  # equal prompts would share
+        scheduler = Scheduler(blocks, max_num_seqs=4, budget=8192)
         for i in range(2):
             scheduler.add(Request(str(i), prompt, SamplingParams(), max_tokens, seed=0))
         assert scheduler.schedule() is not None

@@ -152,9 +152,9 @@ class LLMEngine:
     # Requests.
 
     def add_request(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams
+        self, request_id: str, prompt: str | list[int], params: SamplingParams, group: str = ""
     ) -> Request:
-        """Queue a prompt.
+        """Queue a prompt. Requests of one group are admitted in order; groups take turns.
 
         Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer.
         """
@@ -173,6 +173,7 @@ class LLMEngine:
             max_tokens=params.max_tokens or self.max_model_len - len(tokens),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=tuple(token for token in stop_ids if token < vocab_size),
+            group=group,
         )
         self.requests[request_id] = (request, Detokenizer(self.tokenizer, params))
         self.scheduler.add(request)

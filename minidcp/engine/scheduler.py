@@ -3,10 +3,10 @@ a step. The youngest request is preempted when blocks run out. Text is in `engin
 `executor.py`, tensors in `worker/`. Next: `executor.py`."""
 
 import heapq
-from collections import deque
 from dataclasses import dataclass, field
 
 from minidcp.batch import MAX_SCORED_TOKENS, Admission, ScoredToken, StepPlan
+from minidcp.engine.waiting_queue import WaitingQueue
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
@@ -41,7 +41,7 @@ class Scheduler:
         self.mixed_steps = mixed_steps  # whether a step may hold both decode rows and prompt chunks
         self.decoded_last = False
 
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # oldest first
         self.free_slots = list(range(max_num_seqs))  # a heap: low slots first
 
@@ -50,7 +50,7 @@ class Scheduler:
         self.num_cached_tokens = 0  # found there, and so not computed
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def schedule(self) -> ScheduledStep | None:
         """The next step. None: nothing can be planned before a running step's tokens are known."""
@@ -79,13 +79,13 @@ class Scheduler:
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: ScheduledStep) -> None:
-        """Go on with the prompts of running requests, then admit waiting ones, oldest first."""
+        """Go on with the prompts of running requests, then admit waiting ones in their order."""
         budget = self.budget - step.plan.num_decode
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
 
-        while budget > 0 and self.waiting and self.admit(self.waiting[0], step):
+        while budget > 0 and self.waiting and self.admit(self.waiting.first, step):
             budget -= self.add_chunk(step, self.running[-1], budget)
 
     def can_decode(self, request: Request) -> bool:
@@ -127,7 +127,7 @@ class Scheduler:
         request.blocks += blocks
 
     def admit(self, request: Request, step: ScheduledStep) -> bool:
-        """Start running the first waiting request, if there is a slot and enough room.
+        """Start running the first waiting request if there is a slot and enough room.
 
         It gets blocks for all its known tokens and one more.
         """
@@ -145,7 +145,7 @@ class Scheduler:
         new = self.blocks.allocate(num_new_blocks)
         assert new is not None
 
-        self.waiting.popleft()
+        self.waiting.pop_first()
         self.start_running(request, len(shared))
         self.append_blocks(request, shared + new, step)
         step.admitted.append(request)
@@ -153,10 +153,13 @@ class Scheduler:
         return True
 
     def share_cached_blocks(self, request: Request) -> list[int]:
-        """Take a reference to the blocks of the longest cached prefix that the request can use."""
+        """Take a reference to the blocks of the longest known prefix that the request can use.
+
+        Their content may be computed by this very step, for a request that was admitted before.
+        """
         if not self.blocks.prefix_cache:
             return []
-        self.blocks.hash_blocks(request.tokens, request.block_hashes, len(request.tokens))
+        self.hash_blocks(request, len(request.tokens))
 
         if request.params.prompt_logprobs is not None:
             return []  # the logits of all its tokens are wanted
@@ -201,6 +204,9 @@ class Scheduler:
 
         step.plan.tokens += request.tokens[start : start + length]
         self.add_row(step, request, length)
+        # Now, so that equal prompts that arrived together are computed once: the next ones that are
+        # admitted share these blocks.
+        self.publish(request)
         return length
 
     def add_scored_tokens(self, step: ScheduledStep, request: Request, length: int) -> None:
@@ -243,22 +249,31 @@ class Scheduler:
         return requests
 
     def publish(self, request: Request) -> None:
-        """Offer its blocks that are full of computed, known tokens to the prefix cache."""
+        """Offer its blocks that are full of known tokens to the prefix cache.
+
+        A block counts as full when the step that fills it is planned. Nobody can read it too early.
+        Later plans are executed later. Rows of the same plan may read it, too: in each layer the
+        latents of all prompt chunks are stored before any of them looks into the cache. A planned
+        step is executed, even if all its requests end before, or else the engine has ended.
+        """
         if not self.blocks.prefix_cache:
             return
 
-        # The last of these may be computed by a step still in flight. No later plan can read it
-        # too early, because plans are executed in order.
         tokens_per_block = self.blocks.tokens_per_block
         num_known_computed = min(request.num_computed, len(request.tokens))
         num_full = num_known_computed // tokens_per_block
         if num_full <= request.num_published:
             return
 
-        self.blocks.hash_blocks(request.tokens, request.block_hashes, num_full * tokens_per_block)
+        self.hash_blocks(request, num_full * tokens_per_block)
         new = slice(request.num_published, num_full)
         self.blocks.publish(request.blocks[new], request.block_hashes[new])
         request.num_published = num_full
+
+    def hash_blocks(self, request: Request, num_tokens: int) -> None:
+        """Hash the full blocks of its first tokens, those that have no hash yet."""
+        salt = request.params.cache_salt
+        self.blocks.hash_blocks(request.tokens, request.block_hashes, num_tokens, salt)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
@@ -273,7 +288,7 @@ class Scheduler:
         self.stop_running(request)
         request.num_computed = 0
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting.put_first(request)
 
     def stop_running(self, request: Request) -> None:
         self.running.remove(request)

@@ -6,6 +6,8 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+HASH_BYTES = 16
+
 
 class BlockManager:
     """Reference-counted blocks with a prefix cache. Every block is in one of three states:
@@ -15,7 +17,8 @@ class BlockManager:
     cached  nobody uses it, but its content is known by a hash, and kept until the room is needed
 
     The hash of a block covers its tokens and its parent's hash. So equal hashes mean equal tokens
-    from the beginning of the sequence on. The least recently used blocks are evicted first.
+    from the beginning of the sequence on, and equal cache salts, because the first block's hash
+    covers the salt. The least recently used blocks are evicted first.
     """
 
     def __init__(self, num_blocks: int, tokens_per_block: int, prefix_cache: bool = True) -> None:
@@ -68,13 +71,19 @@ class BlockManager:
             else:
                 self.free.append(block)
 
-    def hash_blocks(self, tokens: Sequence[int], hashes: list[bytes], num_tokens: int) -> None:
+    def hash_blocks(
+        self,
+        tokens: Sequence[int],
+        hashes: list[bytes],
+        num_tokens: int,
+        cache_salt: str | None = None,
+    ) -> None:
         """Extend `hashes` to cover every full block of `tokens[:num_tokens]`."""
         for index in range(len(hashes), num_tokens // self.tokens_per_block):
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else hash_salt(cache_salt)
             begin = index * self.tokens_per_block
             content = array("q", tokens[begin : begin + self.tokens_per_block]).tobytes()
-            hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
+            hashes.append(hashlib.blake2b(parent + content, digest_size=HASH_BYTES).digest())
 
     def share(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known prefix of `hashes`, with one more reference to each."""
@@ -98,3 +107,15 @@ class BlockManager:
             if digest not in self.block_of and block not in self.hash_of:
                 self.block_of[digest] = block
                 self.hash_of[block] = digest
+
+
+def hash_salt(cache_salt: str | None) -> bytes:
+    """What takes the place of the first block's parent.
+
+    It is no block's hash, whatever the salt: `person` makes this another hash function. Else a
+    client could choose a salt whose bytes are the tokens of a block, and pass for its successor.
+    """
+    if cache_salt is None:
+        return b""
+    salt = cache_salt.encode(errors="surrogatepass")
+    return hashlib.blake2b(salt, digest_size=HASH_BYTES, person=b"cache_salt").digest()

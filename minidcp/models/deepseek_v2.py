@@ -117,6 +117,8 @@ class MLAAttention:
         if batch.prefill is not None:
             rows = slice(batch.num_decode, None)
             q = self.project_prefill_q(q_input[rows], batch)
+            # All rows are stored before any reads the cache, because equal prompts share blocks
+            # that this very step computes.
             latents = self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
             outs.append(self.prefill(q, latents, kv, batch.prefill, batch.context))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)

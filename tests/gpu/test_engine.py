@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from checkpoints import Oracle, measure_errors
+from checkpoints import Oracle, make_prompt, measure_errors
 
 from minidcp import LLM, RequestOutput, SamplingParams
 
@@ -126,3 +126,25 @@ def test_seeded_sampling_repeats_itself(checkpoint: Oracle) -> None:
         again = [o.outputs[0].token_ids for o in llm.generate(checkpoint.prompts, params)]
     assert together == again
     assert len({tuple(tokens) for tokens in together}) == len(params)
+
+
+@pytest.mark.parametrize("strategy", ["gather_kv", "gather_q"])
+@pytest.mark.parametrize("dcp", [1, 4])
+def test_samples_share_blocks_of_the_step_that_computes_them(
+    checkpoint: Oracle, dcp: int, strategy: str
+) -> None:
+    """Whoever read the cache before it is written would be far off fp32."""
+    prompt = checkpoint.prompts[-1]
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=2)
+    options = dict(tp_size=dcp, dcp_size=dcp, num_blocks=400, max_model_len=1024, max_num_seqs=16)
+    with LLM(str(checkpoint.path), device="cuda", prefill_strategy=strategy, **options) as llm:
+        # What a block held before is no help.
+        llm.generate([make_prompt(700, 512, salt) for salt in range(1, 5)], params)
+        before = llm.engine.stats.prompt_tokens
+        first, *others = llm.generate([prompt] * 8, params)
+        num_computed = llm.engine.stats.prompt_tokens - before
+    num_shared = (len(prompt) - 1) // (16 * dcp) * (16 * dcp)
+    assert num_computed == 8 * len(prompt) - 7 * num_shared
+    noise = float(measure_errors(checkpoint.model, first).max())
+    for output in others:
+        assert float(measure_errors(checkpoint.model, output).max()) < 3 * noise + 0.02
