@@ -22,6 +22,7 @@ PARALLEL = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)]
 BLOCK_SIZE = 4
 CHUNKS = (1, 7, 64, 512)
 DECODES = (3, 17, 45)  # number of tokens before the decoded one
+LONG_PREFIX = 2000  # several pieces of gathered context
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], t
     """
     path = tmp_path_factory.mktemp("long")
     model = make_checkpoint(path, "v2", seed=3, max_position_embeddings=8192, num_hidden_layers=2)
-    tokens = make_prompt(4512, 128)
+    tokens = make_prompt(LONG_PREFIX + 256, 128)
     with torch.no_grad():
         logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         after = [[*tokens[:n], int(logprobs[n - 1].argmax())] for n in DECODES]
@@ -47,7 +48,7 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
     block = BLOCK_SIZE * dcp
     prefixes = sorted({0, 1, max(dcp - 1, 0), dcp, dcp + 1, block - 1, block, block + 1, 3 * block})
     rows = [(prefix, chunk) for prefix in prefixes for chunk in CHUNKS]
-    rows += [(4000, 7), (4000, 512)]
+    rows += [(LONG_PREFIX, 7), (LONG_PREFIX, 256)]
     engine = LLMEngine(
         EngineConfig(
             str(path),
@@ -56,7 +57,7 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
             ranks="threads",
             device="cpu",
             block_size=BLOCK_SIZE,
-            max_model_len=4600,
+            max_model_len=LONG_PREFIX + 300,
             num_blocks=20000 // block,
             max_num_seqs=64,
             max_num_batched_tokens=600,  # so at most 600 tokens of context are gathered at once
@@ -86,7 +87,7 @@ def test_chunks_on_top_of_prefixes(stream: tuple, tp: int, dcp: int, strategy: s
             plan.admitted.append(Admission(slot, SamplingParams(temperature=0.0, logprobs=128)))
             run(plan)
             new_blocks = []
-        last = long if prefix == 4000 else short
+        last = long if prefix == LONG_PREFIX else short
         last.new_blocks += new_blocks
         last.sampling.append(len(last.slots))
         last.admitted.append(Admission(slot, SamplingParams(temperature=0.0, logprobs=128)))

@@ -17,7 +17,7 @@ CHECKS = (
 
 
 def test_schema(demo: Path, tmp_path: Path) -> None:
-    flags = ["--ranks", "threads", "--tp-size", "2", "--dcp-size", "2", "--max-model-len", "512"]
+    flags = ["--ranks", "threads", "--tp-size", "2", "--dcp-size", "2", "--max-model-len", "128"]
     server = Server(demo, tmp_path, *flags, "--served-model-name", "demo")
     try:
         server.wait_until_healthy()
@@ -29,7 +29,7 @@ def test_schema(demo: Path, tmp_path: Path) -> None:
             CHECKS,
         ]
         # A chat may fill the whole context, and how long that takes is not tested here.
-        command += ["--max-examples", "30", "--generation-deterministic", "--request-timeout", "60"]
+        command += ["--max-examples", "20", "--generation-deterministic", "--request-timeout", "60"]
         run = subprocess.run(
             [*command, "--no-color"], capture_output=True, text=True, cwd=tmp_path, check=False
         )
