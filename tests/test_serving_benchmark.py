@@ -15,11 +15,18 @@ from servers import Server
 def test_every_request_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Server(Path(DEMO), tmp_path, "--ranks", "threads", "--tp-size", "2", "--dcp-size", "2")
     # One concurrency, because guidellm takes ten seconds to start.
-    flags = "--concurrency 3 --input-len 60 --output-len 12 --rounds 2 --least 4".split()
+    load = "--concurrency 3 --input-len 60 --output-len 12 --rounds 2 --least 4"
     try:
         server.wait_until_healthy()
         serving.main(
-            [server.url, *flags, "--label", "two ranks", "--json", str(tmp_path / "out.json")]
+            [
+                server.url,
+                *load.split(),
+                "--label",
+                "two ranks",
+                "--json",
+                str(tmp_path / "out.json"),
+            ]
         )
         metrics = httpx.get(f"{server.url}/metrics").text
     finally:
