@@ -54,7 +54,7 @@ def detect_machine(config: EngineConfig, model: ModelConfig) -> Machine:
 def find_fa3_error(config: EngineConfig, model: ModelConfig, capability: tuple[int, int]) -> str:
     """Why FlashAttention-3 cannot be loaded; empty if it can, or if nothing else allows it."""
     is_wanted = config.attention_backend in ("auto", "fa3") and config.dtype != "float32"
-    if not is_wanted or capability[0] != 9 or fa3_dims(model) != COMPILED_DIMS:
+    if not is_wanted or capability[0] != 9 or fa3_dims(model) not in COMPILED_DIMS:
         return ""
     try:
         load_operators()
@@ -64,5 +64,5 @@ def find_fa3_error(config: EngineConfig, model: ModelConfig, capability: tuple[i
 
 
 def fa3_dims(model: ModelConfig) -> tuple[int, int, int, int]:
-    """The dims that FlashAttention-3 must be compiled for, in the order of COMPILED_DIMS."""
+    """The dims that FlashAttention-3 must be compiled for, as in COMPILED_DIMS."""
     return (model.kv_lora_rank, model.qk_rope_head_dim, model.qk_head_dim, model.v_head_dim)

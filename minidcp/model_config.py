@@ -1,22 +1,20 @@
-"""The shape of the checkpoint's model: config.json of a DeepSeek-V2 model, checked. Its rotary part
-is in `rope_config.py`. Next: `request.py`."""
+"""The shape of the checkpoint's model: config.json of DeepSeek-V2 or a relative, checked. What the
+relatives differ in is data here. The rotary part is in `rope_config.py`. Next: `request.py`."""
 
 import json
 import os
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minidcp.config import require
+from minidcp.config import require, shorten
 from minidcp.rope_config import RopeConfig, is_int, is_number, read_rope
 
 # Options of config.json that change what a model computes, and the values supported here. The first
 # is the default.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
-    "scoring_func": ("softmax", None),
     "mlp_bias": (False, None),
-    "topk_method": ("greedy", "group_limited_greedy", None),
     # Weights in formats that are not read here. The second is compressed-tensors' older name.
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -30,6 +28,35 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "llama_4_scaling": (None,),
 }
 
+
+class Router(NamedTuple):
+    """How a family of models chooses a token's experts, as options of config.json."""
+
+    scoring_func: str
+    topk_methods: tuple[str, ...]  # the first is the default
+
+
+SOFTMAX_ROUTER = Router("softmax", ("greedy", "group_limited_greedy"))
+SIGMOID_ROUTER = Router("sigmoid", ("noaux_tc",))
+
+# By model_type. Kimi-K2 has DeepSeek-V3's code; glm4_moe_lite is GLM-4.7-Flash.
+ROUTERS = {
+    "deepseek_v2": SOFTMAX_ROUTER,
+    "deepseek_v3": SIGMOID_ROUTER,
+    "kimi_k2": SIGMOID_ROUTER,
+    "glm4_moe_lite": SIGMOID_ROUTER,
+}
+# Relatives that cannot run here, and why.
+REFUSED = {
+    "deepseek_v32": "its attention is sparse",
+    "deepseek_v4": "its attention is sparse",
+    "glm_moe_dsa": "its attention is sparse",
+    "kimi_linear": "it mixes MLA with linear attention",
+    "kimi_k25": "it takes images",
+}
+# Fields of ModelConfig that are not read from config.json as they are.
+OWN_FIELDS = ("rope", "eos_token_ids", "sigmoid_router")
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +68,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a DeepSeek-V2 model. Field names follow Hugging Face's config.json."""
+    """The shape of a model. Field names follow Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -68,8 +95,14 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
 
+    # DeepSeek-V3's last layers can predict a second token. They are not part of the model here.
+    num_nextn_predict_layers: int = 0
+
     # Our own names: config.json spells these in several ways.
     rope: RopeConfig = field(default_factory=RopeConfig)
+    # Whether the router scores experts by a sigmoid, and adds a bias to choose them, as in
+    # DeepSeek-V3. Otherwise by a softmax, as in DeepSeek-V2.
+    sigmoid_router: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -113,12 +146,13 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, hf: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """As `from_hf`, from the parsed JSON. Errors call it `source`."""
-        model_type = hf.get("model_type")
-        require(
-            model_type == "deepseek_v2",
-            f"{source}: model_type is {model_type!r}; this engine runs 'deepseek_v2' only",
-        )
-        for name, supported in SUPPORTED.items():
+        router = find_router(hf, source)
+        options = {
+            **SUPPORTED,
+            "scoring_func": (router.scoring_func, None),
+            "topk_method": (*router.topk_methods, None),
+        }
+        for name, supported in options.items():
             value = hf.get(name, supported[0])
             listed = ", ".join(repr(v) for v in supported)
             require(
@@ -128,16 +162,24 @@ class ModelConfig:
 
         check_layer_types(hf, source)
 
-        values = {}
+        values: dict[str, Any] = {}
         for f in fields(cls):
-            if f.name not in ("rope", "eos_token_ids"):  # which are read below
+            if f.name not in OWN_FIELDS:  # which are read below
                 values[f.name] = read_field(f, hf, source)
-        if hf.get("topk_method") != "group_limited_greedy":
+        if router is SOFTMAX_ROUTER and hf.get("topk_method") != "group_limited_greedy":
             values["n_group"] = 1
             values["topk_group"] = 1
 
-        rope = read_rope(hf, values["max_position_embeddings"], source)
-        config = cls(**values, rope=rope, eos_token_ids=read_eos_token_ids(hf, source))
+        num_dense_layers = read_num_dense_layers(hf, source)
+        if num_dense_layers is not None:
+            values["first_k_dense_replace"] = num_dense_layers
+
+        config = cls(
+            **values,
+            rope=read_rope(hf, values["max_position_embeddings"], source),
+            eos_token_ids=read_eos_token_ids(hf, source),
+            sigmoid_router=router is SIGMOID_ROUTER,
+        )
         config.check(source)
         return config
 
@@ -158,6 +200,12 @@ class ModelConfig:
             f"{source}: n_group {num_groups} does not divide n_routed_experts {num_experts}",
         )
 
+        require(
+            not self.sigmoid_router or num_groups == 1 or num_experts >= 2 * num_groups,
+            f"{source}: n_group {num_groups} leaves fewer than 2 of {num_experts} experts to a "
+            "group, which is as good as its two best experts together",
+        )
+
         # Experts are chosen within the best `topk_group` groups only.
         top_k = self.num_experts_per_tok
         num_reachable = self.topk_group * num_experts // num_groups
@@ -166,6 +214,19 @@ class ModelConfig:
             f"{source}: num_experts_per_tok {top_k} of {num_reachable} experts in "
             f"topk_group {self.topk_group} of n_group {num_groups} groups cannot be chosen",
         )
+
+
+def find_router(hf: dict[str, Any], source: str) -> Router:
+    """The router of the model's family. Raises ValueError for a model that does not run here."""
+    model_type = str(hf.get("model_type"))
+    reason = REFUSED.get(model_type)
+    because = "" if reason is None else f": {reason}"
+    listed = ", ".join(repr(name) for name in ROUTERS)
+    require(
+        model_type in ROUTERS,
+        f"{source}: model_type {model_type!r} is not supported{because}; supported: {listed}",
+    )
+    return ROUTERS[model_type]
 
 
 def read_field(f: Field[Any], hf: dict[str, Any], source: str) -> Any:
@@ -203,6 +264,23 @@ def check_layer_types(hf: dict[str, Any], source: str) -> None:
         f"{source}: layer_types {layer_types!r} is not supported; supported: 'full_attention' for "
         "every layer",
     )
+
+
+def read_num_dense_layers(hf: dict[str, Any], source: str) -> int | None:
+    """How many layers are dense before the first with experts, as transformers' mlp_layer_types
+    says, which GLM's config.json has. None if it is not there."""
+    layer_types = hf.get("mlp_layer_types")
+    if layer_types is None:
+        return None
+    is_list = isinstance(layer_types, list)
+    num_dense = layer_types.count("dense") if is_list else 0
+    num_sparse = len(layer_types) - num_dense if is_list else 0
+    require(
+        layer_types == ["dense"] * num_dense + ["sparse"] * num_sparse,
+        f"{source}: mlp_layer_types {shorten(layer_types)} is not supported; supported: 'dense' "
+        "layers, then 'sparse' ones",
+    )
+    return num_dense
 
 
 def read_eos_token_ids(hf: dict[str, Any], source: str) -> tuple[int, ...]:

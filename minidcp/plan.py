@@ -15,7 +15,7 @@ from minidcp.hardware import GPUS
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
+from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.weights import RecordingSource, Weights, find_model
 from minidcp.parallel.state import build_thread_states
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
@@ -316,7 +316,7 @@ def count_weights(config: ResolvedConfig, model_config: ModelConfig) -> WeightCo
     source = RecordingSource()
     states, _ = build_thread_states(config.tp_size, config.dcp_size)
     attention = ReferenceBackend(model_config.softmax_scale)
-    DeepseekV2ForCausalLM(model_config, config, states[0], attention, Weights(source))
+    DeepseekForCausalLM(model_config, config, states[0], attention, Weights(source))
 
     counts = {field.name: 0 for field in fields(WeightCounts)}
     for name, size in source.sizes.items():

@@ -316,8 +316,9 @@ def choose_fastest_attention(
 def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
     """Why FlashAttention-3 cannot run this model here; empty if it can."""
     dims = fa3_dims(model)
-    if dims != COMPILED_DIMS:
-        compiled = f"kv_lora_rank, rope, qk and v dims {COMPILED_DIMS}"
+    if dims not in COMPILED_DIMS:
+        listed = " or ".join(str(compiled) for compiled in COMPILED_DIMS)
+        compiled = f"kv_lora_rank, rope, qk and v dims {listed}"
         return f"is compiled for {compiled}, the model has {dims}"
     major, minor = machine.capability
     if major != 9:

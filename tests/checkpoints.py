@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    PreTrainedModel,
+)
 
 from minidcp import RequestOutput
 
@@ -63,7 +71,36 @@ STYLES = {
         vocab_size=125,
     ),
 }
-SEEDS = {"v2": 5, "v2-lite": 6}  # chosen so that the best token is clearly ahead of the second
+STYLES["v3"] = STYLES["v2"] | dict(
+    n_shared_experts=1,
+    n_routed_experts=16,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rope_scaling=STYLES["v2"]["rope_scaling"] | dict(mscale=1.0, mscale_all_dim=1.0),
+)
+del STYLES["v3"]["topk_method"]
+# Like GLM-4.7-Flash: wider heads, no groups.
+STYLES["glm"] = STYLES["v3"] | dict(
+    qk_nope_head_dim=24,
+    v_head_dim=32,
+    n_group=1,
+    topk_group=1,
+    rms_norm_eps=1e-5,
+    rope_scaling=None,
+    mlp_layer_types=["dense", "sparse", "sparse"],
+)
+CLASSES: dict[str, tuple[type, type[PreTrainedModel]]] = {
+    "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "v2-lite": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+}
+SEEDS = {
+    "v2": 5,
+    "v2-lite": 6,
+    "v3": 10,
+    "glm": 8,
+}  # chosen so that the best token is clearly ahead of the second
 PROMPT_LENS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 127, 128, 129, 300)
 NUM_STEPS = 64
 
@@ -78,7 +115,7 @@ class Oracle:
     """A checkpoint, its model in Hugging Face's code, and that model's greedy completions."""
 
     path: Path
-    model: DeepseekV2ForCausalLM
+    model: PreTrainedModel
     prompts: list[list[int]]
     tokens: list[list[int]]  # NUM_STEPS per prompt
     logprobs: list[torch.Tensor]  # [NUM_STEPS, vocab] per prompt
@@ -102,13 +139,17 @@ class Oracle:
 
 def make_checkpoint(
     directory: Path, style: str, seed: int = 0, **changes: object
-) -> DeepseekV2ForCausalLM:
+) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**(STYLES[style] | changes))).eval()
+    make_config, make_model = CLASSES[style]
+    model = make_model(make_config(**(STYLES[style] | changes))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # with ones, a norm without its weight would go unnoticed
                 parameter.uniform_(0.7, 1.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # large, with differences that decide
+                buffer.uniform_(7.0, 7.5)
     model.save_pretrained(directory, max_shard_size="200KB" if style == "v2" else "5GB")
     return model
 

@@ -10,8 +10,15 @@ pytest.register_assert_rewrite("servers")
 torch.set_num_threads(1)  # with many ranks on two cores, more threads would be ten times slower
 
 
-@pytest.fixture(scope="session", params=sorted(STYLES))
+@pytest.fixture(scope="session", params=["v2", "v2-lite"])
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return build_oracle(request.param, tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session", params=sorted(STYLES))
+def oracle_of_any_style(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Oracle:
     return build_oracle(request.param, tmp_path_factory.mktemp)
 
 

@@ -501,7 +501,7 @@ def test_command_line_without_a_good_model(cli: Cli, tmp_path: Path, checkpoint:
     edit(checkpoint / "config.json", model_type="llama")
     code, stderr = cli("generate", checkpoint, "--prompt", "x")
     assert code == 2
-    assert stderr.startswith(f"minidcp: error: {checkpoint}/config.json: model_type is 'llama'")
+    assert stderr.startswith(f"minidcp: error: {checkpoint}/config.json: model_type 'llama' is")
     shard_of(checkpoint, NORM).unlink()
     edit(checkpoint / "config.json", model_type="deepseek_v2")
     code, stderr = cli("generate", checkpoint, "--prompt", "x", *CPU)

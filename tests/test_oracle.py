@@ -65,7 +65,10 @@ def run(
 
 
 @pytest.mark.parametrize(("tp", "dcp", "comm", "policy"), CONFIGS)
-def test_whole_prompts(oracle: Oracle, tp: int, dcp: int, comm: str, policy: str) -> None:
+def test_whole_prompts(
+    oracle_of_any_style: Oracle, tp: int, dcp: int, comm: str, policy: str
+) -> None:
+    oracle = oracle_of_any_style
     llm = run(oracle, tp, dcp, comm, policy, max_num_batched_tokens=4096)
     assert llm.engine.stats.prompt_tokens == sum(map(len, oracle.prompts))
 

@@ -19,7 +19,7 @@ from minidcp.config import EngineConfig
 from minidcp.engine.engine import LLMEngine
 from minidcp.hardware import GPUS
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
+from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.state import build_thread_states
 from minidcp.plan import Deployment, find_gpu
@@ -84,7 +84,7 @@ def test_weights_are_those_of_the_model_that_is_built(
     states, _ = build_thread_states(config.tp_size, config.dcp_size)
     attention = ReferenceBackend(1.0)
     weights = Weights(RandomSource(torch.float32, torch.device("cpu")))
-    model = DeepseekV2ForCausalLM(model_config, plan.config, states[0], attention, weights)
+    model = DeepseekForCausalLM(model_config, plan.config, states[0], attention, weights)
     assert plan.memory["weight_bytes"] == count_held(model, set())
 
 

@@ -1,6 +1,6 @@
 """How a prompt's new tokens see the context that is in the cache already: an earlier chunk, or a
 prefix that another request left. There are two exact ways, and a cost model that picks one. Next:
-`models/deepseek_v2.py`, which attends to the pieces that are made here."""
+`models/deepseek.py`, which attends to the pieces that are made here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

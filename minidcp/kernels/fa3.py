@@ -15,8 +15,8 @@ from torch import Tensor
 LATENT_DIM = 512  # of qv and v in decode
 ROPE_DIM = 64  # of q and k in decode
 # What the packages are compiled for: kv_lora_rank and the rope dim in decode, then the head dims of
-# q and k, and of v, in prefill.
-COMPILED_DIMS = (LATENT_DIM, ROPE_DIM, 192, 128)
+# q and k, and of v, in prefill. DeepSeek's models have the first, GLM-4.7-Flash has the second.
+COMPILED_DIMS = ((LATENT_DIM, ROPE_DIM, 192, 128), (LATENT_DIM, ROPE_DIM, 256, 256))
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,40 @@ from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
 from minidcp.model_config import ModelConfig
 
+NEVER = tl.constexpr(-1e30)  # how much an expert is wanted that cannot be chosen
 
-def route_ref(logits: Tensor, config: ModelConfig, num_shared: int) -> tuple[Tensor, Tensor]:
+
+def route_ref(
+    logits: Tensor, config: ModelConfig, num_shared: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     tokens, num_routed = logits.shape
-    scores = logits.softmax(-1)
+    if bias is None:
+        # DeepSeek-V2: a group is as good as its best expert.
+        scores = logits.softmax(-1)
+        wanted = scores
+        num_best = 1
+        excluded = 0.0
+    else:
+        # DeepSeek-V3: the bias counts for the choice, not for the weights, and a group is as good
+        # as its two best experts together.
+        scores = logits.sigmoid()
+        wanted = scores + bias
+        num_best = 2
+        excluded = -torch.inf
 
-    # Only experts of the best groups can be chosen; a group is as good as its best expert.
+    # Only experts of the best groups can be chosen.
     if config.n_group > 1:
-        by_group = scores.view(-1, config.n_group, num_routed // config.n_group)
-        best_groups = by_group.amax(-1).topk(config.topk_group, -1).indices
-        is_best = torch.zeros_like(by_group[..., 0]).scatter_(1, best_groups, 1.0) > 0
-        scores = by_group.masked_fill(~is_best[..., None], 0.0).flatten(1)
+        by_group = wanted.view(-1, config.n_group, num_routed // config.n_group)
+        group_scores = by_group.topk(num_best, -1).values.sum(-1)
+        best_groups = group_scores.topk(config.topk_group, -1).indices
+        is_best = torch.zeros_like(group_scores).scatter_(1, best_groups, 1.0) > 0
+        wanted = by_group.masked_fill(~is_best[..., None], excluded).flatten(1)
 
-    weights, ids = scores.topk(config.num_experts_per_tok, -1)
-    # The original either normalises or scales; transformers always scales.
+    ids = wanted.topk(config.num_experts_per_tok, -1).indices
+    weights = scores.gather(1, ids)
     if normalises(config):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    else:
-        weights = weights * config.routed_scaling_factor
+    weights = weights * find_scale(config)
 
     shared_ids = torch.arange(num_shared, device=ids.device).expand(tokens, -1)
     shared_weights = weights.new_ones(shared_ids.shape)
@@ -35,60 +51,95 @@ def route_ref(logits: Tensor, config: ModelConfig, num_shared: int) -> tuple[Ten
 
 
 def normalises(config: ModelConfig) -> bool:
-    """Whether a token's weights are made to add up to 1."""
+    """Whether a token's weights are made to add up to 1, before they are scaled."""
     return config.norm_topk_prob and config.num_experts_per_tok > 1
+
+
+def find_scale(config: ModelConfig) -> float:
+    """What the weights are multiplied by.
+
+    DeepSeek-V2's own code either normalises or scales; transformers always scales. V3 does both.
+    """
+    if normalises(config) and not config.sigmoid_router:
+        return 1.0
+    return config.routed_scaling_factor
 
 
 @triton.jit(do_not_specialize=["num_routed", "num_shared", "top_k"])
 def route_kernel(
-    logits, weights, ids,
+    logits, bias, weights, ids,
     num_routed, scale, num_shared, top_k,
     EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program routes one token."""
+    """One program routes one token. A router without bias scores by a softmax, else a sigmoid."""
     wait_for_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EXPERTS)
     choice = tl.arange(0, CHOICES)
 
-    # Softmax. From here on -1 marks what cannot be chosen.
+    # The scores, and how much each expert is wanted: less than NEVER if it cannot be chosen.
     x = tl.load(logits + t * num_routed + e, mask=e < num_routed, other=-float("inf"))
-    x = tl.exp(x - tl.max(x, 0))
-    scores = tl.where(e < num_routed, x / tl.sum(x, 0), -1.0)
+    if bias is None:
+        x = tl.exp(x - tl.max(x, 0))
+        scores = x / tl.sum(x, 0)
+        wanted = tl.where(e < num_routed, scores, NEVER)
+    else:
+        scores = 1 / (1 + tl.exp(-x))
+        wanted = scores + tl.load(bias + e, mask=e < num_routed, other=0.0)
+        wanted = tl.where(e < num_routed, wanted, NEVER)
 
-    # Mark the best groups, one after the other, and set the scores of the other groups to 0.
+    # Mark the best groups, one after the other, and exclude the other groups.
     if GROUPS > 1:
         group = e // (num_routed // GROUPS)
-        unmarked = scores
+        group_scores = score_groups(wanted, group, e, GROUPS, 1 if bias is None else 2)
+        is_best = tl.zeros([EXPERTS], tl.int1)
         for _ in tl.static_range(TOP_GROUPS):
-            best_group = tl.argmax(unmarked, 0) // (num_routed // GROUPS)
-            unmarked = tl.where(group == best_group, -1.0, unmarked)
-        scores = tl.where((unmarked >= 0) & (e < num_routed), 0.0, scores)
+            best_group = tl.argmax(group_scores, 0) // (num_routed // GROUPS)
+            is_best = is_best | (group == best_group)
+            group_scores = tl.where(group == best_group, NEVER, group_scores)
+        # The softmax's excluded experts have score 0, as in the original.
+        excluded = tl.where(e < num_routed, 0.0, NEVER) if bias is None else NEVER
+        wanted = tl.where(is_best & (e < num_routed), wanted, excluded)
 
     # Take the best experts, one after the other.
     token_weights = tl.full([CHOICES], 1.0, tl.float32)
     token_ids = choice  # right for the shared experts
     total = 0.0
     for i in range(num_shared, top_k):
-        best = tl.minimum(tl.argmax(scores, 0), num_routed - 1)  # NaN must not reach beyond
-        best_score = tl.max(scores, 0)
+        best = tl.minimum(tl.argmax(wanted, 0), num_routed - 1)  # NaN must not reach beyond
+        best_score = tl.sum(tl.where(e == best, scores, 0.0), 0)
         token_ids = tl.where(choice == i, num_shared + best, token_ids)
         token_weights = tl.where(choice == i, best_score, token_weights)
-        scores = tl.where(e == best, -1.0, scores)
+        wanted = tl.where(e == best, NEVER, wanted)
         total += best_score
 
-    # The original either normalises or scales.
     factor = scale
     if NORM:
-        factor = 1.0 / (total + 1e-20)
+        factor = scale / (total + 1e-20)
     token_weights = tl.where(choice < num_shared, 1.0, token_weights * factor)
     tl.store(weights + t * top_k + choice, token_weights, mask=choice < top_k)
     tl.store(ids + t * top_k + choice, token_ids, mask=choice < top_k)
 
 
-def route(logits: Tensor, config: ModelConfig, num_shared: int) -> tuple[Tensor, Tensor]:
+@triton.jit
+def score_groups(wanted, group, e, GROUPS: tl.constexpr, NUM_BEST: tl.constexpr):
+    """For each expert, the sum of the NUM_BEST best of its group."""
+    group_scores = tl.zeros_like(wanted) + NEVER
+    for g in tl.static_range(GROUPS):
+        members = tl.where(group == g, wanted, NEVER)
+        score = tl.max(members, 0)
+        if NUM_BEST == 2:
+            second = tl.where(e == tl.argmax(members, 0), NEVER, members)
+            score += tl.max(second, 0)
+        group_scores = tl.where(group == g, score, group_scores)
+    return group_scores
+
+
+def route(
+    logits: Tensor, config: ModelConfig, num_shared: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose K experts for each token: first the shared ones, then the best of the routed ones.
 
     Shared experts are treated as experts that every token chooses with weight 1. They are numbered
@@ -97,20 +148,22 @@ def route(logits: Tensor, config: ModelConfig, num_shared: int) -> tuple[Tensor,
     Args:
         logits: [T, routed experts] float32, the router's output.
         num_shared: the number of shared experts.
+        bias: [routed experts] float32, DeepSeek-V3's e_score_correction_bias. With it, experts are
+            scored by a sigmoid, without it by a softmax.
 
     Returns:
         weights [T, K] float32 and ids [T, K] int32, with K = num_shared + num_experts_per_tok.
     """
     if not use_triton(logits):
-        return route_ref(logits, config, num_shared)
+        return route_ref(logits, config, num_shared, bias)
 
     tokens, num_routed = logits.shape
     top_k = config.num_experts_per_tok + num_shared
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     route_kernel[(tokens,)](
-        logits, weights, ids,
-        num_routed, config.routed_scaling_factor, num_shared, top_k,
+        logits, bias, weights, ids,
+        num_routed, find_scale(config), num_shared, top_k,
         EXPERTS=triton.next_power_of_2(num_routed), CHOICES=triton.next_power_of_2(top_k),
         GROUPS=config.n_group, TOP_GROUPS=config.topk_group, NORM=normalises(config),
         num_warps=1, **launch_early(),

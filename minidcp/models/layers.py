@@ -1,5 +1,5 @@
-"""The parts of DeepSeek-V2 that are not attention: plain callables over plain tensors, which
-`deepseek_v2.py` puts together. Attributes have Hugging Face's names. Where a weight is sharded, an
+"""The parts of the model that are not attention: plain callables over plain tensors, which
+`deepseek.py` puts together. Attributes have Hugging Face's names. Where a weight is sharded, an
 attribute holds this rank's part. Next: `worker/model_runner.py`."""
 
 import math
@@ -209,6 +209,12 @@ class MoE:
         hidden = config.hidden_size
         intermediate = config.moe_intermediate_size
         self.gate = weights.read("gate.weight", config.n_routed_experts, hidden)
+        self.gate_bias = None
+        if config.sigmoid_router:
+            # bf16 would be too coarse: the bias is large, and small differences of it decide.
+            self.gate_bias = weights.read(
+                "gate.e_score_correction_bias", config.n_routed_experts, dtype=torch.float32
+            )
 
         experts = []
         if self.num_shared > 0:
@@ -237,7 +243,7 @@ class MoE:
         """
         logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
-        return route(logits, self.config, self.num_shared)
+        return route(logits, self.config, self.num_shared, self.gate_bias)
 
     def __call__(self, x: Tensor) -> ExpertOutputs:
         """x [T, hidden] -> the outputs of each token's experts, not added up yet."""

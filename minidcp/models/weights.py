@@ -95,9 +95,14 @@ class Weights:
     def scope(self, name: str) -> "Weights":
         return Weights(self.source, f"{self.prefix}{name}.")
 
-    def read(self, name: str, *shape: int, shard: Shard = WHOLE) -> Tensor:
-        """This rank's part of a tensor. `shape` is that of the whole tensor."""
-        return self.source.read(self.prefix + name, shape, shard)
+    def read(
+        self, name: str, *shape: int, shard: Shard = WHOLE, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """This rank's part of a tensor, in the model's dtype unless another is given.
+
+        `shape` is that of the whole tensor.
+        """
+        return self.source.read(self.prefix + name, shape, shard, dtype)
 
 
 class RecordingSource:
@@ -107,7 +112,9 @@ class RecordingSource:
         self.shapes: dict[str, tuple[int, ...]] = {}  # of whole tensors
         self.sizes: dict[str, int] = {}  # how many values this rank holds
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
+    ) -> Tensor:
         part = torch.empty(shard.shape(shape), device="meta")
         self.shapes[name] = shape
         self.sizes[name] = part.numel()
@@ -198,6 +205,14 @@ class CheckpointSource:
             del self.file_of[HEAD]
         return is_copy
 
+    def skip_layers(self, indices: range) -> int:
+        """Leave out the tensors of these layers; returns how many there are."""
+        prefixes = tuple(f"model.layers.{index}." for index in indices)
+        names = [name for name in self.file_of if name.startswith(prefixes)]
+        for name in names:
+            del self.file_of[name]
+        return len(names)
+
     def are_equal(self, first: str, second: str) -> bool:
         """Compare two tensors in the model's dtype, some rows at a time."""
         slices = [self.get_slice(first), self.get_slice(second)]
@@ -244,11 +259,13 @@ class CheckpointSource:
         require(not found, f"{self.path}: the weights do not fit config.json: {found}")
         self.bar.total = len(expected)
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
+    ) -> Tensor:
         part = shard.cut(self.get_slice(name), shape)
         self.bytes_read += part.nbytes
         self.bar.update()
-        part = part.to(device=self.device, dtype=self.dtype)
+        part = part.to(device=self.device, dtype=dtype or self.dtype)
         return shard.pad(part, shape)
 
     def close(self) -> None:
@@ -281,12 +298,14 @@ class RandomSource:
         self.device = device
         self.bytes_read = 0
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
+    ) -> Tensor:
         if len(shape) == 1:
-            return torch.ones(shard.shape(shape), dtype=self.dtype, device=self.device)
+            return torch.ones(shard.shape(shape), dtype=dtype or self.dtype, device=self.device)
 
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+        whole = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         whole.normal_(0, 0.02, generator=generator)
         part = shard.pad(shard.cut(whole, shape), shape)
         self.bytes_read += part.nbytes

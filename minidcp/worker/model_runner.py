@@ -16,7 +16,7 @@ from minidcp.attention.context import ContextPolicy
 from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan, StepResult
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek_v2 import DeepseekV2ForCausalLM
+from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.layers import MoE
 from minidcp.models.weights import (
     CheckpointSource,
@@ -120,7 +120,7 @@ class ModelRunner:
 
     # Loading.
 
-    def load(self) -> tuple[DeepseekV2ForCausalLM, int]:
+    def load(self) -> tuple[DeepseekForCausalLM, int]:
         """The model, and how many bytes of weights were read for it."""
         if self.config.load_format == "dummy":
             random = RandomSource(self.dtype, self.device)
@@ -138,6 +138,15 @@ class ModelRunner:
                 logging.WARNING,
             )
 
+        num_layers = self.model_config.num_hidden_layers
+        num_prediction_layers = self.model_config.num_nextn_predict_layers
+        num_skipped = source.skip_layers(range(num_layers, num_layers + num_prediction_layers))
+        if num_skipped > 0:
+            self.log(
+                f"left out {num_skipped} tensors from model.layers.{num_layers} on: "
+                "they predict a second token, which is not done here"
+            )
+
         wanted = RecordingSource()
         self.build(wanted)
         source.check(wanted.shapes)
@@ -145,8 +154,8 @@ class ModelRunner:
         source.close()
         return model, source.bytes_read
 
-    def build(self, source: WeightSource) -> DeepseekV2ForCausalLM:
-        return DeepseekV2ForCausalLM(
+    def build(self, source: WeightSource) -> DeepseekForCausalLM:
+        return DeepseekForCausalLM(
             self.model_config, self.config, self.state, self.attention, Weights(source)
         )
 

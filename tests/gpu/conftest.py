@@ -49,9 +49,21 @@ def lite_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return make_gpu_checkpoint("v2-lite", tmp_path_factory.mktemp("gpu-v2-lite"))
 
 
-def make_gpu_checkpoint(style: str, path: Path) -> Oracle:
+@pytest.fixture(scope="session")
+def v3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_gpu_checkpoint("v3", tmp_path_factory.mktemp("gpu-v3"))
+
+
+@pytest.fixture(scope="session")
+def glm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """With the head dims and the number of heads of GLM-4.7-Flash."""
+    dims = dict(num_attention_heads=20, qk_nope_head_dim=192, v_head_dim=256)
+    return make_gpu_checkpoint("glm", tmp_path_factory.mktemp("gpu-glm"), **dims)
+
+
+def make_gpu_checkpoint(style: str, path: Path, **changes: object) -> Oracle:
     """A bf16 checkpoint that FA3 can run, and prompts with lengths around the block edges."""
-    model = make_checkpoint(path, style, seed=1, **GPU_DIMS)
+    model = make_checkpoint(path, style, seed=1, **(GPU_DIMS | changes))
     model.to(torch.bfloat16).save_pretrained(path, max_shard_size="5MB")
     prompts = [make_prompt(n, 512) for n in (1, 3, 7, 16, 17, 127, 128, 129, 300, 700)]
     return Oracle(path, model.float(), prompts, [], [])

@@ -114,6 +114,16 @@ def test_without_q_lora(lite_checkpoint: Oracle, name: str) -> None:
     compare(lite_checkpoint, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("name", ["triton", "4x2", "4x4 ag_rs, narrow, eager"])
+def test_the_router_of_deepseek_v3(v3_checkpoint: Oracle, name: str) -> None:
+    compare(v3_checkpoint, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["triton", "2x2", "4x2"])
+def test_the_heads_of_glm(glm_checkpoint: Oracle, name: str) -> None:
+    compare(glm_checkpoint, **OPTIONS[name])
+
+
 def test_seeded_sampling_repeats_itself(checkpoint: Oracle) -> None:
     """On four ranks, without the prefix cache: a hit would round differently."""
     params = [

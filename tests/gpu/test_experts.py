@@ -112,9 +112,18 @@ def test_experts_in_float32() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 500])
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize(("count", "groups", "shared"), [(8, 4, 2), (160, 8, 0), (64, 1, 3)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("count", "groups", "shared"), [(8, 4, 2), (160, 8, 0), (64, 1, 3), (256, 8, 1)]
+)
 def test_route(
-    checkpoint: Oracle, count: int, groups: int, shared: int, tokens: int, normalise: bool
+    checkpoint: Oracle,
+    count: int,
+    groups: int,
+    shared: int,
+    tokens: int,
+    has_bias: bool,
+    normalise: bool,
 ) -> None:
     torch.manual_seed(tokens)
     config = ModelConfig.from_hf(checkpoint.path)
@@ -124,10 +133,11 @@ def test_route(
         topk_group=max(1, groups // 2),
         num_experts_per_tok=3,
     )
-    config = replace(config, norm_topk_prob=normalise, **sizes)
+    config = replace(config, norm_topk_prob=normalise, sigmoid_router=has_bias, **sizes)
     logits = torch.randn(tokens, count, device="cuda") * 4
+    bias = 7 + torch.rand(count, device="cuda") if has_bias else None
     for ours, theirs in zip(
-        route(logits, config, shared), route_ref(logits, config, shared), strict=True
+        route(logits, config, shared, bias), route_ref(logits, config, shared, bias), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 

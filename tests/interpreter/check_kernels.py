@@ -174,19 +174,26 @@ def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: tor
 
 
 @pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)]
 )
-def test_route(count: int, groups: int, chosen: int, top_k: int, normalise: bool) -> None:
+def test_route(
+    count: int, groups: int, chosen: int, top_k: int, has_bias: bool, normalise: bool
+) -> None:
     torch.manual_seed(0)
     keys = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
     values = count, groups, chosen, top_k, normalise
     config = ModelConfig(
-        *[8] * 9, routed_scaling_factor=3.0, **dict(zip(keys, values, strict=True))
+        *[8] * 9,
+        routed_scaling_factor=3.0,
+        sigmoid_router=has_bias,
+        **dict(zip(keys, values, strict=True)),
     )
     logits = torch.randn(7, count) * 3
+    bias = 7 + torch.rand(count) if has_bias else None
     for a, b in zip(
-        route.route(logits, config, 2), route.route_ref(logits, config, 2), strict=True
+        route.route(logits, config, 2, bias), route.route_ref(logits, config, 2, bias), strict=True
     ):
         torch.testing.assert_close(a, b)
 

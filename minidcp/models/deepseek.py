@@ -1,6 +1,6 @@
-"""DeepSeek-V2 on one rank: MLA over an interleaved latent cache, and the layers around it. Prompts
-attend in MHA form, decode rows absorbed; `MLAAttention` has both. Kernels are in `kernels/`; which
-rank holds a token is in `kv_cache/interleave.py`. Next: `query.py`."""
+"""MLA models on one rank: attention over an interleaved latent cache, and the layers around it.
+Prompts attend in MHA form, decode rows absorbed; `MLAAttention` has both. Which rank holds a token
+is in `kv_cache/interleave.py`, kernels are in `kernels/`. Next: `query.py`."""
 
 from collections.abc import Sequence
 
@@ -327,7 +327,7 @@ class DecoderLayer:
         return x, residual
 
 
-class DeepseekV2ForCausalLM:
+class DeepseekForCausalLM:
     """The whole model on one rank, for positions below `options.max_model_len`."""
 
     def __init__(
