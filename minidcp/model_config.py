@@ -30,6 +30,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "llama_4_scaling": (None,),
 }
 
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,7 +102,7 @@ class ModelConfig:
         file = Path(path) / "config.json"
         config = cls.from_dict(read_object(file), str(file))
 
-        generation_file = Path(path) / "generation_config.json"
+        generation_file = Path(path) / GENERATION_FILE
         if not os.path.lexists(generation_file):
             return config
         generation = read_object(generation_file)
