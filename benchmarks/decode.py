@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
-from minidcp.cli import add_engine_flags, engine_config
+from minidcp.cli import add_engine_flags, engine_config, parse_counts
+from minidcp.config import flag, require
 from minidcp.engine.engine import LLMEngine
 from minidcp.request import SamplingParams
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,16 +26,29 @@ def main() -> None:
     parser.add_argument(
         "--batch",
         default="8",
-        help="batch sizes, separated by commas: requests that decode together",
+        help="batch sizes, rising and separated by commas: requests that decode together",
     )
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens per request")
     parser.add_argument("--output-len", type=int, default=64, help="decode steps to measure")
     args = parser.parse_args()
+    try:
+        run(args)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every batch. Raises ValueError for an error of the user."""
+    batches = parse_counts("batch", args.batch)
+    for name in ("input_len", "output_len"):
+        value = getattr(args, name)
+        require(value >= 1, f"{flag(name)} {value}: must be at least 1")
     engine = LLMEngine(engine_config(args))
     try:
-        for batch in args.batch.split(","):
-            measure(engine, int(batch), args.input_len, args.output_len)
+        for batch in batches:
+            measure(engine, batch, args.input_len, args.output_len)
     finally:
         engine.close()
 
@@ -94,4 +109,4 @@ def measure(engine: LLMEngine, batch: int, input_len: int, output_len: int) -> N
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -33,6 +33,7 @@ class InstantEngine:
     tokenizer: None = None
     max_model_len: int = 1 << 20
     step_seconds: float = 0.0
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)  # tokens to come, by request
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
     executor: Any = field(default_factory=lambda: SimpleNamespace(check=lambda: None))
@@ -75,7 +76,7 @@ def serve(ready: Connection, step_seconds: float) -> None:
     # Imported here, so that the client's process does not load the server.
     from minidcp_server.app import create_app
     from minidcp_server.async_engine import AsyncEngine
-    from minidcp_server.serve import listen
+    from minidcp_server.listening import listen
 
     engine: Any = InstantEngine(step_seconds=step_seconds)
     app = create_app(AsyncEngine(lambda _: engine, ServeConfig(), "instant"))

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from minidcp import __version__
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.console import exit_at_once, protect_stderr, protect_stdout
 from minidcp.engine.executor import EngineDeadError, is_driver
@@ -29,6 +30,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         kwargs: dict[str, Any] = {}
         if value_type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
+        elif value_type is tuple:
+            kwargs["nargs"] = "+"
         else:
             kwargs["type"] = value_type
         # The choices of numbers are left to EngineConfig to check.
@@ -89,6 +92,7 @@ def add_constant_flag(
 
 def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
     """The EngineConfig that was typed, with `changes` made to it. Raises ValueError."""
+    give_model_back(args)
     models = {model for model in (args.model, args.model_flag) if model}
     require(models, "MODEL is missing: a checkpoint directory or a Hugging Face name")
     require(
@@ -100,8 +104,17 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
     return EngineConfig(models.pop(), **values)
 
 
+def give_model_back(args: argparse.Namespace) -> None:
+    """`--served-model-name NAME MODEL` has taken MODEL for one more name, if there is no other."""
+    names = getattr(args, "served_model_name", None) or []
+    if not args.model and not args.model_flag and len(names) > 1:
+        args.model = names.pop()
+
+
 def read_options(args: argparse.Namespace, options: type[Options]) -> dict[str, Any]:
-    return {field.name: getattr(args, field.name) for field, _ in options.options()}
+    values = {field.name: getattr(args, field.name) for field, _ in options.options()}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return values | lists
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -112,8 +125,8 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(
             f"serve needs the extra 'server': pip install 'minidcp[server]' ({error})"
         ) from None
-    serve_config = ServeConfig(**read_options(args, ServeConfig))
-    return int(run_server(engine_config(args), serve_config))
+    config = engine_config(args)
+    return int(run_server(config, ServeConfig(**read_options(args, ServeConfig))))
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -180,6 +193,7 @@ def parse_counts(name: str, text: str) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minidcp", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"minidcp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     serve_parser = commands.add_parser(
@@ -187,14 +201,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_engine_flags(serve_parser)
     add_flags(serve_parser, ServeConfig)
-    serve_parser.set_defaults(run=serve)
+    serve_parser.set_defaults(run=serve, parser=serve_parser)
 
     generate_parser = commands.add_parser(
         "generate", help="complete prompts and print the results", allow_abbrev=False
     )
     add_engine_flags(generate_parser)
     add_generate_flags(generate_parser)
-    generate_parser.set_defaults(run=generate)
+    generate_parser.set_defaults(run=generate, parser=generate_parser)
 
     plan_parser = commands.add_parser(
         "plan",
@@ -204,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_engine_flags(plan_parser)
     add_plan_flags(plan_parser)
-    plan_parser.set_defaults(run=plan)
+    plan_parser.set_defaults(run=plan, parser=plan_parser)
     return parser
 
 
@@ -272,10 +286,18 @@ def protect_process(command: str) -> None:
             signal.signal(signal.SIGTERM, lambda *_: exit_at_once(0))
 
 
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Ends the process with the command's own usage if the command does not know a flag."""
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0, 1 if the engine died, 2 for an error of the user, 130 for
     Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     if argv is None:  # this is the process's own command line
         protect_process(args.command)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)

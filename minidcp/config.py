@@ -3,11 +3,13 @@ machine and without a checkpoint is raised here, as a ValueError that names its 
 means is decided in `resolve.py`. Next: `model_config.py`."""
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from itertools import islice
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 
 def option(
@@ -45,6 +47,9 @@ def require(ok: object, message: str) -> None:
         raise ValueError(message)
 
 
+MAX_QUOTE = 300  # characters of a value in an error message
+
+
 class ShortRepr(reprlib.Repr):
     """`repr`, cut short: an error message quotes a value, and clients send megabytes."""
 
@@ -52,6 +57,12 @@ class ShortRepr(reprlib.Repr):
         super().__init__()
         self.maxlong = 80
         self.maxstring = 200
+        self.maxlevel = 3
+
+    def repr(self, x: object) -> str:
+        """At most `MAX_QUOTE` characters: what is nested has a limit for each of its parts only."""
+        text = super().repr(x)
+        return text if len(text) <= MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
 
     def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
         """In the order of the dict. reprlib sorts all the keys, to show four of them."""
@@ -87,7 +98,14 @@ class Options:
     @classmethod
     def options(cls) -> list[tuple[Field[Any], tuple[type, ...]]]:
         """Every field that is a flag, and the types that its value may have."""
-        return [(f, get_args(f.type) or (f.type,)) for f in fields(cls) if f.metadata]
+        return [(f, find_types(f.type)) for f in fields(cls) if f.metadata]
+
+
+def find_types(annotation: Any) -> tuple[type, ...]:
+    """The classes that an annotation allows."""
+    if isinstance(annotation, UnionType):
+        return tuple(get_origin(part) or part for part in get_args(annotation))
+    return (get_origin(annotation) or annotation,)
 
 
 @dataclass(frozen=True)
@@ -205,6 +223,13 @@ class EngineConfig(Options):
         least=1,
     )
 
+    generation_config: str = option(
+        "auto",
+        "where sampling defaults (temperature, top_p, top_k, min_p, repetition_penalty) come from; "
+        "auto: the checkpoint's generation_config.json; vllm or none: there are none; else a "
+        "directory with a generation_config.json",
+    )
+
     load_format: str = choice(
         "auto: safetensors; dummy: random weights, to measure with a config.json alone",
         "auto",
@@ -239,7 +264,19 @@ class ServeConfig(Options):
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 lets the system choose")
-    served_model_name: str | None = option(None, "the model's name in the API; default: MODEL")
+    uds: str | None = option(None, "Unix socket to listen on, in place of host and port")
+    root_path: str = option("", "prefix under which a proxy serves all this, such as /llm")
+    cors_allow_origins: str = option(
+        "",
+        "origins whose pages may call the server from a browser, separated by commas, such as "
+        "https://chat.example.com; *: all; default: none",
+    )
+    served_model_name: tuple[str, ...] | None = option(
+        None, "the model's names in the API; answers have the first; default: MODEL"
+    )
+    chat_template: str | None = option(
+        None, "file with a chat template (Jinja), in place of the checkpoint's"
+    )
     api_key: str | None = option(
         None, "key that clients must send as bearer token; default: $MINIDCP_API_KEY"
     )
@@ -256,6 +293,12 @@ class ServeConfig(Options):
         60.0,
         "seconds in which a request must arrive; else its connection is closed; 0: no limit",
         least=0,
+    )
+    keep_alive_timeout: float = option(
+        75.0,
+        "seconds that a connection may be idle after an answer; must be longer than a proxy in "
+        "front keeps its idle connections",
+        least=1,
     )
     send_timeout: float = option(
         30.0,
@@ -276,6 +319,27 @@ class ServeConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_api_key(self.api_key, "--api-key")
+        require(
+            self.served_model_name is None or all(self.served_model_name),
+            f"--served-model-name {self.served_model_name!r}: a name is empty",
+        )
+        path = self.root_path
+        require(
+            not path or (path.startswith("/") and not path.endswith("/")),
+            f"--root-path {path!r}: must begin with a slash and not end with one, such as /llm",
+        )
+        for origin in self.cors_origins:
+            require(
+                origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin),
+                f"--cors-allow-origins {origin!r}: must be * or an origin as browsers send it: "
+                "scheme, host and port without a path, such as https://chat.example.com",
+            )
+
+    @property
+    def cors_origins(self) -> list[str]:
+        """The origins of --cors-allow-origins, one by one."""
+        origins = self.cors_allow_origins.split(",")
+        return [origin.strip() for origin in origins if origin.strip()]
 
 
 def check_api_key(key: str | None, source: str) -> None:

@@ -53,9 +53,12 @@ class LLM(AbstractContextManager["LLM"]):
         A prompt is a text, a list of token ids, or a dict with one of these as `prompt` or
         `prompt_token_ids`. Several threads may call this at the same time; their prompts run
         together. An interrupt (Ctrl-C) ends the call and aborts its prompts, and the engine stays
-        as good as before. Raises ValueError if a prompt or a parameter is wrong, EngineDeadError if
-        a rank has ended or takes longer than `engine_timeout` for a step.
+        as good as before. Without `sampling_params` the checkpoint's defaults hold. Raises
+        ValueError if a prompt or a parameter is wrong, EngineDeadError if a rank has ended or takes
+        longer than `engine_timeout` for a step.
         """
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         batch = [read_prompt(prompt) for prompt in split_prompts(prompts)]
         call = Call(batch, list_params(sampling_params, len(batch)))
         try:
@@ -66,6 +69,11 @@ class LLM(AbstractContextManager["LLM"]):
         if error is not None:
             raise error
         return list(call.outputs.values())
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json says about sampling; see the option
+        `generation_config`."""
+        return SamplingParams(**self.engine.sampling_defaults)
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""
@@ -165,10 +173,8 @@ def as_list(value: Any) -> Any:
     return [item.tolist() if hasattr(item, "tolist") else item for item in value]
 
 
-def list_params(params: Params | None, num_prompts: int) -> list[SamplingParams]:
+def list_params(params: Params, num_prompts: int) -> list[SamplingParams]:
     """The sampling parameters of each prompt."""
-    if params is None:
-        params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     by_prompt = list(params)

@@ -57,6 +57,7 @@ REFUSED = {
 # Fields of ModelConfig that are not read from config.json as they are.
 OWN_FIELDS = ("rope", "eos_token_ids", "sigmoid_router")
 
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -134,7 +135,7 @@ class ModelConfig:
         file = Path(path) / "config.json"
         config = cls.from_dict(read_object(file), str(file))
 
-        generation_file = Path(path) / "generation_config.json"
+        generation_file = Path(path) / GENERATION_FILE
         if not os.path.lexists(generation_file):
             return config
         generation = read_object(generation_file)

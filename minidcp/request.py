@@ -73,10 +73,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", as_tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
+        stop_token_ids = map(as_plain, as_tuple(as_plain(self.stop_token_ids)))
+        object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))
+        logit_bias = {as_plain(token): as_plain(bias) for token, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", logit_bias)
 
         for f in fields(self):
             if "range" in f.metadata:
+                object.__setattr__(self, f.name, as_plain(getattr(self, f.name)))
                 minimum, maximum = f.metadata["range"]
                 is_valid = is_number(getattr(self, f.name), f.type, minimum, maximum)
                 self.check(f.name, is_valid, f.metadata["allowed"])
@@ -140,6 +144,11 @@ class SamplingParams:
     def adjusts_logits(self) -> bool:
         """Whether the logits of single tokens are changed before one is chosen."""
         return self.has_penalties or self.min_tokens > 0 or bool(self.logit_bias)
+
+
+def as_plain(value: Any) -> Any:
+    """Python's number or list for one of NumPy's or torch's, which is no `int`; else the value."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

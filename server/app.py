@@ -14,9 +14,10 @@ from fastapi.responses import FileResponse, Response
 from openai.types.chat import ChatCompletion
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from minidcp import __version__
-from minidcp.config import require, shorten
+from minidcp.config import ServeConfig, require, shorten
 from minidcp.request import SamplingParams
 
 from . import protocol
@@ -55,10 +56,18 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         body_parser.close()
 
     app = FastAPI(
-        title="minidcp", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES
+        title="minidcp",
+        version=__version__,
+        lifespan=lifespan,
+        responses=ERROR_RESPONSES,
+        root_path=engine.config.root_path,
+        redirect_slashes=False,  # the gate takes a slash at the end away
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
     )
     app.router.route_class = body_parser.make_route_class()
     app.add_middleware(Gate, config=engine.config)
+    add_cors(app, engine.config)
     add_error_handlers(app)
 
     tokenizer_service = TokenizerService(engine)
@@ -67,7 +76,21 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     add_tokenizer_routes(app, engine, tokenizer_service)
     add_health_routes(app, engine)
     add_monitoring_routes(app, engine)
+    add_pages(app)
     return app
+
+
+def add_cors(app: FastAPI, config: ServeConfig) -> None:
+    """Let pages of other origins call this server. It is outside the gate: browsers ask first, and
+    send no key with that question."""
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
 
 
 def add_generation_routes(
@@ -89,16 +112,13 @@ def add_generation_routes(
 def add_model_routes(app: FastAPI, engine: AsyncEngine) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe_model(engine)]}
-
-    @app.get("/v1/models/", include_in_schema=False)
-    async def models_with_slash() -> dict[str, Any]:
-        return await models()
+        cards = [describe_model(engine, name) for name in engine.model_names]
+        return {"object": "list", "data": cards}
 
     @app.get("/v1/models/{model_name:path}")
     async def model(model_name: str) -> dict[str, Any]:
         check_model(model_name, engine)
-        return describe_model(engine)
+        return describe_model(engine, model_name)
 
 
 def add_tokenizer_routes(
@@ -166,22 +186,29 @@ def add_monitoring_routes(app: FastAPI, engine: AsyncEngine) -> None:
     async def load() -> dict[str, Any]:
         return engine.describe_load()
 
+
+def add_pages(app: FastAPI) -> None:
     @app.get("/", response_class=FileResponse)
     async def status_page() -> Path:
         return Path(__file__).with_name("page.html")
 
+    @app.get("/docs", response_class=FileResponse, include_in_schema=False)
+    async def docs_page() -> Path:
+        return Path(__file__).with_name("docs.html")
+
 
 def check_model(requested: str | None, engine: AsyncEngine) -> None:
     """Raises a 404 if a request names another model than the one served here."""
-    if requested is not None and requested != engine.model_name:
+    if requested is not None and requested not in engine.model_names:
+        served = ", ".join(map(repr, engine.model_names))
         raise HTTPException(
-            404, f"model {shorten(requested)} does not exist; this server has {engine.model_name!r}"
+            404, f"model {shorten(requested)} does not exist; this server has {served}"
         )
 
 
-def describe_model(engine: AsyncEngine) -> dict[str, Any]:
+def describe_model(engine: AsyncEngine, name: str) -> dict[str, Any]:
     return {
-        "id": engine.model_name,
+        "id": name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "minidcp",

@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from minidcp.config import ServeConfig, require
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import EngineDeadError
+from minidcp.generation_config import SamplingDefaults
 from minidcp.request import OutputDelta, SamplingParams
 
+from .example_prompt import NEUTRAL_PROMPT
 from .metrics import Metrics, describe_load
 
 logger = logging.getLogger("minidcp")
@@ -48,7 +50,9 @@ class AsyncEngine:
     ) -> None:
         self.make = make
         self.config = config
-        self.model_name = model_name
+        self.model_name = model_name  # in answers and metrics
+        self.model_names = config.served_model_name or (model_name,)  # that requests may say
+        self.example_prompt = NEUTRAL_PROMPT  # until the checkpoint is there
         self.metrics = Metrics(model_name)
         self.started_at = time.monotonic()
 
@@ -82,6 +86,10 @@ class AsyncEngine:
     @property
     def vocab_size(self) -> int:
         return self._require_engine().model_config.vocab_size
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        return self._require_engine().sampling_defaults
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -131,7 +139,8 @@ class AsyncEngine:
     def describe_load(self) -> dict[str, Any]:
         """The body of GET /load."""
         uptime_seconds = time.monotonic() - self.started_at
-        return describe_load(self._require_engine(), self.metrics, self.model_name, uptime_seconds)
+        load = describe_load(self._require_engine(), self.metrics, self.model_name, uptime_seconds)
+        return load | {"example_prompt": self.example_prompt}
 
     def _require_engine(self) -> LLMEngine:
         if self.failure is not None:

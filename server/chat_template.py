@@ -4,8 +4,10 @@ message is a system message. `tokenization.py` makes token ids of the text."""
 
 import re
 import secrets
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -143,3 +145,26 @@ def mark_calls(calls: list[Any], marker: str) -> list[Any] | None:
             return None
         marked.append(call | {"function": function | {"name": marker}})
     return marked or None
+
+
+def read_template_file(path: str) -> str:
+    """The template in the file that --chat-template names. Raises ValueError if there is none, or
+    it is not valid Jinja."""
+    try:
+        template = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {path!r}: cannot be read ({error})") from None
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"--chat-template {path!r}: line {error.lineno}: {error}") from None
+    except Exception:  # it may refuse this message, or need what the tokenizer knows
+        return template
+    return template
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase | None, template: str) -> None:
+    """Use this template in place of the checkpoint's own."""
+    if tokenizer is None:
+        raise ValueError("--chat-template: the checkpoint has no tokenizer, so there are no chats")
+    tokenizer.chat_template = template

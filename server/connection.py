@@ -22,6 +22,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # What a connection waits for, and a value that changes with every new wait for the same thing.
 Wait = tuple[str, object]
 REQUEST = "it sent no whole request"
+IDLE = "it sent nothing after an answer"  # for this, uvicorn has a timer of its own
 READER = "it did not read"
 
 
@@ -52,7 +53,8 @@ class TimedConnection(HttpToolsProtocol):
             return
 
         reason, _ = wait
-        limit = config.receive_timeout if reason == REQUEST else config.send_timeout
+        limits = {IDLE: 0.0, REQUEST: config.receive_timeout, READER: config.send_timeout}
+        limit = limits[reason]
         if 0 < limit <= now - self.wait_since:
             address = self.client[0] if self.client else "a client"
             logger.info("closed the connection of %s: %s for %g s", address, reason, limit)
@@ -63,6 +65,8 @@ class TimedConnection(HttpToolsProtocol):
         """What the client must do now. None: it is the server's turn."""
         if self.flow.write_paused or self.transport.is_closing():
             return READER, self.num_pauses
+        if self.timeout_keep_alive_task is not None:
+            return IDLE, self.cycle
         if not self.has_request:
             return REQUEST, self.cycle
         return None
@@ -121,7 +125,7 @@ def close_idle(connections: list[TimedConnection], count: int) -> None:
     been waiting longest."""
     if count <= 0:
         return
-    idle = [c for c in connections if c.wait is not None and c.wait[0] == REQUEST]
+    idle = [c for c in connections if c.wait is not None and c.wait[0] in (REQUEST, IDLE)]
     idle.sort(key=lambda connection: connection.wait_since)
     for connection in idle[:count]:
         connection.transport.abort()

@@ -2,6 +2,7 @@
 inside a stream of events have the same shape; `generation.py` writes those."""
 
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Self
 
 from fastapi import FastAPI, Request
@@ -15,13 +16,8 @@ from minidcp.config import shorten
 from minidcp.engine.executor import EngineDeadError
 
 from .async_engine import UnavailableError
-from .protocol import (
-    UNSUPPORTED_FIELDS,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .unsupported import UNSUPPORTED_FIELDS
 
 # What an error message may begin with, and an error's `param` may name.
 FIELDS = {
@@ -31,6 +27,7 @@ FIELDS = {
     *TokenizeRequest.model_fields,
     *DetokenizeRequest.model_fields,
 }
+MAX_MESSAGE = 2000  # characters; whatever a message quotes
 ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -66,6 +63,8 @@ class ErrorResponse(BaseModel):
             error_type = "internal_server_error"
         # A chat template may quote half of a surrogate pair, which UTF-8 cannot encode.
         message = message.encode(errors="backslashreplace").decode()
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}..."
         return cls(error=ErrorDetail(message=message, type=error_type, param=param, code=status))
 
 
@@ -94,7 +93,7 @@ async def handle_invalid_body(request: Request, invalid: RequestValidationError)
 
     path = [str(part) for part in error["loc"] if part != "body"]
     if not path:
-        return error_response(400, str(error["msg"]))
+        return error_response(400, f"the body is {shorten(error['input'])}; send a JSON object")
     field = f"{path[0]} {shorten(error['input'])}"
     if error["type"] == "missing":
         field = ".".join(path)
@@ -102,15 +101,26 @@ async def handle_invalid_body(request: Request, invalid: RequestValidationError)
 
 
 async def handle_value_error(_: Request, error: ValueError) -> JSONResponse:
-    """A user error. Our messages begin with the field that is wrong."""
+    """A user error."""
     message = str(error)
-    field = message.replace(":", " ").split(" ")[0]
-    return error_response(400, message, field if field in FIELDS else None)
+    return error_response(400, message, find_field(message))
 
 
-async def handle_http_error(_: Request, error: HTTPException) -> JSONResponse:
+async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    message = str(error.detail)
+    if error.status_code == 404 and message == HTTPStatus.NOT_FOUND.phrase:  # there is no route
+        message = (
+            f"there is no {request.method} {shorten(request.url.path)} here; the API is under /v1, "
+            "such as POST /v1/chat/completions"
+        )
     # The headers of a 405 say which methods are allowed.
-    return error_response(error.status_code, str(error.detail), headers=error.headers)
+    return error_response(error.status_code, message, find_field(message), error.headers)
+
+
+def find_field(message: str) -> str | None:
+    """The field that is wrong. Our messages begin with it."""
+    field = message.replace(":", " ").split(" ")[0]
+    return field if field in FIELDS else None
 
 
 async def handle_failure(status: int, _: Request, error: Exception) -> JSONResponse:

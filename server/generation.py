@@ -2,6 +2,7 @@
 stream of events. `protocol.py` has the requests, `async_engine.py` generates, `logprobs.py` formats
 log-probabilities, `responses.py` sends answers."""
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -36,6 +37,7 @@ T = TypeVar("T")
 # As many log-probabilities are formatted in the event loop. That is cheaper than to involve another
 # thread, and takes a fraction of a millisecond.
 MAX_LOGPROBS_AT_ONCE = 100
+MAX_CHECKS_AT_ONCE = 20_000  # of token ids, in the event loop: a millisecond
 TOKENS_PER_PIECE = 8  # with their alternatives; so that each piece of work is short
 
 
@@ -76,7 +78,7 @@ class Generation(ABC):
         self.formatter = formatter
         self.side_worker = side_worker
         self.body = body
-        self.samples = body.make_sampling_params()  # of every prompt
+        self.samples = body.make_sampling_params(engine.sampling_defaults)  # of every prompt
         self.num_logprobs = self.samples[0].logprobs
         self.header = {
             "id": f"{self.ID_PREFIX}-{uuid.uuid4().hex}",
@@ -110,9 +112,19 @@ class Generation(ABC):
         """Called before the work of encoding, and before a stream's status 200 is sent."""
         self.engine.check_room(num_prompts * len(self.samples))
 
-    def validate_prompts(self) -> None:
-        for tokens in self.prompts:
-            self.engine.validate(tokens, self.samples[0])  # samples differ only in their seeds
+    async def validate_prompts(self) -> None:
+        params = self.samples[0]  # samples differ only in their seeds
+
+        def validate_all() -> None:
+            for tokens in self.prompts:
+                self.engine.validate(tokens, params)
+
+        num_ids = len(params.logit_bias) + len(params.stop_token_ids)
+        num_checks = sum(len(tokens) + num_ids for tokens in self.prompts)
+        if num_checks <= MAX_CHECKS_AT_ONCE:
+            validate_all()
+        else:
+            await asyncio.to_thread(validate_all)
 
     def generate(self, keep_alive: float = 0) -> AsyncIterator[list[IndexedDelta]]:
         requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
@@ -278,7 +290,7 @@ class CompletionGeneration(Generation):
         for prompt in prompts:
             tokens = await self.tokenizer_service.encode_prompt(prompt, add_special_tokens)
             self.prompts.append(tokens)
-        self.validate_prompts()
+        await self.validate_prompts()
         self.echoed_texts = []
         if self.body.echo:
             for prompt in prompts:
@@ -329,7 +341,7 @@ class ChatGeneration(Generation):
     async def prepare(self) -> None:
         self.check_room(1)
         self.prompts = [await self.tokenizer_service.encode_messages(self.body)]
-        self.validate_prompts()
+        await self.validate_prompts()
 
     def describe_text(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}

@@ -220,4 +220,5 @@ def describe_load(
         },
         "kv_tokens": {"capacity": capacity_by_rank, "used": used_by_rank},
         "config": asdict(engine.config),
+        "sampling_defaults": engine.sampling_defaults,
     }

@@ -9,7 +9,7 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minidcp.config import ServeConfig
@@ -18,8 +18,12 @@ from .errors import error_response
 
 access_log = logging.getLogger("minidcp.access")
 
-# These need no key: probes and scrapers have none, and the page at / asks its user for it.
-OPEN_PATHS = ("/", "/health", "/metrics")
+# These need no key: probes and scrapers have none, the page at / asks its user for it, and the
+# documentation is the same for everybody.
+OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")
+# Polled every second or so by the page, probes and scrapers. If all is well, nobody looks for it in
+# the log.
+POLLED_PATHS = ("/health", "/load", "/metrics")
 
 
 class Gate:
@@ -36,6 +40,7 @@ class Gate:
             return
 
         start = time.monotonic()
+        path = find_path(scope)
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id") or uuid.uuid4().hex
         status = 0
@@ -48,13 +53,20 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self.check_headers(scope["path"], headers)
+            refusal = self.check_headers(path, headers)
             if refusal is not None:
                 await refusal(scope, receive, send_with_id)
+            elif path == "":
+                # The page's addresses are relative to the slash.
+                page = RedirectResponse(f"{scope['root_path']}/")
+                await page(scope, receive, send_with_id)
             else:
-                await self.app(as_get(scope), self.limit_body(receive), send_with_id)
+                inner = {**scope, "path": scope.get("root_path", "") + path}
+                await self.app(as_get(inner), self.limit_body(receive), send_with_id)
         finally:
-            log_access(scope, request_id, status, time.monotonic() - start)
+            is_quiet = path in POLLED_PATHS and 200 <= status < 400
+            if not is_quiet:
+                log_access(scope, request_id, status, time.monotonic() - start)
 
     def check_headers(self, path: str, headers: Headers) -> Response | None:
         """The answer to a request that is refused for its headers alone, or None. The body is then
@@ -93,6 +105,18 @@ class Gate:
             return message
 
         return receive_limited
+
+
+def find_path(scope: Scope) -> str:
+    """The path as routes have it: without the proxy's prefix, which the proxy may have taken away
+    already, and without a slash at the end. It is empty for the prefix alone."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    if path == prefix:
+        return ""
+    if path.startswith(f"{prefix}/"):
+        path = path.removeprefix(prefix)
+    return path.rstrip("/") or "/"
 
 
 def as_get(scope: Scope) -> Scope:

@@ -2,6 +2,7 @@
 optional field takes null. Unknown fields are ignored; known ones that would have no effect are
 refused. Answers are plain dicts (`generation.py`); their schemas are those of OpenAI's client."""
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
@@ -14,6 +15,8 @@ from pydantic import (
     Field,
     Tag,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     create_model,
     model_validator,
 )
@@ -21,31 +24,8 @@ from pydantic import (
 from minidcp.config import require, shorten
 from minidcp.request import MAX_SEED, SamplingParams
 
-# Known fields that would have no effect here. They are refused unless their value is neutral.
-UNSUPPORTED_FIELDS = {
-    "suffix",
-    "response_format",
-    "structured_outputs",
-    "tools",
-    "tool_choice",
-    "functions",
-    "function_call",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "guided_decoding_backend",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "include_stop_str_in_output",
-    "prompt_logprobs",
-    "truncate_prompt_tokens",
-    "allowed_token_ids",
-    "bad_words",
-    "use_beam_search",
-}
-NEUTRAL_VALUES: tuple[Any, ...] = ("", False, [], {}, "none", "auto", {"type": "text"}, None)
+from .json_body import IntList, is_long
+from .unsupported import is_refused
 
 # Every token is looked up in these, for as long as a request runs. docs/operations.md says so too.
 MAX_STOPS = 64
@@ -54,6 +34,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 4096
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 4096
+MAX_CHECKED_IDS = 1000
 
 
 def at_most(limit: int) -> BeforeValidator:
@@ -67,8 +48,19 @@ def at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def pass_ints(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    """Only short lists are checked item by item, because that is done in the event loop. Of a long
+    one the parser has said whether it has integers only."""
+    if isinstance(value, IntList):
+        return value
+    if isinstance(value, list) and is_long(value):
+        check(value[:MAX_CHECKED_IDS])  # names the item that is wrong, where it is one of these
+        raise ValueError(f"{info.field_name}: an item is not an integer")
+    return check(value)
+
+
 # fail_fast: the first wrong item ends the check. An error for each of a million takes gigabytes.
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True), WrapValidator(pass_ints)]
 
 
 def find_prompt_form(prompt: Any) -> str:
@@ -120,7 +112,7 @@ class Body(BaseModel, extra="allow"):
     @model_validator(mode="after")
     def refuse_unsupported(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED_FIELDS and value not in NEUTRAL_VALUES:
+            if is_refused(name, value):
                 raise ValueError(f"{name} {shorten(value)} is not supported; leave it out")
         return self
 
@@ -170,9 +162,9 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def make_sampling_params(self) -> list[SamplingParams]:
-        """One SamplingParams for each of a prompt's n choices. Raises ValueError, naming the field
-        that is wrong."""
+    def make_sampling_params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
+        """One SamplingParams for each of a prompt's n choices. `defaults` are for fields that were
+        not sent. Raises ValueError, naming the field that is wrong."""
         require(
             self.stream_options is None or self.stream,
             "stream_options is allowed only with stream true",
@@ -181,7 +173,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         fields.update(self.choose_logprobs())
         given = {name: value for name, value in fields.items() if value is not None}
 
-        params = SamplingParams(max_tokens=self.choose_max_tokens(), **given)
+        params = SamplingParams(max_tokens=self.choose_max_tokens(), **{**defaults, **given})
         num_samples = self.n or 1
         return [params.with_seed(derive_seed(params.seed, sample)) for sample in range(num_samples)]
 

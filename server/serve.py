@@ -1,14 +1,17 @@
-"""`minidcp serve`: listens, and runs the application until it is told to stop or the engine ends.
-The endpoints are in `app.py`."""
+"""`minidcp serve`: runs the application until it is told to stop or the engine ends.
+The endpoints are in `app.py`, and where it listens is in `listening.py`."""
 
 import json
+import math
 import os
+import shlex
 import signal
 import socket
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -21,8 +24,11 @@ from minidcp.engine.executor import is_driver
 from .address_file import write_address_file
 from .app import create_app
 from .async_engine import AsyncEngine, UnavailableError
+from .chat_template import read_template_file, set_chat_template
 from .connection import TimedConnection, watch_connections
+from .example_prompt import read_example_prompt
 from .http_protocol import HttpProtocol
+from .listening import find_reachable_host, format_url, open_listener
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,21 +40,24 @@ def serve(config: EngineConfig, options: ServeConfig) -> int:
     if not is_driver():
         LLMEngine(config)  # this process is a rank: the constructor does not return
     options = replace(options, api_key=choose_api_key(options))
-    model_name = options.served_model_name or config.model
+    model_name = options.served_model_name[0] if options.served_model_name else config.model
+    chat_template = read_template_file(options.chat_template) if options.chat_template else None
 
-    with listen(options.host, options.port) as listening:
-        port = listening.getsockname()[1]
-        address = format_url(options.host, port)
-        reachable = format_url(find_reachable_host(listening, options.host), port)
+    with open_listener(options) as listening:
 
         def load(listener: StepListener) -> LLMEngine:
             llm_engine = LLMEngine(config, listener=listener)
+            if chat_template is not None:
+                set_chat_template(llm_engine.tokenizer, chat_template)
+            engine.example_prompt = read_example_prompt(Path(llm_engine.config.model))
             ranks = f"tp {config.tp_size}, dcp {config.dcp_size}"
-            command = write_curl(reachable, model_name, needs_key=options.api_key is not None)
+            address = describe_address(listening, options)
+            command = write_curl(listening, options, model_name, engine.example_prompt)
             print(f"Serving {model_name} on {address} ({ranks}). Try:\n\n{command}\n", flush=True)
             return llm_engine
 
-        write_address_file(listening)
+        if not options.uds:
+            write_address_file(listening)
         engine = AsyncEngine(load, options, model_name)
         server = Server(engine)
         try:
@@ -91,6 +100,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=graceful_seconds,
+            timeout_keep_alive=math.ceil(engine.config.keep_alive_timeout),
         )
         super().__init__(config)
         self.engine = engine
@@ -133,39 +143,20 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Port 0 lets the system choose."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family = addresses[0][0]
-        is_ipv6 = family == socket.AF_INET6
-        return socket.create_server((host, port), family=family, dualstack_ipv6=is_ipv6)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from None
+def describe_address(listening: socket.socket, options: ServeConfig) -> str:
+    if options.uds:
+        return f"unix:{options.uds}"
+    return format_url(options.host, listening.getsockname()[1])
 
 
-def find_reachable_host(listening: socket.socket, host: str) -> str:
-    """A host that clients on other machines can use. It is `host`, unless that means "every
-    address": then it is the one that this machine sends from."""
-    if listening.getsockname()[0] not in ("0.0.0.0", "::"):
-        return host
-    # To connect a UDP socket sends nothing. The addresses are those reserved for documentation.
-    probes = [(socket.AF_INET, "192.0.2.1")]
-    if listening.family == socket.AF_INET6:
-        probes.append((socket.AF_INET6, "2001:db8::1"))
-    for family, address in probes:
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))
-            return str(probe.getsockname()[0])
-    return "localhost"  # there is no network
-
-
-def format_url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def write_curl(address: str, model_name: str, needs_key: bool) -> str:
+def write_curl(listening: socket.socket, options: ServeConfig, model_name: str, prompt: str) -> str:
     """A command that users can paste to try the server."""
-    body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 32})
-    key = " -H 'Authorization: Bearer …'" if needs_key else ""
-    return f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    if options.uds:
+        target = f"--unix-socket {shlex.quote(options.uds)} http://localhost"
+    else:
+        host = find_reachable_host(listening, options.host)
+        target = format_url(host, listening.getsockname()[1])
+    fields = {"model": model_name, "prompt": prompt, "max_tokens": 64, "temperature": 0}
+    body = shlex.quote(json.dumps(fields))
+    key = "" if options.api_key is None else " -H 'Authorization: Bearer …'"
+    return f"curl {target}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"

@@ -89,10 +89,14 @@ class TokenizerService:
     async def detokenize(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         tokenizer = self.require_tokenizer("tokens")
         vocab_size = self.engine.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"tokens: token id {token} is out of range; "
-                    f"the vocabulary has {vocab_size} tokens"
-                )
-        return str(await asyncio.to_thread(tokenizer.decode, tokens, skip_special_tokens))
+
+        def decode() -> str:
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"tokens: token id {token} is out of range; "
+                        f"the vocabulary has {vocab_size} tokens"
+                    )
+            return str(tokenizer.decode(tokens, skip_special_tokens))
+
+        return await asyncio.to_thread(decode)

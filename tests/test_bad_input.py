@@ -391,7 +391,7 @@ WRONG_PROMPTS = [
     ),
     ([5] * 10 * POSITIONS, SamplingParams(), f"{10 * POSITIONS} in the prompt"),
     ([5], SamplingParams(max_tokens=POSITIONS), f"you requested {POSITIONS + 1} tokens"),
-    ([5], SamplingParams(max_tokens=10**30), f"max_tokens {10**30}"),
+    ([5], SamplingParams(max_tokens=10**30), f"{10**30} in the completion"),
     (
         [5],
         SamplingParams(logprobs=VOCAB + 1),

@@ -7,12 +7,13 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import decode
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidcp.cli import build_parser, engine_config
-from minidcp.config import EngineConfig
+from minidcp.cli import build_parser, engine_config, main, read_options
+from minidcp.config import EngineConfig, ServeConfig
 from minidcp.worker.cuda_graph import ladder
 
 SEED = "--enable-symm-mem --disable-radix-cache --trust-remote-code"
@@ -55,6 +56,55 @@ def test_defaults_are_the_config_s() -> None:
     assert parse("serve MODEL") == EngineConfig("MODEL")
     assert parse("serve MODEL --enforce-eager") == EngineConfig("MODEL", cuda_graph=False)
     assert parse("serve MODEL --no-prefix-cache") == EngineConfig("MODEL", prefix_cache=False)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == "minidcp 0.1.0\n"
+
+
+def test_a_command_shows_its_own_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("serve", "generate --prompt x", "plan --gpu h100"):
+        name = command.split()[0]
+        with pytest.raises(SystemExit) as end:
+            main([*command.split(), "MODEL", "--tp-sise", "8"])
+        stderr = capsys.readouterr().err
+        assert end.value.code == 2
+        assert stderr.startswith(f"usage: minidcp {name} ") and "--tp-size" in stderr
+        assert stderr.endswith(f"minidcp {name}: error: unrecognized arguments: --tp-sise 8\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("MODEL", None),
+        ("MODEL --served-model-name a", ("a",)),
+        ("MODEL --served-model-name a b", ("a", "b")),
+        ("--served-model-name a b --model MODEL", ("a", "b")),
+        ("--served-model-name a MODEL", ("a",)),
+        ("--served-model-name a b MODEL", ("a", "b")),
+    ],
+)
+def test_names_and_the_model(flags: str, names: tuple[str, ...] | None) -> None:
+    args = build_parser().parse_args(f"serve {flags}".split())
+    assert engine_config(args) == EngineConfig("MODEL")
+    assert ServeConfig(**read_options(args, ServeConfig)).served_model_name == names
+
+
+def test_the_decode_benchmark_tells_users_their_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, words in (
+        ("nowhere", "--model-path 'nowhere': no such directory"),
+        ("nowhere --batch x", "--batch 'x': must be rising integers"),
+        ("nowhere --input-len 0", "--input-len 0: must be at least 1"),
+        ("nowhere -tp 3 -dcp 2", "--dcp-size 2 must divide --tp-size 3"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["decode.py", *flags.split()])
+        assert decode.main() == 2
+        assert capsys.readouterr().err.startswith(f"decode.py: error: {words}")
 
 
 def test_generate_prints_the_completion_and_the_rate(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from minidcp.config import ServeConfig
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp_server import connection
 from minidcp_server.async_engine import AsyncEngine
-from minidcp_server.serve import Server, listen
+from minidcp_server.listening import listen
+from minidcp_server.serve import Server
 
 pytest_plugins = ["servers"]
 SOON = 60  # seconds; how long a state may take to come on a slow machine
@@ -230,6 +231,34 @@ def test_connections_in_use_stay_open(running: Running) -> None:
         assert json.loads(read_answer(waiting))["usage"]["completion_tokens"] == 150
 
 
+@with_options(receive_timeout=0.5)
+def test_idle_connections_stay_open_for_the_next_request(running: Running) -> None:
+    """The time that a request may take to arrive begins with its first byte."""
+    probe = http.client.HTTPConnection("127.0.0.1", running.api.http.base_url.port)
+    for _ in range(2):
+        probe.request("GET", "/health")
+        assert probe.getresponse().read() == b""
+        time.sleep(1.5)
+        assert not is_closed(probe.sock)
+        probe.sock.settimeout(SOON)
+    probe.sock.sendall(b"GET /health HT")
+    wait_until(lambda: is_closed(probe.sock), SOON, "the connection is open")
+
+
+@with_options(keep_alive_timeout=1)
+def test_idle_connections_are_closed_in_the_end(running: Running) -> None:
+    probe = http.client.HTTPConnection("127.0.0.1", running.api.http.base_url.port)
+    probe.request("GET", "/health")
+    assert probe.getresponse().read() == b""
+    wait_until(lambda: is_closed(probe.sock), SOON, "the connection is open")
+    wait_until(lambda: not running.connections, SOON, "the connection is known")
+
+
+def test_idle_connections_outlive_those_of_proxies() -> None:
+    """Load balancers keep theirs for 60 seconds. Whoever closes first must not be the server."""
+    assert ServeConfig().keep_alive_timeout > 60
+
+
 def test_more_silent_connections_than_there_is_room_for(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +273,17 @@ def test_more_silent_connections_than_there_is_room_for(
         assert json.loads(read_answer(used))["usage"]["completion_tokens"] == 300
         for client in silent:
             client.close()
+
+
+@with_options()
+def test_idle_connections_make_room(running: Running) -> None:
+    probe = http.client.HTTPConnection("127.0.0.1", running.api.http.base_url.port)
+    probe.request("GET", "/health")
+    assert probe.getresponse().read() == b""
+    (idle,) = running.connections
+    wait_until(lambda: idle.wait is not None and idle.wait[0] == connection.IDLE, SOON, "not idle")
+    running.async_engine.loop.call_soon_threadsafe(connection.close_idle, [idle], 1)
+    wait_until(lambda: is_closed(probe.sock), SOON, "the connection is open")
 
 
 @with_options()

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from minidcp.cli import build_parser
 from minidcp_server.address_file import write_address_file
-from minidcp_server.serve import listen
+from minidcp_server.listening import listen
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -118,6 +118,7 @@ def test_what_transformers_would_load_is_downloaded(tmp_path: Path) -> None:
     ours, theirs = found["templates"]
     assert ours == theirs == {"default": "default", "rag": "rag"}
     assert found["files"] == [
+        "README.md",
         "additional_chat_templates/rag.jinja",
         "chat_template.jinja",
         "config.json",

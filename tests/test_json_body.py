@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from minidcp.config import shorten
 from minidcp.request import SamplingParams
 from minidcp_server import json_body
-from minidcp_server.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse_large
+from minidcp_server.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, IntList, parse_large
 from minidcp_server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
 
 TEXTS = ["", "x", '"', "\\", '\\\\"', "a,b:[{]}", "\ud83d", "中", "😀" * 5, "z" * 50]
@@ -133,6 +133,26 @@ def test_the_first_wrong_item_ends_the_check(model: type, body: dict) -> None:
     assert refused.value.error_count() <= 2
 
 
+@pytest.mark.parametrize("count", [1, 100, 40_000, MANY])
+def test_integers_are_looked_at_in_the_parser_s_thread_only(count: int) -> None:
+    """Millions of them would keep the event loop for a twentieth of a second."""
+    text = "5, " * (count - 1) + "5"
+    body = parse_large(f'{{"a": [{text}], "b": [[{text}], [{text}, "c"], [{text}, 5.0]]}}'.encode())
+    inner, *mixed = body["b"]
+    is_large = len(text) * 5 > json_body.PIECE_BYTES
+    for ids in (body["a"], inner):
+        assert ids == [5] * count
+        assert isinstance(ids, IntList) == is_large
+    assert [type(items) for items in mixed] == [list, list]
+    if is_large:
+        assert DetokenizeRequest.model_validate({"tokens": body["a"]}).tokens is body["a"]
+        assert CompletionRequest.model_validate({"prompt": [inner]}).prompt[0] is inner
+    for items, words in zip(mixed, ("tokens", "tokens: an item is not an integer"), strict=True):
+        if count >= 40_000:
+            with pytest.raises(ValidationError, match=words):
+                DetokenizeRequest.model_validate({"tokens": items})
+
+
 def test_parameters_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
     check = SamplingParams.__post_init__
@@ -140,7 +160,7 @@ def test_parameters_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         SamplingParams, "__post_init__", lambda self: (checks.append(self), check(self))
     )
     body = CompletionRequest(prompt="a", n=128, seed=5, logit_bias={7: 1})
-    samples = body.make_sampling_params()
+    samples = body.make_sampling_params({})
     assert len(checks) == 1
     assert len({params.seed for params in samples}) == 128
     assert all(params.logit_bias == {7: 1} for params in samples)

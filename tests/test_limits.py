@@ -265,7 +265,8 @@ def test_a_key_that_no_client_could_send(
 
 
 def test_head_is_answered_as_get_without_a_body(api: Api) -> None:
-    for path in ("/health", "/v1/models", "/", "/metrics", "/version", "/v1/nothing"):
+    paths = "/ /health /health_generate /v1/models /v1/models/demo /tokenizer_info /metrics /load"
+    for path in [*paths.split(), "/docs", "/openapi.json", "/version", "/v1/nothing"]:
         get = api.http.get(path)
         head = api.http.head(path)
         assert (head.status_code, head.content) == (get.status_code, b"")

@@ -434,19 +434,76 @@ def test_what_exceeds_the_context_is_refused(
     assert str(length + max_tokens) in response.text
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{bad", b'{"prompt": "a"', b"\xff\xfe", b"[]", b'"text"', b"null"]
-)
-def test_bodies_that_are_no_json_object_are_refused(
-    api: Api, unharmed: None, content: bytes
+@pytest.mark.parametrize("max_tokens", [None, 16])
+def test_nobody_hears_of_a_max_tokens_that_they_did_not_send(
+    api: Api, max_tokens: int | None
 ) -> None:
-    check_error(api.post_bytes(content), 400, "")
+    sent = {} if max_tokens is None else {"max_tokens": max_tokens}
+    answer = api.post({"prompt": [5] * CONTEXT, **sent})
+    check_error(answer, 400, f"({CONTEXT} in the prompt, 16 in the completion)")
+    messages = [{"role": "user", "content": "a " * CONTEXT}]
+    answer = api.post({"messages": messages}, "/v1/chat/completions")
+    check_error(answer, 400, "in the prompt, 1 in the completion). Shorten the prompt.")
+    assert "max_tokens" not in answer.text
+
+
+WRONG_BODIES = [
+    (b"", "the body is empty"),
+    (b"{bad", "not valid JSON"),
+    (b'{"prompt": "a"', "not valid JSON"),
+    (b"\xff\xfe", "not UTF-8"),
+    (b"[]", "the body is []; send a JSON object"),
+    (b'"text"', "the body is 'text'; send a JSON object"),
+    (b"null", "the body is None; send a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), WRONG_BODIES, ids=repr)
+def test_bodies_that_are_no_json_object_are_refused(
+    api: Api, unharmed: None, content: bytes, words: str
+) -> None:
+    check_error(api.post_bytes(content), 400, words)
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({}, "Content-Type is missing"),
+        ({"Content-Type": "text/plain"}, "Content-Type is 'text/plain'"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "send application/json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "is 'gzip'"),
+    ],
+)
+def test_bodies_that_are_not_said_to_be_json(api: Api, headers: dict, words: str) -> None:
+    content = json.dumps(api.body()).encode()
+    check_error(api.http.post("/v1/completions", content=content, headers=headers), 415, words)
+    good = {"Content-Type": "application/json; charset=utf-8", "Content-Encoding": "identity"}
+    response = api.http.post("/v1/completions", content=content, headers=good)
+    assert response.status_code == 200
+
+
+def test_refusals_are_short(api: Api) -> None:
+    """The error about sixty tools had 187 kB."""
+    fields = {str(i): {"type": "string", "description": "b" * 500} for i in range(20)}
+    parameters = {"type": "object", "properties": fields}
+    function = {"name": "a", "description": "c" * 3000, "parameters": parameters}
+    nested: object = "d" * 99
+    for _ in range(5):
+        nested = [nested] * 6
+    for value in ([{"type": "function", "function": function}] * 60, nested):
+        answer = api.post(api.body(lora_path=value))
+        assert answer.status_code == 400
+        assert len(answer.content) < 3000
 
 
 def test_wrong_models_paths_and_methods(api: Api, unharmed: None) -> None:
-    check_error(api.post(api.body(model="gpt-2")), 404, "'gpt-2' does not exist")
-    check_error(api.http.get("/v1/nothing"), 404, "Not Found")
-    check_error(api.http.post("/v1/completion", json=api.body()), 404, "Not Found")
+    check_error(api.post(api.body(model="gpt-2")), 404, "'gpt-2' does not exist", "model")
+    check_error(api.http.get("/v1/models/gpt-2"), 404, "'gpt-2' does not exist", "model")
+    check_error(api.http.get("/v1/nothing"), 404, "no GET '/v1/nothing' here; the API is under /v1")
+    check_error(api.http.post("/chat/completions", json={}), 404, "no POST '/chat/completions'")
+    long = api.http.get(f"/{'a' * 8000}")
+    check_error(long, 404, "the API is under /v1")
+    assert len(long.content) < 1000
     response = api.http.get("/v1/completions")
     check_error(response, 405, "Method Not Allowed")
     assert response.headers["allow"] == "POST"

@@ -282,7 +282,10 @@ def test_wrong_fields_of_a_chat_are_refused_by_name(
 def test_other_errors_of_a_chat(api: Api) -> None:
     check_error(api.post({"model": api.model}, CHAT), 400, "messages: Field required", "messages")
     check_error(
-        api.post({"model": "gpt-2", "messages": MESSAGES}, CHAT), 404, "'gpt-2' does not exist"
+        api.post({"model": "gpt-2", "messages": MESSAGES}, CHAT),
+        404,
+        "'gpt-2' does not exist",
+        "model",
     )
     check_error(api.post(api.body(best_of=3, n=2)), 400, "best_of 3: must be n, 2", "best_of")
     long = [{"role": "user", "content": "0 " * CONTEXT}]
@@ -394,7 +397,9 @@ def test_wrong_bodies_for_the_tokenizer(
     api: Api, path: str, body: dict, words: str, param: str
 ) -> None:
     check_error(api.post(body, path), 400, words, param)
-    check_error(api.post({"prompt": "a", "tokens": [5]} | {"model": "gpt-2"}, path), 404, "'gpt-2'")
+    check_error(
+        api.post({"prompt": "a", "tokens": [5]} | {"model": "gpt-2"}, path), 404, "'gpt-2'", "model"
+    )
 
 
 def test_version_and_tokenizer_info(api: Api, tokenizer: Tokenizer) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import threading
@@ -152,13 +153,26 @@ def test_more_than_may_wait_get_503_with_retry_after(api: Api) -> None:
 
 
 def test_request_ids_are_echoed_and_logged(api: Api, server: Server) -> None:
-    response = api.http.get("/health", headers={"x-request-id": "my-id-17"})
+    response = api.http.get("/version", headers={"x-request-id": "my-id-17"})
     assert response.headers["x-request-id"] == "my-id-17"
     assert re.fullmatch("[0-9a-f]{32}", api.http.get("/version").headers["x-request-id"])
     lines = [line for line in server.stderr.read_text().splitlines() if "my-id-17" in line]
     entry = json.loads(lines[0][lines[0].index("{") :])
-    assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/health", 200)
+    assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/version", 200)
     assert 0 <= entry["seconds"] < 5 and entry["client"] == "127.0.0.1"
+
+
+def test_polls_are_not_logged_if_all_is_well(api: Api, server: Server) -> None:
+    before = len(server.stderr.read_text())
+    for path in ("/health", "/load", "/metrics", "/health/"):
+        assert api.http.get(path).status_code == 200
+        assert api.http.head(path).status_code == 200
+        assert api.http.post(path).status_code == 405
+    assert api.http.get("/version").status_code == 200
+    wait_until(lambda: '"/version"' in server.stderr.read_text()[before:], 5, "it is not logged")
+    log = server.stderr.read_text()[before:]
+    entries = [json.loads(line[line.index("{") :]) for line in log.splitlines() if "{" in line]
+    assert [entry["status"] for entry in entries] == [405] * 4 + [200]
 
 
 def test_silent_streams_get_comments_where_asked_for(api: Api) -> None:
@@ -435,6 +449,6 @@ def test_health_notices_a_stuck_rank(demo: Path, tmp_path: Path) -> None:
 
 def test_prompt_in_the_curl_that_is_printed(server: Server) -> None:
     line = next(line for line in server.stdout.read_text().splitlines() if line.startswith("curl"))
-    body = json.loads(line[line.index("-d '") + 4 : -1])
+    body = json.loads(shlex.split(line)[-1])
     assert body["prompt"] == PROMPT
     assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200

@@ -21,7 +21,7 @@ from servers import ONE_THREAD, wait_until
 from test_console import needs_dev_full
 from test_faults import InFlight, children_of, is_alive, needs_proc
 
-from minidcp_server.serve import find_reachable_host, format_url, listen
+from minidcp_server.listening import find_reachable_host, format_url, listen
 
 MINIDCP = [str(Path(sysconfig.get_path("scripts"), "minidcp"))]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

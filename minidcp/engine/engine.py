@@ -14,11 +14,12 @@ from typing import Protocol
 import torch
 
 from minidcp.batch import StepResult
-from minidcp.config import EngineConfig, require
+from minidcp.config import EngineConfig, require, shorten
 from minidcp.engine.detokenizer import Detokenizer
 from minidcp.engine.executor import Executor, is_driver, serve_torchrun_rank
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
+from minidcp.generation_config import read_sampling_defaults
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import detect_machine
@@ -69,6 +70,9 @@ class LLMEngine:
         config = replace(config, model=str(find_model(config.model)))
         self.model_config = ModelConfig.from_hf(config.model)
         resolved = resolve(config, self.model_config, detect_machine(config, self.model_config))
+        self.sampling_defaults = read_sampling_defaults(
+            config.generation_config, Path(config.model)
+        )
         self.listener = listener
         self.tokenizer = load_tokenizer(Path(resolved.model))
         self.longest_token = 0  # in characters
@@ -208,29 +212,26 @@ class LLMEngine:
         require(len(tokens) > 0, "prompt: is empty; give at least one token")
         length = len(tokens)
         max_tokens = params.max_tokens or 1
+        advice = "Shorten the prompt, or set a lower max_tokens."
+        if params.max_tokens is None:
+            advice = "Shorten the prompt."
         self.require_fit(
             length + max_tokens <= self.max_model_len,
-            f"you requested {length + max_tokens} tokens ({length} in the prompt, max_tokens "
-            f"{max_tokens}). Shorten the prompt or lower max_tokens.",
+            f"you requested {length + max_tokens} tokens ({length} in the prompt, {max_tokens} in "
+            f"the completion). {advice}",
         )
 
         vocab_size = self.model_config.vocab_size
-        for token in tokens:
-            is_id = isinstance(token, int) and not isinstance(token, bool)
-            if not is_id or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompt: token id {token!r} is out of range; "
-                    f"the vocabulary has {vocab_size} tokens"
-                )
-
+        check_token_ids(tokens, vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name) or 0
             require(count <= vocab_size, f"{name} {count}: the vocabulary has {vocab_size} tokens")
         for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, name):
-                require(
-                    token < vocab_size, f"{name} {token!r}: the vocabulary has {vocab_size} tokens"
-                )
+            largest = max(getattr(params, name), default=0)
+            require(
+                largest < vocab_size,
+                f"{name} {shorten(largest)}: the vocabulary has {vocab_size} tokens",
+            )
         require(
             not params.stop or self.tokenizer is not None,
             f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
@@ -351,3 +352,19 @@ class LLMEngine:
 
     def close(self) -> None:
         self.executor.close()
+
+
+def check_token_ids(tokens: list[int], vocab_size: int) -> None:
+    """Raises ValueError if one of them is not in the vocabulary.
+
+    It first looks at all of them at once, because a prompt may have a million.
+    """
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocab_size:
+        return
+    for token in tokens:
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if not is_id or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"prompt: token id {shorten(token)} is out of range; "
+                f"the vocabulary has {vocab_size} tokens"
+            )

@@ -24,8 +24,9 @@ HEAD = "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
 ROWS_COMPARED = 4096  # at a time, to need little memory
 # What is downloaded of a model on the hub: configurations, weights, and everything that
-# transformers reads for a tokenizer, chat templates included.
+# transformers reads for a tokenizer, chat templates included. A README may have example prompts.
 HUB_FILES = (
+    "README.md",
     "*.json",
     "*.safetensors",
     "tokenizer*",
