@@ -355,7 +355,8 @@ def describe_failure(error: BaseException, request: Request) -> str:
 
 def clean_error(message: str) -> str:
     """llguidance's message without its dump of what it was doing, and not too long."""
-    for mark in ("<non-verbose/>", "<state>", "<grammar>"):
+    # The last of these advises to set an option that we do not take.
+    for mark in ("<non-verbose/>", "<state>", "<grammar>", " Enable 'coerce_one_of'"):
         message = message.split(mark)[0]
     return message.strip()[:MAX_ERROR_LENGTH]
 
