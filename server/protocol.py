@@ -25,6 +25,7 @@ from minidcp.config import require, shorten
 from minidcp.request import MAX_SEED, SamplingParams
 
 from .json_body import IntList, is_long
+from .structured_outputs import StructuredOutputFields
 from .unsupported import is_refused
 
 # Every token is looked up in these, for as long as a request runs. docs/operations.md says so too.
@@ -123,7 +124,7 @@ class StreamOptions(BaseModel):
 
 
 # Most fields of SamplingParams are fields of a request as they are; these have another form there.
-RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs"}
+RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"}
 SAMPLING_TYPES = {
     name: field_type
     for name, field_type in get_type_hints(SamplingParams).items()
@@ -140,7 +141,7 @@ SAMPLING_FIELDS |= {
 Sampling = create_model("Sampling", __base__=Body, **SAMPLING_FIELDS)
 
 
-class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
+class GenerationRequest(Sampling, StructuredOutputFields):  # type: ignore[misc, valid-type]
     """What completions and chats have in common; the fields of SamplingParams are fields here."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = SamplingParams.max_tokens
@@ -171,6 +172,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         )
         fields: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING_TYPES}
         fields.update(self.choose_logprobs())
+        fields["structured_outputs"] = self.choose_structured_outputs()
         given = {name: value for name, value in fields.items() if value is not None}
 
         params = SamplingParams(max_tokens=self.choose_max_tokens(), **{**defaults, **given})

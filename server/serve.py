@@ -18,8 +18,9 @@ import uvicorn
 
 from minidcp.config import EngineConfig, ServeConfig, check_api_key
 from minidcp.console import exit_at_once
-from minidcp.engine.engine import LLMEngine, StepListener
+from minidcp.engine.engine import LLMEngine
 from minidcp.engine.executor import is_driver
+from minidcp.engine.listener import StepListener
 
 from .address_file import write_address_file
 from .app import create_app

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer
 
 from minidcp import EngineConfig
 from minidcp.config import ServeConfig
-from minidcp.engine.engine import LLMEngine, StepListener
+from minidcp.engine.engine import LLMEngine
+from minidcp.engine.listener import StepListener
 from minidcp_server.app import create_app
 from minidcp_server.async_engine import AsyncEngine
 

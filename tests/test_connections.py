@@ -20,7 +20,8 @@ from servers import LONG, Api, Local, wait_until
 
 from minidcp import EngineConfig
 from minidcp.config import ServeConfig
-from minidcp.engine.engine import LLMEngine, StepListener
+from minidcp.engine.engine import LLMEngine
+from minidcp.engine.listener import StepListener
 from minidcp_server import connection
 from minidcp_server.async_engine import AsyncEngine
 from minidcp_server.listening import listen

@@ -18,6 +18,7 @@ FLOORS = [
         "generation_config",
         "rope_config",
         "request",
+        "structured_outputs",
         "hardware",
         "kernels",
     ),

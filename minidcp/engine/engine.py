@@ -7,9 +7,8 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -17,6 +16,8 @@ from minidcp.batch import StepResult
 from minidcp.config import EngineConfig, require, shorten
 from minidcp.engine.detokenizer import Detokenizer
 from minidcp.engine.executor import Executor, is_driver, serve_torchrun_rank
+from minidcp.engine.grammar import Grammars, Outcome
+from minidcp.engine.listener import EngineStats, StepListener
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
 from minidcp.generation_config import read_sampling_defaults
@@ -25,29 +26,21 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
-from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
+from minidcp.request import (
+    FinishReason,
+    OutputDelta,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    check_token_ids,
+)
 from minidcp.resolve import ResolvedConfig, resolve
 
 logger = logging.getLogger("minidcp")
 
-
-@dataclass
-class EngineStats:
-    """Counters since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # computed: without cached ones, and again after a preemption
-    generated_tokens: int = 0
-    step_seconds: float = 0.0  # that rank 0 spent in steps
-    received_bytes: int = 0  # by rank 0 from other ranks
-
-
-class StepListener(Protocol):
-    """Hears about every step, twice."""
-
-    def on_scheduled(self, step: ScheduledStep) -> None: ...
-
-    def on_finished(self, step: ScheduledStep, result: StepResult) -> None: ...
+# How long planning waits for masks at most, and at most for half the time of a step: the step in
+# flight goes on meanwhile. Requests whose mask comes later wait for the next step.
+MASK_SECONDS = 0.005
 
 
 class LLMEngine:
@@ -96,9 +89,13 @@ class LLMEngine:
             resolved.max_num_batched_tokens,
             resolved.mixed_steps,
         )
+        self.grammars = Grammars(
+            self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids
+        )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[ScheduledStep] = deque()
         self.stats = EngineStats()
+        self.last_step_seconds = 0.0
 
     # Starting.
 
@@ -160,7 +157,8 @@ class LLMEngine:
     ) -> Request:
         """Queue a prompt. Requests of one group are admitted in order; groups take turns.
 
-        Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer.
+        Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer, or if
+        its grammar is wrong. Let another thread compile that before, and hold it until then.
         """
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
@@ -179,6 +177,8 @@ class LLMEngine:
             stop_ids=tuple(token for token in stop_ids if token < vocab_size),
             group=group,
         )
+        if params.structured_outputs is not None:
+            self.grammars.open(request)
         self.requests[request_id] = (request, Detokenizer(self.tokenizer, params))
         self.scheduler.add(request)
         return request
@@ -244,8 +244,14 @@ class LLMEngine:
         """
         for request_id in request_ids:
             if request_id in self.requests:
-                request, _ = self.requests.pop(request_id)
-                self.scheduler.finish(request, FinishReason.ABORT)
+                request, _ = self.requests[request_id]
+                self.finish(request, FinishReason.ABORT)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request and forget it."""
+        del self.requests[request.request_id]
+        self.grammars.drop(request)
+        self.scheduler.finish(request, reason)
 
     # Steps.
 
@@ -259,6 +265,7 @@ class LLMEngine:
         So planning overlaps with running. Returns what that older step added to each request.
         Raises EngineDeadError if that result does not come within `timeout` seconds.
         """
+        deltas = self.take_masks()
         planned = self.scheduler.schedule()
         if planned is not None:
             self.in_flight.append(planned)  # before it is sent: its result must find it here
@@ -268,9 +275,33 @@ class LLMEngine:
 
         is_first = planned is not None and len(self.in_flight) == 1
         if not self.in_flight or is_first:
-            return []
+            return deltas
         result = self.executor.collect(timeout)
-        return self.take_in(self.in_flight.popleft(), result)
+        return deltas + self.take_in(self.in_flight.popleft(), result)
+
+    def take_masks(self) -> list[OutputDelta]:
+        """Hand out the masks that are ready; ends requests whose grammar ends or has failed."""
+        deltas = []
+        for outcome in self.grammars.collect(min(MASK_SECONDS, self.last_step_seconds / 2)):
+            outcome.request.mask = outcome.mask
+            if outcome.mask is None:
+                deltas.append(self.end_grammar(outcome))
+        return deltas
+
+    def end_grammar(self, outcome: Outcome) -> OutputDelta:
+        """Finish a request that no token may follow. The delta has no token."""
+        request = outcome.request
+        _, detokenizer = self.requests[request.request_id]
+        reason = FinishReason.STOP if outcome.error is None else FinishReason.ERROR
+        self.finish(request, reason)
+        return OutputDelta(
+            request_id=request.request_id,
+            text=detokenizer.flush(),
+            token_ids=(),
+            finish_reason=reason,
+            cached_tokens=request.cached_tokens,
+            error=outcome.error,
+        )
 
     def take_in(self, step: ScheduledStep, result: StepResult) -> list[OutputDelta]:
         """Hand out a step's tokens, and what comes with them, to its requests."""
@@ -290,6 +321,7 @@ class LLMEngine:
             self.listener.on_finished(step, result)
         self.stats.steps += 1
         self.stats.step_seconds += result.seconds
+        self.last_step_seconds = result.seconds
         self.stats.received_bytes = result.received_bytes
         self.stats.prompt_tokens += len(step.plan.tokens)
         self.stats.generated_tokens += len(deltas)
@@ -325,8 +357,9 @@ class LLMEngine:
         elif is_at_limit:
             reason = FinishReason.LENGTH
         if reason is not None:
-            del self.requests[request.request_id]
-            self.scheduler.finish(request, reason)
+            self.finish(request, reason)
+        elif request.params.structured_outputs is not None:
+            self.grammars.advance(request, token)
 
         return OutputDelta(
             request_id=request.request_id,
@@ -352,19 +385,4 @@ class LLMEngine:
 
     def close(self) -> None:
         self.executor.close()
-
-
-def check_token_ids(tokens: list[int], vocab_size: int) -> None:
-    """Raises ValueError if one of them is not in the vocabulary.
-
-    It first looks at all of them at once, because a prompt may have a million.
-    """
-    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocab_size:
-        return
-    for token in tokens:
-        is_id = isinstance(token, int) and not isinstance(token, bool)
-        if not is_id or not 0 <= token < vocab_size:
-            raise ValueError(
-                f"prompt: token id {shorten(token)} is out of range; "
-                f"the vocabulary has {vocab_size} tokens"
-            )
+        self.grammars.close()
