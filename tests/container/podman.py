@@ -16,6 +16,9 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 # A server of the demo model, with the files mounted read-only.
 MOUNTED = ["--env=OMP_NUM_THREADS=1", f"--volume={DEMO}:/model:ro"]
 SERVE = ["--device", "cpu", "--port", "0"]
+# As docs/operations.md says it; unlike Docker, podman makes /tmp writable by itself if it may.
+READ_ONLY = ["--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp"]
+READ_ONLY += ["--tmpfs=/home/minidcp/.triton:exec"]
 # README.md has this question and this answer.
 QUESTION = (
     "Question: Rosa has 17 stamps. Max has 3 times as many stamps as Rosa. Ivy has 12 fewer stamps "

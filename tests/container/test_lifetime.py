@@ -12,14 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 from hub_server import REPOSITORY, serve_hub
-from podman import DEMO, MOUNTED, SERVE, answers, get_health, podman, running
+from podman import DEMO, MOUNTED, READ_ONLY, SERVE, answers, get_health, podman, running
 from servers import Api
 
 pytestmark = pytest.mark.container
 
 HUB = "/home/minidcp/.cache/huggingface"
-READ_ONLY = ["--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp"]
-READ_ONLY += ["--tmpfs=/home/minidcp/.triton:exec"]
 
 
 def test_sigterm_waits_for_a_stream() -> None:
