@@ -13,27 +13,27 @@ from pathlib import Path
 PLACE = "/etc/pip.conf"  # where pip reads the configuration of the whole system
 
 
-def read_settings() -> dict[str, str]:
+def read_settings() -> configparser.RawConfigParser:
     """pip's settings from all its files and from the environment, which wins."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    from_files: dict[str, str] = {}
-    from_environment: dict[str, str] = {}
-    for line in listed.splitlines():
+    settings = configparser.RawConfigParser()
+    # Sorted so that the environment, ":env:", comes last.
+    for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):
         name, _, value = line.partition("=")
-        settings = from_environment if name.startswith(":env:.") else from_files
-        settings[name.rpartition(".")[2]] = ast.literal_eval(value)
-    return from_files | from_environment
+        section, _, key = name.rpartition(".")
+        section = "global" if section == ":env:" else section
+        settings.read_dict({section: {key: ast.literal_eval(value)}})
+    return settings
 
 
-def find_paths(settings: dict[str, str]) -> list[Path]:
+def find_paths(settings: configparser.RawConfigParser) -> list[Path]:
     """The files and folders of this machine that the settings name."""
+    values = [value for section in settings.values() for value in section.values()]
     paths: set[Path] = set()
-    for value in settings.values():
-        for word in value.split():
-            path = Path(word.removeprefix("file://"))
-            if not path.is_absolute() or not path.exists():
-                continue
+    for word in " ".join(values).split():
+        path = Path(word.removeprefix("file://"))
+        if path.is_absolute() and path.exists():
             # The pages of an index point to files beside it.
             paths.add(path.parent if word.startswith("file://") else path)
     return sorted(paths)
@@ -41,10 +41,8 @@ def find_paths(settings: dict[str, str]) -> list[Path]:
 
 def main(file: Path) -> None:
     settings = read_settings()
-    written = configparser.RawConfigParser()
-    written["global"] = settings
     with file.open("w") as stream:
-        written.write(stream)
+        settings.write(stream)
     mounts = [(str(path), str(path)) for path in find_paths(settings)]
     for here, there in [(str(file), PLACE), *mounts]:
         print(f"--volume={here}:{there}:ro")

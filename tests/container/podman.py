@@ -43,9 +43,15 @@ class Container:
     def __init__(self, options: list[str], command: list[str]) -> None:
         image = os.environ["MINIDCP_TEST_IMAGE"]
         self.id = podman("run", "--detach", *OPTIONS, *options, image, *command)
+        self.pid = self.read_pid()
 
-    def inspect(self, field: str) -> str:
-        return podman("inspect", "--format", f"{{{{.State.{field}}}}}", self.id)
+    def read_pid(self) -> int:
+        """The process id of the container's first process, as seen from outside."""
+        return int(podman("inspect", "--format", "{{.State.Pid}}", self.id))
+
+    def start_again(self) -> None:
+        podman("start", self.id)
+        self.pid = self.read_pid()
 
     def read_output(self) -> str:
         """Standard output and error so far."""
@@ -66,7 +72,7 @@ class Container:
 
     def read_address(self) -> str:
         """What the server has written to the image's MINIDCP_ADDRESS_FILE."""
-        file = Path(f"/proc/{self.inspect('Pid')}/root/tmp/minidcp-address")
+        file = Path(f"/proc/{self.pid}/root/tmp/minidcp-address")
         return file.read_text() if file.exists() else ""
 
     def wait_until_healthy(self) -> str:
@@ -77,21 +83,20 @@ class Container:
         return url
 
     def has_ended(self) -> bool:
-        return self.inspect("Status") == "exited"
+        return not Path(f"/proc/{self.pid}").exists()
 
     def wait(self, seconds: float) -> int:
         """Wait for the end. Returns the exit code."""
         wait_until(self.has_ended, seconds, "the container has not ended")
-        return int(self.inspect("ExitCode"))
+        return int(podman("wait", self.id))
 
     def send_sigterm(self) -> None:
         podman("kill", "--signal=TERM", self.id)
 
     def find_processes(self) -> list[int]:
         """Process ids, as seen from outside: tini, the server, and its ranks."""
-        init = int(self.inspect("Pid"))
-        (server,) = children_of(init)
-        return [init, server, *children_of(server)]
+        (server,) = children_of(self.pid)
+        return [self.pid, server, *children_of(server)]
 
 
 def get_health(url: str) -> int | None:

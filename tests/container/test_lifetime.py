@@ -67,7 +67,7 @@ def test_a_read_only_root_twice() -> None:
         container.wait_until_healthy()
         container.send_sigterm()
         assert container.wait(30) == 0
-        podman("start", container.id)
+        container.start_again()
         assert answers(container.wait_until_healthy())
         assert container.check_health()
 
