@@ -55,7 +55,9 @@ RUN pip install --no-deps . && rm -rf /src/*
 
 # Fails if FA3 was built against another torch: the engine would choose a slower back-end, without an error. It is
 # linked to the driver's libcuda, which builders lack. A stub with the one function that it takes from there will do.
-RUN mkdir /stub \
+# An image without CUDA, for tests of all the rest, is had by asking for it: TORCH_VERSION=2.13.0+cpu, for example.
+RUN case "${TORCH_VERSION}" in *+cpu) echo "FA3 is not loaded: torch ${TORCH_VERSION} has no CUDA"; exit 0;; esac \
+    && mkdir /stub \
     && echo 'int cuTensorMapEncodeTiled(void) { return 1; }' | gcc -shared -x c -o /stub/libcuda.so.1 - \
     && LD_LIBRARY_PATH=/stub python -c "from minidcp.kernels.fa3 import load_operators; \
         ops = load_operators().ops; print(ops.fwd, ops.get_scheduler_metadata)" \

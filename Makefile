@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := examples/demo-model
 
-.PHONY: demo test format clean
+.PHONY: demo test test-container format clean
 
 demo: $(VENV)/.server  ## serve a small DeepSeek-V2 on the CPU
 	$(BIN)/minidcp serve $(DEMO) --device cpu --ranks threads --tp-size $(TP) --dcp-size $(DCP) \
@@ -18,6 +18,9 @@ test: $(VENV)/.dev  ## lint, type-check and test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+test-container: $(VENV)/.dev  ## build the image and test it; needs root on Debian
+	tests/container/run $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

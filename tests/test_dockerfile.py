@@ -1,6 +1,6 @@
 """What can be checked without a container engine: the Dockerfile's commands fit the command line
-and the package, the health check tells healthy servers from others, and the operations examples
-agree with the server and with each other.
+and the package, the health check tells healthy servers from others, and the examples for monitoring
+agree with the server. Compose and Kubernetes are in `test_manifests.py`.
 """
 
 from __future__ import annotations
@@ -232,11 +232,6 @@ def test_documented_stops_wait_for_running_requests() -> None:
             drained = float(given[1]) if given else default
             stop = re.search(r"--stop-timeout (\d+)", command)
             assert stop is not None and float(stop[1]) > drained, command
-    compose = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/operations.md").read_text(), re.S)
-    assert compose is not None
-    service = yaml.safe_load(compose[1])["services"]["minidcp"]
-    assert float(service["stop_grace_period"].removesuffix("s")) > default
-    build_parser().parse_args([*entrypoint(), *service["command"]])
 
 
 def test_copies_what_is_there_and_not_ignored() -> None:
@@ -270,25 +265,6 @@ def test_versions_fit() -> None:
 
 def load_yaml(name: str) -> list[Any]:
     return list(yaml.safe_load_all((EXAMPLES / name).read_text()))
-
-
-def test_kubernetes_example_agrees_with_the_server() -> None:
-    deployment, service, claim = load_yaml("kubernetes.yaml")
-    spec = deployment["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    args = build_parser().parse_args([*entrypoint(), *container["args"]])
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == args.tp_size
-    (port,) = container["ports"]
-    assert port["containerPort"] == args.port
-    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
-    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
-    drained = int(container["lifecycle"]["preStop"]["exec"]["command"][1]) + args.shutdown_timeout
-    assert spec["terminationGracePeriodSeconds"] > drained
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"shm": "/dev/shm", "hub": "/home/minidcp/.cache/huggingface"}
-    assert spec["volumes"][1]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
 
 def test_commands_in_the_examples_have_flags_that_exist() -> None:
