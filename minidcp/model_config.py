@@ -1,5 +1,6 @@
 """The shape of the checkpoint's model: config.json of DeepSeek-V2 or a relative, checked. What the
-relatives differ in is data here. The rotary part is in `rope_config.py`. Next: `request.py`."""
+relatives differ in is data here. The rotary part is in `rope_config.py`, the FP8 part in
+`fp8_config.py`. Next: `request.py`."""
 
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidcp.config import require, shorten
+from minidcp.fp8_config import read_fp8_block
 from minidcp.rope_config import RopeConfig, is_int, is_number, read_rope
 
 # Options of config.json that change what a model computes, and the values supported here. The first
@@ -15,9 +17,7 @@ from minidcp.rope_config import RopeConfig, is_int, is_number, read_rope
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "mlp_bias": (False, None),
-    # Weights in formats that are not read here. The second is compressed-tensors' older name.
-    "quantization_config": (None,),
-    "compression_config": (None,),
+    "compression_config": (None,),  # compressed-tensors' older name of quantization_config
     # What relatives of the model have. Here attention is MLA, rotated values lie in pairs, and
     # every layer attends to the whole context.
     "use_mla": (True, None),
@@ -55,7 +55,7 @@ REFUSED = {
     "kimi_k25": "it takes images",
 }
 # Fields of ModelConfig that are not read from config.json as they are.
-OWN_FIELDS = ("rope", "eos_token_ids", "sigmoid_router")
+OWN_FIELDS = ("rope", "eos_token_ids", "sigmoid_router", "fp8_block")
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
@@ -104,6 +104,8 @@ class ModelConfig:
     # Whether the router scores experts by a sigmoid, and adds a bias to choose them, as in
     # DeepSeek-V3. Otherwise by a softmax, as in DeepSeek-V2.
     sigmoid_router: bool = False
+    # Rows and columns of a block of a matrix that share a scale, if the checkpoint is in FP8.
+    fp8_block: tuple[int, int] | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -180,6 +182,7 @@ class ModelConfig:
             rope=read_rope(hf, values["max_position_embeddings"], source),
             eos_token_ids=read_eos_token_ids(hf, source),
             sigmoid_router=router is SIGMOID_ROUTER,
+            fp8_block=read_fp8_block(hf, source),
         )
         config.check(source)
         return config

@@ -159,7 +159,7 @@ WRONG_CONFIGS = [
     (dict(scoring_func="sigmoid"), "scoring_func 'sigmoid'", "'softmax'"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'", "'silu'"),
     (dict(mlp_bias=True), "mlp_bias True", "False"),
-    (dict(quantization_config={"quant_method": "fp8"}), "quantization_config", "fp8"),
+    (dict(quantization_config={"quant_method": "fp8"}), "quantization_config", "weight_block_size"),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope type 'llama3'", "yarn"),
     (
         dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 8.0}),

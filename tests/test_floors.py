@@ -17,6 +17,7 @@ FLOORS = [
         "model_config",
         "generation_config",
         "rope_config",
+        "fp8_config",
         "request",
         "structured_outputs",
         "hardware",

@@ -22,6 +22,8 @@ MAX_LISTED = 8  # how many names an error message lists
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
+FP8_DTYPE = "F8_E4M3"  # safetensors' name
+SCALE_SUFFIX = "_scale_inv"  # weight · weight_scale_inv, block by block, is what was quantised
 ROWS_COMPARED = 4096  # at a time, to need little memory
 # What is downloaded of a model on the hub: configurations, weights, and everything that
 # transformers reads for a tokenizer, chat templates included. A README may have example prompts.
@@ -125,13 +127,20 @@ class RecordingSource:
 class CheckpointSource:
     """A directory of safetensors in the hub's format.
 
-    Raises ValueError if a file is missing or damaged.
+    Matrices in FP8 are dequantised while they are read. `fp8_block` are the rows and columns that
+    share a scale. Raises ValueError if a file is missing or damaged.
     """
 
     def __init__(
-        self, path: Path, dtype: torch.dtype, device: torch.device, progress: bool = False
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool = False,
+        fp8_block: tuple[int, int] | None = None,
     ) -> None:
         self.path = path
+        self.fp8_block = fp8_block
         self.dtype = dtype
         self.device = device
         self.bytes_read = 0
@@ -232,6 +241,7 @@ class CheckpointSource:
         Raises ValueError with a list of what is missing, left over, of another shape, or quantised.
         """
         held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
+        expected = {**expected, **self.list_scales(expected)}
         missing = sorted(expected.keys() - held)
         left_over = sorted(held - expected.keys())
         misshapen = []
@@ -244,7 +254,8 @@ class CheckpointSource:
                 missing.append(f"{name} (in the index, not in {file})")
                 continue
             shape = tuple(tensor.get_shape())
-            if tensor.get_dtype() not in DTYPES:
+            is_fp8 = f"{name}{SCALE_SUFFIX}" in expected
+            if tensor.get_dtype() not in DTYPES and not is_fp8:
                 quantised.append(f"{name} ({tensor.get_dtype()})")
             if shape != expected[name]:
                 wanted = list(expected[name])
@@ -260,12 +271,43 @@ class CheckpointSource:
         require(not found, f"{self.path}: the weights do not fit config.json: {found}")
         self.bar.total = len(expected)
 
+    def list_scales(self, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the scales of those expected tensors that are in FP8."""
+        scales: dict[str, tuple[int, ...]] = {}
+        if self.fp8_block is None:
+            return scales
+        for name, shape in expected.items():
+            if name not in self.file_of or len(shape) != len(self.fp8_block):
+                continue
+            try:
+                is_fp8 = self.get_slice(name).get_dtype() == FP8_DTYPE
+            except SafetensorError:
+                continue  # only the index has it, which `check` reports
+            if is_fp8:
+                num_blocks = (-(-size // n) for size, n in zip(shape, self.fp8_block, strict=True))
+                scales[f"{name}{SCALE_SUFFIX}"] = tuple(num_blocks)
+        return scales
+
+    def dequantize(self, part: Tensor, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        """This rank's part of a matrix in FP8, in float32. A block may begin in another part."""
+        assert self.fp8_block is not None
+        scales: Tensor = self.get_slice(f"{name}{SCALE_SUFFIX}")[:]
+        self.bytes_read += scales.nbytes
+        scales = scales.to(device=self.device, dtype=torch.float32)
+        for dim, (size, block) in enumerate(zip(shape, self.fp8_block, strict=True)):
+            begin, end = shard.bounds(size) if dim == shard.dim else (0, size)
+            block_of = torch.arange(begin, end, device=self.device) // block
+            scales = scales.index_select(dim, block_of)
+        return part.float() * scales
+
     def read(
         self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
     ) -> Tensor:
         part = shard.cut(self.get_slice(name), shape)
         self.bytes_read += part.nbytes
         self.bar.update()
+        if part.dtype == torch.float8_e4m3fn:
+            part = self.dequantize(part.to(self.device), name, shape, shard)
         part = part.to(device=self.device, dtype=dtype or self.dtype)
         return shard.pad(part, shape)
 

@@ -128,8 +128,14 @@ class ModelRunner:
 
         is_first_rank = self.state.tp.rank == 0
         source = CheckpointSource(
-            Path(self.config.model), self.dtype, self.device, progress=is_first_rank
+            Path(self.config.model),
+            self.dtype,
+            self.device,
+            progress=is_first_rank,
+            fp8_block=self.model_config.fp8_block,
         )
+        if self.model_config.fp8_block is not None:
+            self.log(f"the checkpoint's FP8 weights become {self.config.dtype}")
         if self.model_config.tie_word_embeddings and not source.tie_head():
             self.model_config = replace(self.model_config, tie_word_embeddings=False)
             self.log(

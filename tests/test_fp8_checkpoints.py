@@ -1,0 +1,161 @@
+"""Checkpoints in FP8 as DeepSeek publishes them: e4m3 matrices with a scale for each block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_checkpoint, make_prompt
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3ForCausalLM
+
+from minidcp import LLM, SamplingParams
+from minidcp.model_config import ModelConfig
+from minidcp.models.weights import CheckpointSource, Shard
+
+BLOCK = (16, 24)  # of which the matrices' sizes are no multiples, nor are the ranks' shares
+E4M3_MAX = 448.0
+KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.")  # DeepSeek-V3 keeps these
+
+
+def split_blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in e4m3, and the scale of each block."""
+    rows, columns = matrix.shape
+    num_rows, num_columns = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
+    quantised = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(num_rows, num_columns)
+    for i in range(num_rows):
+        for j in range(num_columns):
+            place = (
+                slice(i * BLOCK[0], (i + 1) * BLOCK[0]),
+                slice(j * BLOCK[1], (j + 1) * BLOCK[1]),
+            )
+            scales[i, j] = matrix[place].abs().max() / E4M3_MAX
+            quantised[place] = (matrix[place] / scales[i, j]).to(torch.float8_e4m3fn)
+    return quantised, scales
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fp8")
+    make_checkpoint(path, "v3", seed=10)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            tensors[name] = tensor
+            if tensor.dim() == 2 and not any(part in name for part in KEPT):
+                tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor)
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    quantization = dict(
+        quant_method="fp8",
+        fmt="e4m3",
+        activation_scheme="dynamic",
+        weight_block_size=list(BLOCK),
+    )
+    edit_config(path, quantization_config=quantization)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> DeepseekV3ForCausalLM:
+    """transformers' model with the same weights, dequantised as the format is defined."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is not None:
+            rows, columns = tensor.shape
+            scales = scales.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
+            weights[name] = tensor.float() * scales[:rows, :columns]
+        elif not name.endswith("_scale_inv"):
+            weights[name] = tensor
+    path = checkpoint.parent / "dequantised"
+    make_checkpoint(path, "v3", seed=10)
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("tp", "dcp"), [(1, 1), (2, 2), (4, 2), (8, 8)])
+def test_logits_are_those_of_the_dequantised_model(
+    checkpoint: Path, model: DeepseekV3ForCausalLM, tp: int, dcp: int
+) -> None:
+    prompts = [make_prompt(length, 128) for length in (1, 7, 33, 100)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=128)
+    options = dict(tp_size=tp, dcp_size=dcp, ranks="threads", device="cpu", max_model_len=256)
+    with LLM(str(checkpoint), dtype="float32", **options) as llm:
+        outputs = llm.generate(prompts, params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        ours = torch.empty(128)
+        for token, value in output.outputs[0].logprobs[0].top:
+            ours[token] = value
+        assert (ours - expected).norm() / expected.norm() < 1e-4
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_that_cut_blocks(
+    checkpoint: Path, model: DeepseekV3ForCausalLM, dim: int, count: int
+) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    expected = model.get_parameter(name).detach()
+    source = CheckpointSource(checkpoint, torch.float32, torch.device("cpu"), fp8_block=BLOCK)
+    shape = tuple(expected.shape)
+    parts = [source.read(name, shape, Shard(dim, index, count)) for index in range(count)]
+    source.close()
+    whole = torch.cat(parts, dim).narrow(dim, 0, shape[dim])
+    torch.testing.assert_close(whole, expected)
+
+
+def test_what_does_not_fit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    tensors = load_file(checkpoint / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+
+    def refuse(changed: dict[str, torch.Tensor], words: str) -> None:
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError) as refused:
+            LLM(str(tmp_path), device="cpu", ranks="threads").close()
+        assert words in str(refused.value)
+
+    without = {name: tensor for name, tensor in tensors.items() if name != scale}
+    refuse(without, f"1 missing: {scale}")
+    refuse(tensors | {scale: tensors[scale][:-1].clone()}, f"1 of another shape: {scale}")
+    as_int8 = tensors[scale.removesuffix("_scale_inv")].view(torch.int8)
+    refuse(tensors | {scale.removesuffix("_scale_inv"): as_int8}, "of a dtype other than")
+    edit_config(tmp_path, quantization_config=None)
+    refuse(tensors, "of a dtype other than")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(quant_method="awq"), "quant_method 'awq' is not supported; supported: 'fp8'"),
+        (dict(weight_block_size=None), "weight_block_size None is not supported"),
+        (dict(weight_block_size=[128]), "weight_block_size [128] is not supported"),
+        (dict(weight_block_size=[0, 128]), "weight_block_size [0, 128] is not supported"),
+        (dict(activation_scheme="static"), "activation_scheme 'static' is not supported"),
+        (dict(fmt="e5m2"), "fmt 'e5m2' is not supported; supported: 'e4m3'"),
+        (dict(bits=4), "has 'bits', which is not supported"),
+    ],
+)
+def test_other_quantisations_are_refused(
+    checkpoint: Path, changes: dict[str, object], words: str
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] |= changes
+    with pytest.raises(ValueError, match="quantization_config") as refused:
+        ModelConfig.from_dict(config)
+    assert words in str(refused.value)
