@@ -91,6 +91,11 @@ def test_dcp_holds_more_and_preempts_less(folder: Path) -> None:
     # Twelve blocks of 16 tokens: a request has at most (60 + 12) · 1.2 tokens, so two fit.
     for times in held["times"].values():
         times["kv_bytes"] = 12 * 16 * STYLES["v2"]["num_hidden_layers"] * 40 * 4
+        # The same steps in all set-ups, so that only what they hold makes a difference.
+        times["decode"] = [[1, 0.004, 0.005], [8, 0.006, 0.008]]
+        times["prefill"] = [[1, 0.002], [128, 0.010]]
+        times["context"] = [10, 10, 0.0005]
+        times["beside"] = [[4, 0.002]]
     file.write_text(json.dumps(held))
     alone, *with_dcp = run(folder)
     file.unlink()

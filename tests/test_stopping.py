@@ -90,13 +90,13 @@ def test_running_requests_end_when_every_process_is_signalled(
         server.wait_until_healthy()
         processes = children_of(server.process.pid)
         assert len(processes) == 2
-        requests = InFlight(server.url, max_tokens=100)
+        requests = InFlight(server.url, max_tokens=1000)
         server.signal_group(signal.SIGTERM)
 
         answer = requests.whole.result(60)
         requests.streamed.result(60)
-        assert answer.json()["usage"]["completion_tokens"] == 100
-        assert len(requests.lines) == 101 and requests.lines[-1] == "data: [DONE]"
+        assert answer.json()["usage"]["completion_tokens"] == 1000
+        assert len(requests.lines) == 1001 and requests.lines[-1] == "data: [DONE]"
         assert server.process.wait(30) == code
         wait_until(lambda: not any(map(is_alive, processes)), 10, "ranks are left")
 
