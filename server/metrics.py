@@ -16,6 +16,8 @@ from minidcp.engine.engine import LLMEngine
 from minidcp.engine.scheduler import ScheduledStep
 from minidcp.request import OutputDelta
 
+from .latency import RecentLatencies, measure_span
+
 SECONDS_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 )  # fmt: skip
@@ -63,6 +65,11 @@ class Metrics:
         self.generation_tokens = self.make_histogram(
             "vllm:request_generation_tokens", "per request", TOKENS_BUCKETS
         )
+
+        # The same two, over the last minutes.
+        self.started_at = time.monotonic()
+        self.recent_first_token = RecentLatencies()
+        self.recent_inter_token = RecentLatencies()
 
         self.finished_requests = Counter(
             "vllm:request_success",
@@ -128,8 +135,13 @@ class Metrics:
         is_first = times.num_output_tokens == 0
         if is_first:
             self.num_prompt_tokens += times.num_prompt_tokens
-        latency = self.time_to_first_token if is_first else self.inter_token_latency
-        latency.observe(now - times.last_token_at)
+        latency = now - times.last_token_at
+        if is_first:
+            self.time_to_first_token.observe(latency)
+            self.recent_first_token.add(latency)
+        else:
+            self.inter_token_latency.observe(latency)
+            self.recent_inter_token.add(latency)
         times.last_token_at = now
         times.num_output_tokens += len(delta.token_ids)
 
@@ -138,6 +150,14 @@ class Metrics:
             self.prompt_tokens.observe(times.num_prompt_tokens)
             self.generation_tokens.observe(times.num_output_tokens)
             self.count_finished(delta.request_id, delta.finish_reason.value)
+
+    def describe_latency(self) -> dict[str, Any]:
+        """Percentiles over the last minutes, in seconds."""
+        return {
+            "span_seconds": measure_span(self.started_at),
+            "time_to_first_token": self.recent_first_token.describe(),
+            "inter_token": self.recent_inter_token.describe(),
+        }
 
     def count_aborted(self, request_ids: list[str]) -> None:
         """These requests were abandoned; those that had finished already do not count."""
@@ -203,6 +223,7 @@ def describe_load(
     num_cached = len(engine.blocks.cached)
     num_free = len(engine.blocks.free)
     capacity_by_rank, used_by_rank = engine.kv_tokens()
+    tokenizer = engine.tokenizer
     return {
         "model": model_name,
         "version": __version__,
@@ -219,6 +240,10 @@ def describe_load(
             "free": num_free,
         },
         "kv_tokens": {"capacity": capacity_by_rank, "used": used_by_rank},
+        "latency": metrics.describe_latency(),
         "config": asdict(engine.config),
+        "asked": asdict(engine.asked),
+        "setup": None if engine.setup is None else asdict(engine.setup),
         "sampling_defaults": engine.sampling_defaults,
+        "has_chat_template": tokenizer is not None and tokenizer.chat_template is not None,
     }

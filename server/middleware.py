@@ -19,8 +19,8 @@ from .errors import error_response
 access_log = logging.getLogger("minidcp.access")
 
 # These need no key: probes and scrapers have none, the page at / asks its user for it, and the
-# documentation is the same for everybody.
-OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")
+# documentation is the same for everybody. An empty path is a proxy's prefix, and leads to the page.
+OPEN_PATHS = ("", "/", "/health", "/metrics", "/docs", "/openapi.json")
 # Polled every second or so by the page, probes and scrapers. If all is well, nobody looks for it in
 # the log.
 POLLED_PATHS = ("/health", "/load", "/metrics")

@@ -255,13 +255,19 @@ class Local:
 
 @pytest.fixture(scope="module")
 def local(demo: Path) -> Iterator[Local]:
+    with run_local(demo, ServeConfig()) as local:
+        yield local
+
+
+@contextmanager
+def run_local(demo: Path, options: ServeConfig) -> Iterator[Local]:
     engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
 
     def make(listener: StepListener) -> LLMEngine:
         engine.listener = listener
         return engine
 
-    app = create_app(AsyncEngine(make, ServeConfig(), str(demo)))
+    app = create_app(AsyncEngine(make, options, str(demo)))
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
     )

@@ -1,14 +1,17 @@
-"""The status page in headless Chromium, against a scripted server: what it shows of /load, and how
-a prompt streams in, stops and fails. That the real server answers the page's requests is
-`test_server.py`'s business.
+"""The status page in headless Chromium. Most tests are against a scripted server: what it shows of
+/load, and how a prompt streams in, stops and fails. The last ones are against the real server, with
+an API key and behind a prefix.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +27,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
+from servers import Local, run_local
+
+from minidcp.config import ServeConfig
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:
@@ -44,12 +50,20 @@ FLAGS = [
     "--force-prefers-reduced-motion",
 ]
 DONE = b"data: [DONE]\n\n"
+EXAMPLE = "Question: 1 + 1?\nAnswer:"
+
+pytest_plugins = ["servers"]
 
 
 def token(text: str, finish_reason: str | None = None) -> bytes:
     """One event of a stream, with one token."""
     choice = {"index": 0, "text": text, "finish_reason": finish_reason}
     return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
+
+
+def chat_token(text: str, finish_reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
 
 
 def refuse(status: int, message: str) -> Response:
@@ -71,13 +85,38 @@ class Script:
             "cached_tokens": 100,
             "kv_blocks": {"total": 40, "live": 10, "cached": 6, "free": 24},
             "kv_tokens": {"capacity": [640] * 8, "used": [160, 160, 160, 159, 159, 159, 159, 159]},
-            "config": {"tp_size": 8, "dcp_size": 8, "block_size": 16, "exchange_policy": "auto"},
+            "latency": {
+                "span_seconds": 10.0,
+                "time_to_first_token": {"count": 0, "p50": None, "p99": None},
+                "inter_token": {"count": 0, "p50": None, "p99": None},
+            },
+            "config": {
+                "tp_size": 8,
+                "dcp_size": 8,
+                "block_size": 16,
+                "exchange_policy": "by_batch",
+                "device": "cuda",
+                "comm": "nccl",
+                "cuda_graph": True,
+            },
+            "asked": {"tp_size": 8, "exchange_policy": "auto", "num_blocks": None},
+            "setup": {
+                "attention": "fa3",
+                "groups": "TorchGroup",
+                "exchange": "a2a, narrow from 16 rows on",
+                "graph_sizes": [1, 2, 4],
+            },
+            "sampling_defaults": {},
+            "has_chat_template": True,
+            "example_prompt": EXAMPLE,
         }
         self.load_error: tuple[int, str] | None = None
         self.error: tuple[int, str] | None = None
         self.key: str | None = None
         self.pieces: deque[bytes | None] = deque()
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.num_polls = 0
         self.client_left = threading.Event()
         self.port = 0
         self.start()
@@ -93,12 +132,15 @@ class Script:
 
         @app.get("/load")
         async def load(request: Request) -> Response:
+            self.num_polls += 1
             if self.is_locked_for(request):
                 return refuse(401, "wrong key")
             return refuse(*self.load_error) if self.load_error else JSONResponse(self.load)
 
         @app.post("/v1/completions")
+        @app.post("/v1/chat/completions")
         async def complete(request: Request) -> Response:
+            self.paths.append(request.url.path)
             if self.is_locked_for(request):
                 return refuse(401, "the API key is missing or wrong")
             self.bodies.append(await request.json())
@@ -252,8 +294,112 @@ def test_numbers_are_those_of_the_server(page: Page, script: Script) -> None:
         "40",
     ]
     assert "128 consecutive tokens" in page.text("block-story")
-    assert "exchange policy\nauto" in page.text("config")
+    assert "exchange policy\nby_batch\nasked: auto" in page.text("config")
+    assert "num blocks\n40\nasked: default" in page.text("config")
+    assert "tp size\n8\nexchange policy" in page.text("config")
     assert "1,234 prompt tokens, 100 of them" in page.text("totals")
+
+
+def test_what_runs(page: Page, script: Script) -> None:
+    lines = page.text("setup").splitlines()
+    assert dict(zip(lines[::2], lines[1::2], strict=True)) == {
+        "Attention": "fa3",
+        "Groups": "TorchGroup (nccl), tp 8, dcp 8: 1 copy of the cache",
+        "Exchange": "a2a, narrow from 16 rows on",
+        "CUDA graphs": "3, for up to 4 requests",
+        "Sampling defaults": "none: temperature 1, all tokens",
+    }
+    script.load["sampling_defaults"] = {"temperature": 0.3, "top_p": 0.95}
+    script.load["setup"] = script.load["setup"] | {"graph_sizes": []}
+    page.poll()
+    page.wait(lambda: "temperature 0.3, top_p 0.95" in page.text("setup"), "the defaults")
+    assert "CUDA graphs\nnone: not captured" in page.text("setup")
+
+
+def test_percentiles(page: Page, script: Script) -> None:
+    assert page.text("time_to_first_token-p50") == "–"
+    assert page.text("span") == "In the server, over the last 10 s: no tokens."
+    script.load["latency"] = {
+        "span_seconds": 287.4,
+        "time_to_first_token": {"count": 1200, "p50": 0.04321, "p99": 12.3456},
+        "inter_token": {"count": 65000, "p50": 0.0004321, "p99": 0.4321},
+    }
+    page.poll()
+    page.wait(lambda: page.text("time_to_first_token-p50") == "43 ms", "the first percentile")
+    assert page.text("time_to_first_token-p99") == "12.3 s"
+    assert page.text("inter_token-p50") == "0.43 ms"
+    assert page.text("inter_token-p99") == "432 ms"
+    assert "over the last 4 min: 1,200 first tokens and 65,000 later ones" in page.text("span")
+
+
+def test_a_hidden_page_does_not_poll(page: Page, script: Script) -> None:
+    hide = "Object.defineProperty(document, 'hidden', { value: %s, configurable: true });"
+    changed = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.run(hide % "true" + changed)
+    time.sleep(0.2)  # a poll that had begun
+    num_polls = script.num_polls
+    time.sleep(1.5)
+    assert script.num_polls == num_polls
+    page.run(hide % "false" + changed)
+    page.wait(lambda: script.num_polls > num_polls, "that it asks again")
+
+
+def test_first_prompt_and_temperature_are_the_servers(page: Page, script: Script) -> None:
+    def read(element: str) -> str:
+        return page.run(f"return document.getElementById('{element}').value")
+
+    assert read("prompt") == EXAMPLE
+    assert read("temperature") == "0"
+    script.load |= {"example_prompt": "<b>Hello", "sampling_defaults": {"temperature": 0.6}}
+    page.poll()
+    page.wait(lambda: read("prompt") == "<b>Hello", "the new prompt")
+    page.fill("prompt", "Mine")
+    script.load["example_prompt"] = "Hello again"
+    page.poll()
+    page.wait(lambda: script.load["example_prompt"] in page.run("return shown.prompt"), "a poll")
+    assert read("prompt") == "Mine"  # what somebody has typed stays
+    page.fill("temperature", "")
+    page.click("send")
+    page.wait(lambda: script.bodies, "the request")
+    assert script.bodies == [{"prompt": "Mine", "stream": True, "max_tokens": 64}]
+
+
+def test_chat_switch(page: Page, script: Script) -> None:
+    page.fill("prompt", "Hello")
+    page.driver.find_element("id", "chat").send_keys(Keys.SPACE)
+    page.click("send")
+    page.wait(lambda: script.bodies, "the request")
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"messages": messages, "stream": True, "max_tokens": 64, "temperature": 0}
+    assert script.bodies == [body]
+    script.pieces.extend([chat_token(" <i>Hi"), chat_token(" there", "stop"), DONE, None])
+    page.wait(lambda: "ended by stop" in page.text("timing"), "the end")
+    assert page.text("output") == "Hello\n\n <i>Hi there"
+    assert page.text("timing").startswith("2 tokens in ")
+    page.driver.find_element("id", "chat").send_keys(Keys.SPACE)
+    page.click("send")
+    script.pieces.extend([token(" one", "stop"), DONE, None])
+    page.wait(lambda: page.text("output") == "Hello one", "a completion after a chat")
+    assert script.paths == ["/v1/chat/completions", "/v1/completions"]
+
+
+def test_copying(page: Page, script: Script) -> None:
+    for element in ("base", "snippet"):
+        page.driver.find_element("css selector", f"[data-copies={element}]").click()
+        copied = page.text(element)
+        page.wait(lambda: "Copied" in page.body(), "that it is copied")
+        page.fill("prompt", "")
+        page.driver.find_element("id", "prompt").send_keys(Keys.CONTROL, "v")
+        prompt = page.run("return document.getElementById('prompt').value")
+        assert prompt == copied
+        page.wait(lambda: "Copied" not in page.body(), "that the button is as before")
+
+
+def test_no_chat_without_a_template(page: Page, script: Script) -> None:
+    script.load |= {"has_chat_template": False, "example_prompt": "Once"}
+    page.poll()
+    page.wait(lambda: "has no template" in page.text("chat-label"), "the reason")
+    assert not page.driver.find_element("id", "chat").is_enabled()
 
 
 def test_speed_follows_by_itself_and_survives_a_restart(page: Page, script: Script) -> None:
@@ -303,7 +449,7 @@ def test_stop_aborts_the_request(page: Page, script: Script) -> None:
     assert page.text("stop") == page.text("problem") == ""
     page.click("send")
     script.pieces.extend([token(" two", "stop"), DONE, None])
-    page.wait(lambda: page.text("output").endswith("time two"), "a second prompt")
+    page.wait(lambda: page.text("output").endswith("Answer: two"), "a second prompt")
 
 
 def test_errors_are_shown(page: Page, script: Script) -> None:
@@ -338,11 +484,23 @@ def test_key_is_asked_for_where_the_server_wants_one(page: Page, script: Script)
     assert "missing or wrong" in page.text("problem")
     page.poll()
     page.wait(lambda: page.text("state") == "locked", "/load is locked as well")
-    page.fill("key", f"secret{Keys.ENTER}")
+    page.fill("key", f"wrong{Keys.ENTER}")
+    page.wait(lambda: "refused this API key" in page.text("unlock"), "that it is wrong")
+    assert page.text("state") == "wrong key"
+    page.fill("key", "secret")
+    page.driver.find_element("css selector", "#unlock button").click()
     page.wait(lambda: page.text("state").startswith("up"), "/load with the key")
     page.click("send")
     script.pieces.extend([token(" one", "stop"), DONE, None])
     page.wait(lambda: page.text("output").endswith(" one"), "the answer to a prompt with the key")
+    assert page.text("unlock") == ""
+    page.driver.refresh()
+    page.wait(lambda: page.text("state").startswith("up"), "the key, after a reload")
+    page.click("forget")
+    page.wait(lambda: page.text("unlock").startswith("This server asks"), "the field once more")
+    page.driver.refresh()
+    page.wait(lambda: page.text("state") == "locked", "that it is forgotten")
+    assert page.run("return sessionStorage.length") == 0
 
 
 def test_engine_gone_and_back(page: Page, script: Script) -> None:
@@ -386,3 +544,65 @@ def test_nothing_comes_from_outside_and_a_phone_scrolls_one_way(page: Page, scri
         if "Content Security Policy" in line["message"]
     ]
     assert refused == []
+
+
+PREFIX = "/llm"
+
+
+@pytest.fixture(scope="module")
+def real(demo: Path) -> Iterator[Local]:
+    options = ServeConfig(root_path=PREFIX, api_key="secret")
+    with run_local(demo, options) as local:
+        yield local
+
+
+def test_real_server_behind_a_prefix_with_a_key(driver: webdriver.Chrome, real: Local) -> None:
+    page = Page(driver, f"{real.api.url}{PREFIX}")  # the prefix alone leads to the page
+    page.wait(lambda: page.text("state") == "locked", "that a key is needed")
+    page.fill("key", f"sécret ✗{Keys.ENTER}")
+    page.wait(lambda: page.text("state") == "wrong key", "that it is wrong")
+    page.fill("key", f"secret{Keys.ENTER}")
+    page.wait(lambda: page.text("state").startswith("up"), "/load with the key")
+    assert "Attention\nreference\nGroups\nnone: one rank\nExchange\nnone" in page.text("setup")
+    assert "CUDA graphs\nnone on a CPU" in page.text("setup")
+
+    page.fill("prompt", 'It\'s "Tom" & $HOME')
+    page.fill("max-tokens", "5")
+    for path in ("completions", "chat/completions"):
+        page.click("send")
+        page.wait(lambda: "tokens in" in page.text("timing"), "an answer", 30)
+        page.wait(lambda: page.text("timing").endswith("."), "its end", 30)
+        assert page.text("problem") == ""
+        assert f"{PREFIX}/v1/{path}" in page.text("snippet")
+        page.click("chat")
+    page.poll()
+    for name in ("time_to_first_token-p50", "inter_token-p99"):
+        page.wait(lambda name=name: page.text(name).endswith("s"), "a percentile")
+
+    assert page.text("base") == f"{real.api.url}{PREFIX}/v1"
+    for name, words in (("docs", "<title>minidcp: the API"), ("metrics", "vllm:num_requests")):
+        link = page.driver.find_element("id", name).get_attribute("href")
+        assert link == f"{real.api.url}{PREFIX}/{name}"
+        assert words in real.api.http.get(link).text
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_snippets_run(driver: webdriver.Chrome, real: Local, is_chat: bool) -> None:
+    page = Page(driver, f"{real.api.url}{PREFIX}/")
+    page.wait(lambda: page.text("state") != "connecting", "the first answer")
+    if page.text("state") == "locked":
+        page.fill("key", f"secret{Keys.ENTER}")
+    page.wait(lambda: page.text("state").startswith("up"), "/load with the key")
+    page.fill("prompt", 'It\'s "Tom" & $HOME')
+    page.fill("max-tokens", "5")
+    if is_chat:
+        page.click("chat")
+
+    environment = os.environ | {"MINIDCP_API_KEY": "secret"}
+    run = dict(env=environment, capture_output=True, check=True, timeout=60)
+    curl = subprocess.run(["sh", "-c", page.text("snippet")], **run).stdout
+    choice = json.loads(curl)["choices"][0]
+    text = choice["message"]["content"] if is_chat else choice["text"]
+    page.driver.find_element("css selector", "input[value=python]").click()
+    output = subprocess.run([sys.executable, "-c", page.text("snippet")], **run).stdout
+    assert output.decode() == f"{text}\n"

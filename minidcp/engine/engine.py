@@ -60,6 +60,7 @@ class LLMEngine:
     ) -> None:
         if not is_driver():
             serve_torchrun_rank(config.model)  # which does not return
+        self.asked = config  # where `config` has what was decided
         config = replace(config, model=str(find_model(config.model)))
         self.model_config = ModelConfig.from_hf(config.model)
         resolved = resolve(config, self.model_config, detect_machine(config, self.model_config))
@@ -127,7 +128,8 @@ class LLMEngine:
         )
 
         self.executor.submit(num_blocks)
-        self.executor.wait_ready()
+        # Every rank runs the same.
+        self.setup = self.executor.wait_ready()[0].setup
         self.log_sizes(num_blocks, max_model_len)
         return num_blocks, max_model_len
 

@@ -23,9 +23,19 @@ from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.parallel.state import ParallelState, init_process_state
 from minidcp.resolve import ResolvedConfig
-from minidcp.worker.model_runner import ModelRunner, PendingResult
+from minidcp.worker.model_runner import ModelRunner, PendingResult, describe_exchange
 
 logger = logging.getLogger("minidcp")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank runs, by the names that its log has."""
+
+    attention: str  # the back-end
+    groups: str  # the class of its collectives: ThreadGroup, TorchGroup or SymmetricGroup
+    exchange: str
+    graph_sizes: tuple[int, ...]  # the batch sizes of the CUDA graphs; without graphs none
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Ready:
 
     kv_bytes: int = 0  # memory for this rank's cache
     bytes_read: int = 0  # of weights
+    setup: Setup | None = None  # once the cache is allocated
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ def serve_commands(
             return
         if isinstance(command, int):
             runner.allocate_cache(command)
-            report(Ready())
+            report(Ready(setup=describe_setup(runner)))
             continue
 
         pending = runner.execute(command)
@@ -159,6 +170,16 @@ def serve_commands(
             report_later(pending)
         elif rank == 0:
             report(pending.wait())
+
+
+def describe_setup(runner: ModelRunner) -> Setup:
+    graphs = runner.graphs
+    return Setup(
+        attention=runner.attention.name,
+        groups=type(runner.state.tp).__name__,
+        exchange=describe_exchange(runner.config),
+        graph_sizes=tuple(graphs.sizes) if graphs is not None else (),
+    )
 
 
 def report_from_thread(
