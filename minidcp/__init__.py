@@ -4,6 +4,7 @@ Start reading with `config.py`; `docs/architecture.md` has the whole order."""
 from minidcp.config import EngineConfig
 from minidcp.llm import LLM
 from minidcp.request import CompletionOutput, RequestOutput, SamplingParams
+from minidcp.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]

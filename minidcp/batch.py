@@ -3,7 +3,7 @@ Each rank turns it into a `ForwardBatch` of tensors; only there does it matter t
 different tokens. Next: `parallel/group.py`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,14 @@ class StepPlan:
     admitted: list[Admission] = field(default_factory=list)
     sampling: list[int] = field(default_factory=list)  # rows after whose last token one is sampled
     scored: list[ScoredToken] = field(default_factory=list)
+    # By index in `sampling`: which tokens may be sampled, bit i % 8 of byte i // 8 for token i.
+    # That is 12,800 bytes with a vocabulary of 102,400. Only rank 0 gets them; the other ranks get
+    # empty ones.
+    masks: dict[int, bytes] = field(default_factory=dict)
+
+    def without_bits(self) -> "StepPlan":
+        """The plan for ranks other than 0, which need not know what a mask allows."""
+        return replace(self, masks=dict.fromkeys(self.masks, b""))
 
 
 @dataclass(frozen=True)

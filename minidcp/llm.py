@@ -11,6 +11,7 @@ from minidcp.config import EngineConfig, require
 from minidcp.console import ProgressBar, UnfailingStream
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.engine_thread import Call, EngineThread, Prompt
+from minidcp.engine.grammar import CompiledGrammar
 from minidcp.request import RequestOutput, SamplingParams
 
 # A text, token ids, or vLLM's dicts {"prompt": text} and {"prompt_token_ids": token ids}. Arrays of
@@ -57,15 +58,25 @@ class LLM(AbstractContextManager["LLM"]):
         a rank has ended or takes longer than `engine_timeout` for a step.
         """
         batch = [read_prompt(prompt) for prompt in split_prompts(prompts)]
-        call = Call(batch, list_params(sampling_params, len(batch)))
+        params = list_params(sampling_params, len(batch))
+        # Held until the end: so the engine's thread need not compile them again.
+        grammars = self.compile_grammars(params)
+        call = Call(batch, params)
         try:
             self.engine_thread.submit(call)
             error = show_progress(call) if use_tqdm else call.outcome.get()
         finally:
             call.is_abandoned = True  # if it was interrupted; else it has ended
+            del grammars
         if error is not None:
             raise error
         return list(call.outputs.values())
+
+    def compile_grammars(self, params: list[SamplingParams]) -> list[CompiledGrammar]:
+        """Raises ValueError if one is wrong."""
+        compile_grammar = self.engine.grammars.compile
+        wanted = [p.structured_outputs for p in params]
+        return [compile_grammar(grammar) for grammar in wanted if grammar is not None]
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""

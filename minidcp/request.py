@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from minidcp.config import require, shorten
+from minidcp.structured_outputs import StructuredOutputsParams
 
 MAX_SEED = 2**63 - 1
 MAX_SALT_LENGTH = 1024
@@ -15,9 +16,10 @@ SMALLEST_POSITIVE = math.ulp(0.0)  # the smallest float above 0
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    STOP = "stop"  # an end-of-sequence token, a stop token, a stop string, or a grammar's end
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"  # the client left or the engine stopped
+    ERROR = "error"  # its grammar could not be followed any further
 
 
 def number(default: float | None, minimum: float, maximum: float, allowed: str) -> Any:
@@ -34,7 +36,8 @@ class SamplingParams:
     other requests, cached prefixes, chunks and preemption change logits in their last digits only,
     and tokens practically never. In bfloat16 they change more, and a token may differ now and then,
     and with it all that follow (docs/operations.md, "Repeatable outputs").
-    Log-probabilities are the model's own: before temperature, penalties and biases.
+    Log-probabilities are the model's own: before temperature, penalties and biases. With
+    structured_outputs they are those among the tokens that may follow, as in vLLM.
     Raises ValueError, which names the field and its value, if a value is out of range.
     """
 
@@ -67,6 +70,10 @@ class SamplingParams:
     prompt_logprobs: int | None = number(None, 0, math.inf, "at least 0")
     skip_special_tokens: bool = True
 
+    # What the text must be like. It goes before everything else here that bans or ends: a stop
+    # token is allowed before min_tokens, and the text ends before them, where nothing else fits.
+    structured_outputs: StructuredOutputsParams | None = None
+
     # Only requests with equal salts, or both without one, share blocks of the prefix cache. Results
     # do not depend on it. It may be a secret, so it is not shown.
     cache_salt: str | None = field(default=None, repr=False)
@@ -98,6 +105,10 @@ class SamplingParams:
 
         self.check_cache_salt()
 
+        grammar = self.structured_outputs
+        is_grammar = grammar is None or isinstance(grammar, StructuredOutputsParams)
+        self.check("structured_outputs", is_grammar, "StructuredOutputsParams")
+
     def check(self, name: str, is_valid: bool, allowed: str) -> None:
         if not is_valid:
             raise ValueError(f"{name} {shorten(getattr(self, name))}: must be {allowed}")
@@ -107,6 +118,12 @@ class SamplingParams:
         with n choices need n copies."""
         copied = copy.copy(self)
         object.__setattr__(copied, "seed", seed)
+        return copied
+
+    def without_grammar(self) -> Self:
+        """A copy for the ranks, which get masks. A grammar may be large."""
+        copied = copy.copy(self)
+        object.__setattr__(copied, "structured_outputs", None)
         return copied
 
     def check_cache_salt(self) -> None:
@@ -174,6 +191,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None  # an entry per token; None if not asked for
+    error: str | None = None  # what went wrong, if finish_reason is "error"
 
 
 @dataclass
@@ -202,6 +220,7 @@ class OutputDelta:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
     # characters that are decoded, and not in any text yet, because they may begin a stop string
     num_held_back: int = 0
+    error: str | None = None  # if finish_reason is ERROR
 
 
 @dataclass(eq=False)
@@ -224,6 +243,9 @@ class Request:
     prefill_end: int = 0
     # Tokens that scheduled steps will sample and that are not in `tokens` yet: 0 or 1.
     num_in_flight: int = 0
+    # Which tokens may come next, a bit for each, if it has a grammar. None while that is not known:
+    # while a step samples a token, and until `engine/grammar.py` has looked at that token.
+    mask: bytes | None = None
 
     # The request slot: this request's row in the workers' tables while it runs, else -1.
     # Not to be confused with a slot of the KV cache, which holds one token.
@@ -247,6 +269,11 @@ class Request:
     @property
     def num_outputs(self) -> int:
         return len(self.tokens) - len(self.prompt_token_ids)
+
+    @property
+    def lacks_mask(self) -> bool:
+        """Whether no token may be sampled yet, because it is not known which ones are allowed."""
+        return self.params.structured_outputs is not None and self.mask is None
 
     @property
     def is_prefilling(self) -> bool:

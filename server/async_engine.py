@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from minidcp.config import ServeConfig, require
 from minidcp.engine.engine import LLMEngine, StepListener
 from minidcp.engine.executor import EngineDeadError
+from minidcp.engine.grammar import CompiledGrammar
 from minidcp.request import OutputDelta, SamplingParams
 
 from .metrics import Metrics, describe_load
@@ -30,6 +31,10 @@ IndexedDelta = tuple[int, OutputDelta]  # the index is the request's place in it
 Stream = asyncio.Queue[IndexedDelta | Exception]
 
 IDLE_SECONDS = 0.5  # how often an idle engine checks that its ranks are alive
+
+
+class GrammarError(ValueError):
+    """A request's grammar could not be followed any further. Raised while an answer is made."""
 
 
 class UnavailableError(RuntimeError):
@@ -98,6 +103,14 @@ class AsyncEngine:
         """Raises ValueError, naming the field that is wrong, if the engine would refuse these."""
         self._require_engine().validate(tokens, params)
 
+    async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        """The grammar of these parameters, if they have one. Hold it while their requests run, so
+        that the engine finds it. Raises ValueError, naming the field, if it is wrong."""
+        if params.structured_outputs is None:
+            return None
+        grammars = self._require_engine().grammars
+        return await asyncio.wrap_future(grammars.compile_later(params.structured_outputs))
+
     def check_room(self, num_requests: int) -> None:
         """Raises UnavailableError if these requests must not be queued now, and ValueError if there
         are so many that they never can be."""
@@ -150,7 +163,8 @@ class AsyncEngine:
 
         A caller that stops iterating aborts all the requests in one step, on all ranks. Raises
         UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError
-        if a rank has ended, and TimeoutError if it takes longer than --request-timeout."""
+        if a rank has ended, TimeoutError if it takes longer than --request-timeout, and
+        GrammarError if a request's grammar fails."""
         self.check_room(len(requests))
         stream: Stream = asyncio.Queue()
         engine = self._require_engine()
@@ -161,6 +175,7 @@ class AsyncEngine:
             while num_unfinished > 0:
                 deltas, error = await receive(stream, keep_alive)
                 num_unfinished -= sum(delta.finish_reason is not None for _, delta in deltas)
+                raise_grammar_error(deltas)
                 if deltas or error is None:
                     yield deltas
                 if error is not None and num_unfinished > 0:
@@ -282,6 +297,13 @@ class AsyncEngine:
             self.thread.join(10)
         if self._engine is not None:
             self._engine.close()
+
+
+def raise_grammar_error(deltas: list[IndexedDelta]) -> None:
+    """Raise the first error that ended one of the requests, if there is any."""
+    for _, delta in deltas:
+        if delta.error is not None:
+            raise GrammarError(delta.error)
 
 
 async def receive(stream: Stream, keep_alive: float) -> tuple[list[IndexedDelta], Exception | None]:

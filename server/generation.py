@@ -14,9 +14,10 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from minidcp.engine.executor import EngineDeadError
+from minidcp.engine.grammar import CompiledGrammar
 from minidcp.request import FinishReason, OutputDelta
 
-from .async_engine import AsyncEngine, IndexedDelta, UnavailableError
+from .async_engine import AsyncEngine, GrammarError, IndexedDelta, UnavailableError
 from .errors import ErrorResponse
 from .json_pieces import JsonList, join_pieces, write_json
 from .logprobs import Columns, LogprobsFormatter, Position
@@ -36,6 +37,7 @@ T = TypeVar("T")
 # As many log-probabilities are formatted in the event loop. That is cheaper than to involve another
 # thread, and takes a fraction of a millisecond.
 MAX_LOGPROBS_AT_ONCE = 100
+STATUS_OF_ERROR: dict[type[Exception], int] = {TimeoutError: 504, GrammarError: 400}  # else 503
 TOKENS_PER_PIECE = 8  # with their alternatives; so that each piece of work is short
 
 
@@ -83,6 +85,7 @@ class Generation(ABC):
             "created": int(time.time()),
             "model": engine.model_name,
         }
+        self.grammar: CompiledGrammar | None = None
         self.prompts: list[list[int]] = []  # token ids
         self.choices: list[Choice] = []
         self.num_completion_tokens = 0
@@ -91,6 +94,7 @@ class Generation(ABC):
     async def answer(self, request: Request) -> Response:
         """Raises ValueError, naming the field that is wrong, before any answer begins."""
         await self.prepare()
+        self.grammar = await self.engine.compile_grammar(self.samples[0])
         self.choices = [Choice() for _ in range(len(self.prompts) * len(self.samples))]
         if not self.body.stream:
             return respond_in_pieces(await cancel_on_disconnect(request, self.collect()))
@@ -168,8 +172,8 @@ class Generation(ABC):
                     yield piece
             if options.include_usage:
                 yield format_event({**header, "choices": [], "usage": self.describe_usage()})
-        except (EngineDeadError, UnavailableError, TimeoutError) as error:
-            status = 504 if isinstance(error, TimeoutError) else 503
+        except (EngineDeadError, UnavailableError, TimeoutError, GrammarError) as error:
+            status = STATUS_OF_ERROR.get(type(error), 503)
             yield format_event(ErrorResponse.make(status, str(error)).model_dump())
         yield b"data: [DONE]\n\n"
 

@@ -21,19 +21,15 @@ from pydantic import (
 from minidcp.config import require, shorten
 from minidcp.request import MAX_SEED, SamplingParams
 
+from .structured_outputs import StructuredOutputFields
+
 # Known fields that would have no effect here. They are refused unless their value is neutral.
 UNSUPPORTED_FIELDS = {
     "suffix",
-    "response_format",
-    "structured_outputs",
     "tools",
     "tool_choice",
     "functions",
     "function_call",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
     "guided_decoding_backend",
     "continue_final_message",
     "chat_template",
@@ -131,7 +127,7 @@ class StreamOptions(BaseModel):
 
 
 # Most fields of SamplingParams are fields of a request as they are; these have another form there.
-RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs"}
+RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"}
 SAMPLING_TYPES = {
     name: field_type
     for name, field_type in get_type_hints(SamplingParams).items()
@@ -148,7 +144,7 @@ SAMPLING_FIELDS |= {
 Sampling = create_model("Sampling", __base__=Body, **SAMPLING_FIELDS)
 
 
-class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
+class GenerationRequest(Sampling, StructuredOutputFields):  # type: ignore[misc, valid-type]
     """What completions and chats have in common; the fields of SamplingParams are fields here."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = SamplingParams.max_tokens
@@ -179,6 +175,7 @@ class GenerationRequest(Sampling):  # type: ignore[misc, valid-type]
         )
         fields: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING_TYPES}
         fields.update(self.choose_logprobs())
+        fields["structured_outputs"] = self.choose_structured_outputs()
         given = {name: value for name, value in fields.items() if value is not None}
 
         params = SamplingParams(max_tokens=self.choose_max_tokens(), **given)

@@ -11,7 +11,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("minidcp/**/*.py"), *ROOT.glob("server/**/*.py")])
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
-    ("config", "console", "model_config", "rope_config", "request", "hardware", "kernels"),
+    (
+        "config",
+        "console",
+        "model_config",
+        "rope_config",
+        "request",
+        "structured_outputs",
+        "hardware",
+        "kernels",
+    ),
     ("machine",),
     ("resolve", "kv_cache"),
     ("parallel", "batch"),

@@ -395,8 +395,8 @@ UNSUPPORTED = [
     ("best_of", 2),
     ("suffix", "x"),
     ("prompt_logprobs", 1),
-    ("guided_json", {"type": "object"}),
-    ("response_format", {"type": "json_object"}),
+    ("guided_json", {"type": "objet"}),
+    ("response_format", {"type": "structural_tag"}),
     ("tools", [{"type": "function"}]),
     ("stream_options", {"include_usage": True}),  # without stream
 ]

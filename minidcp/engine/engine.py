@@ -17,6 +17,7 @@ from minidcp.batch import StepResult
 from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer
 from minidcp.engine.executor import Executor, is_driver, serve_torchrun_rank
+from minidcp.engine.grammar import Grammars, Outcome
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
 from minidcp.kv_cache.block_manager import BlockManager
@@ -28,6 +29,10 @@ from minidcp.request import FinishReason, OutputDelta, Request, SamplingParams, 
 from minidcp.resolve import ResolvedConfig, resolve
 
 logger = logging.getLogger("minidcp")
+
+# How long planning waits for masks. The step in flight goes on meanwhile, so this costs nothing as
+# long as it is shorter than a step. Requests whose mask comes later wait for the next step.
+MASK_SECONDS = 0.002
 
 
 @dataclass
@@ -91,6 +96,9 @@ class LLMEngine:
             resolved.max_num_seqs,
             resolved.max_num_batched_tokens,
             resolved.mixed_steps,
+        )
+        self.grammars = Grammars(
+            self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids
         )
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[ScheduledStep] = deque()
@@ -156,7 +164,9 @@ class LLMEngine:
     ) -> Request:
         """Queue a prompt. Requests of one group are admitted in order; groups take turns.
 
-        Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer.
+        Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer, or if
+        its grammar is wrong. To compile a grammar takes time: let another thread call
+        `grammars.compile` before, and hold the result until this returns.
         """
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
@@ -175,6 +185,8 @@ class LLMEngine:
             stop_ids=tuple(token for token in stop_ids if token < vocab_size),
             group=group,
         )
+        if params.structured_outputs is not None:
+            self.grammars.open(request)
         self.requests[request_id] = (request, Detokenizer(self.tokenizer, params))
         self.scheduler.add(request)
         return request
@@ -243,8 +255,14 @@ class LLMEngine:
         """
         for request_id in request_ids:
             if request_id in self.requests:
-                request, _ = self.requests.pop(request_id)
-                self.scheduler.finish(request, FinishReason.ABORT)
+                request, _ = self.requests[request_id]
+                self.finish(request, FinishReason.ABORT)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request and forget it."""
+        del self.requests[request.request_id]
+        self.grammars.drop(request)
+        self.scheduler.finish(request, reason)
 
     # Steps.
 
@@ -258,6 +276,7 @@ class LLMEngine:
         So planning overlaps with running. Returns what that older step added to each request.
         Raises EngineDeadError if that result does not come within `timeout` seconds.
         """
+        deltas = self.take_masks()
         planned = self.scheduler.schedule()
         if planned is not None:
             self.in_flight.append(planned)  # before it is sent: its result must find it here
@@ -267,9 +286,33 @@ class LLMEngine:
 
         is_first = planned is not None and len(self.in_flight) == 1
         if not self.in_flight or is_first:
-            return []
+            return deltas
         result = self.executor.collect(timeout)
-        return self.take_in(self.in_flight.popleft(), result)
+        return deltas + self.take_in(self.in_flight.popleft(), result)
+
+    def take_masks(self) -> list[OutputDelta]:
+        """Hand out the masks that are ready; ends requests whose grammar ends or has failed."""
+        deltas = []
+        for outcome in self.grammars.collect(MASK_SECONDS):
+            outcome.request.mask = outcome.mask
+            if outcome.mask is None:
+                deltas.append(self.end_grammar(outcome))
+        return deltas
+
+    def end_grammar(self, outcome: Outcome) -> OutputDelta:
+        """Finish a request, no token of which may follow. The delta has no token."""
+        request = outcome.request
+        _, detokenizer = self.requests[request.request_id]
+        reason = FinishReason.STOP if outcome.error is None else FinishReason.ERROR
+        self.finish(request, reason)
+        return OutputDelta(
+            request_id=request.request_id,
+            text=detokenizer.flush(),
+            token_ids=(),
+            finish_reason=reason,
+            cached_tokens=request.cached_tokens,
+            error=outcome.error,
+        )
 
     def take_in(self, step: ScheduledStep, result: StepResult) -> list[OutputDelta]:
         """Hand out a step's tokens, and what comes with them, to its requests."""
@@ -324,8 +367,9 @@ class LLMEngine:
         elif is_at_limit:
             reason = FinishReason.LENGTH
         if reason is not None:
-            del self.requests[request.request_id]
-            self.scheduler.finish(request, reason)
+            self.finish(request, reason)
+        elif request.params.structured_outputs is not None:
+            self.grammars.advance(request, token)
 
         return OutputDelta(
             request_id=request.request_id,
@@ -351,3 +395,4 @@ class LLMEngine:
 
     def close(self) -> None:
         self.executor.close()
+        self.grammars.close()

@@ -50,6 +50,7 @@ class Call:
         self.num_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             completion.finish_reason = delta.finish_reason.value
+            completion.error = delta.error
             self.num_finished += 1
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from minidcp.batch import StepResult
+from minidcp.batch import StepPlan, StepResult
 from minidcp.engine.control import accept_ranks, connect_to_driver, find_host, open_store
 from minidcp.engine.reports import Reports
 from minidcp.engine.threads import join_all, raise_in_thread
@@ -233,12 +233,15 @@ class Executor:
 
     def send(self, command: Command) -> None:
         message = ForkingPickler.dumps(command)
+        message_for_others = message
+        if isinstance(command, StepPlan) and command.masks:
+            message_for_others = ForkingPickler.dumps(command.without_bits())
         if not self.sending.acquire(timeout=STOP_SECONDS):
             return  # `close` finds another thread stuck in here: the ranks can only be killed
         try:
-            for connection in self.connections:
+            for rank, connection in enumerate(self.connections):
                 with contextlib.suppress(OSError):  # the thread that reads it reports its end
-                    connection.send_bytes(message)
+                    connection.send_bytes(message if rank == 0 else message_for_others)
         finally:
             self.sending.release()
 

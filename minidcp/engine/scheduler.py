@@ -90,7 +90,7 @@ class Scheduler:
 
     def can_decode(self, request: Request) -> bool:
         """Whether only its last token is not computed yet, and another may follow that token."""
-        if request.is_prefilling:
+        if request.is_prefilling or request.lacks_mask:
             return False
         num_tokens = len(request.tokens) + request.num_in_flight
         num_outputs = request.num_outputs + request.num_in_flight
@@ -134,6 +134,8 @@ class Scheduler:
         if not self.free_slots or not self.may_score(request, step):
             return False
         if request.num_in_flight > 0:  # a token that was sampled before its preemption
+            return False
+        if request.lacks_mask:  # for that token; the ones that are new come with their mask
             return False
 
         shared = self.share_cached_blocks(request)
@@ -228,6 +230,9 @@ class Scheduler:
         request.num_computed += length
 
         if request.num_computed >= len(request.tokens):  # with its last token: sample the next one
+            if request.mask is not None:
+                step.plan.masks[len(step.plan.sampling)] = request.mask
+                request.mask = None
             step.plan.sampling.append(len(step.requests) - 1)
             request.num_in_flight += 1
 
@@ -302,11 +307,12 @@ class Scheduler:
 def describe_admission(request: Request) -> Admission:
     """What the workers must know about a request that starts running."""
     counts_history = request.params.has_penalties
+    has_grammar = request.params.structured_outputs is not None
     return Admission(
         slot=request.slot,
-        params=request.params,
+        params=request.params.without_grammar(),
         seed=request.seed,
         num_prompt=len(request.prompt_token_ids),
-        stop_ids=request.stop_ids,
+        stop_ids=() if has_grammar else request.stop_ids,  # else masks rule them out
         history=tuple(request.tokens) if counts_history else (),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,8 @@ class Sampler:
 
     def takes_best(self, plan: StepPlan) -> bool:
         """Whether every sampling row gets its most likely token."""
+        if plan.masks:
+            return False
         for admission in self.get_admissions(plan):
             params = admission.params
             if params.temperature > 0 or params.adjusts_logits:
@@ -103,6 +106,9 @@ class Sampler:
         logits: [S + K, vocab] float32, of the sampling rows and then of the scored tokens.
         best: [S] the most likely token of each sampling row.
         """
+        if plan.masks:
+            logits = mask_forbidden(logits, plan.masks)
+            best = logits[: len(best)].argmax(-1)
         admissions = self.get_admissions(plan)
         positions = [plan.starts[row] + plan.lengths[row] for row in plan.sampling]
 
@@ -179,6 +185,26 @@ class Sampler:
             assert params.prompt_logprobs is not None  # else the scheduler scores none
             wanted.append(Wanted(index, params.prompt_logprobs))
         return wanted
+
+
+def mask_forbidden(logits: Tensor, masks: dict[int, bytes]) -> Tensor:
+    """A copy of logits [S + K, vocab] with -inf where a mask has no bit. masks: by row.
+
+    The bits are unpacked on the device. The host does not wait for it.
+    """
+    vocab_size = logits.shape[1]
+    packed = np.frombuffer(bytearray().join(masks.values()), np.uint8)
+    on_host = torch.from_numpy(packed).view(len(masks), -1)  # [R, bytes]
+    if logits.device.type == "cuda":
+        on_host = on_host.pin_memory()
+    on_device = on_host.to(logits.device, non_blocking=True)
+
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    bits = (on_device[:, :, None] >> shifts) & 1  # [R, bytes, 8]
+    is_forbidden = bits.flatten(1)[:, :vocab_size] == 0
+    rows = ints_to_device(list(masks), logits.device)
+    masked = logits[rows].masked_fill(is_forbidden, -torch.inf)
+    return logits.index_copy(0, rows, masked)
 
 
 def ints_to_device(values: Sequence[int], device: torch.device) -> Tensor:
