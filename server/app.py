@@ -21,8 +21,9 @@ from minidcp.request import SamplingParams
 
 from . import protocol
 from .async_engine import AsyncEngine
+from .chat import ChatGeneration
 from .errors import ErrorResponse, add_error_handlers
-from .generation import ChatGeneration, CompletionGeneration
+from .generation import CompletionGeneration
 from .json_body import BodyParser
 from .logprobs import LogprobsFormatter
 from .middleware import Gate

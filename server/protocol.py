@@ -22,6 +22,7 @@ from minidcp.config import require, shorten
 from minidcp.request import MAX_SEED, SamplingParams
 
 from .structured_outputs import StructuredOutputFields
+from .tools import ToolFields
 
 # Known fields that would have no effect here. They are refused unless their value is neutral.
 UNSUPPORTED_FIELDS = {
@@ -127,7 +128,13 @@ class StreamOptions(BaseModel):
 
 
 # Most fields of SamplingParams are fields of a request as they are; these have another form there.
-RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"}
+RESHAPED_FIELDS = {
+    "max_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "structured_outputs",
+    "shown_special_tokens",
+}
 SAMPLING_TYPES = {
     name: field_type
     for name, field_type in get_type_hints(SamplingParams).items()
@@ -284,7 +291,7 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, ToolFields):
     """Body of POST /v1/chat/completions."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
@@ -303,7 +310,7 @@ class ChatRequest(GenerationRequest):
         return {"logprobs": None}
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Body, ToolFields):
     """Body of POST /tokenize: a prompt, or messages for the chat template."""
 
     prompt: str | None = None
