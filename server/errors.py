@@ -22,6 +22,7 @@ from .protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from .responses_api import REFUSED_FIELDS, ResponsesRequest
 
 # What an error message may begin with, and an error's `param` may name.
 FIELDS = {
@@ -30,6 +31,8 @@ FIELDS = {
     *ChatRequest.model_fields,
     *TokenizeRequest.model_fields,
     *DetokenizeRequest.model_fields,
+    *ResponsesRequest.model_fields,
+    *REFUSED_FIELDS,
 }
 ERROR_TYPES = {
     401: "authentication_error",

@@ -18,6 +18,7 @@ from .template_tools import TemplateTraits
 from .tool_calls import JSON_LINES, NAME, Notation, ToolCallParser
 
 MAX_TOOLS = 1024
+MAX_LENGTH = 1 << 20  # of all their parameters, in characters: templates write them as JSON
 MAX_FORCED_CALLS = 16  # in one answer, where the grammar demands calls
 
 DESCRIPTION = """\
@@ -30,6 +31,25 @@ IMPORTANT: ALWAYS adhere to this exact format for tool use:
 Where:
 - `tool_call_name` must be an exact match to one of the available tools
 - `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema"""
+
+
+def measure(value: Any) -> int:
+    """About how many characters a value has as JSON. Other threads can run meanwhile."""
+    length = 0
+    rest = [value]
+    while rest and length <= MAX_LENGTH:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += item.values()
+            length += sum(map(len, item)) + 4 * len(item)
+        elif isinstance(item, list):
+            rest += item
+            length += 2 * len(item)
+        elif isinstance(item, str):
+            length += len(item)
+        else:
+            length += 8
+    return length
 
 
 class FunctionDefinition(BaseModel, extra="allow"):
@@ -49,9 +69,15 @@ class Tool(BaseModel, extra="allow"):
 
     def to_template(self) -> dict[str, Any]:
         """The tool as chat templates take it. Some fail without a description or parameters."""
-        function = self.function.model_dump(exclude_none=True)
-        function.setdefault("description", "")
-        function.setdefault("parameters", {"type": "object", "properties": {}})
+        given = self.function
+        function = {
+            "name": given.name,
+            "description": given.description or "",
+            "parameters": given.parameters or {"type": "object", "properties": {}},
+            **(given.model_extra or {}),
+        }
+        if given.strict is not None:
+            function["strict"] = given.strict
         return {"type": self.type, "function": function}
 
 
@@ -83,6 +109,14 @@ class ToolFields(BaseModel):
             )
             require(name not in names, f"tools: there are two functions {shorten(name)}")
             names.add(name)
+
+        length = 0
+        for tool in self.tools or []:
+            length += measure(tool.function.parameters)
+            require(
+                length <= MAX_LENGTH,
+                f"tools: their parameters have more than {MAX_LENGTH} characters; offer fewer",
+            )
 
         if self.tool_choice == "required" or isinstance(self.tool_choice, NamedFunction):
             require(names, "tool_choice: demands a call, and there are no tools; give tools")
