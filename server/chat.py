@@ -72,8 +72,10 @@ class ChatGeneration(Generation):
             # would take a separate event with the role for that token.
             delta["role"] = "assistant"
         content = join_text(pieces)
-        if content or not calls:
+        if content or self.parsers[index] is None:
             delta["content"] = content
+        elif is_first:
+            delta["content"] = None  # there may be calls only
         if calls:
             delta["tool_calls"] = calls
         return {"delta": delta}
