@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from minidcp.config import require, shorten
 
 from .protocol import MAX_MESSAGES, SAMPLING_FIELDS, ChatRequest, Sampling, at_most
+from .structured_outputs import StructuredOutputFields
 from .tools import MAX_TOOLS
 
 # What would need a memory, or something else that is not here, and the values that ask for nothing.
@@ -56,8 +57,8 @@ class TextConfig(BaseModel):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Sampling):  # type: ignore[misc, valid-type]
-    """Body of POST /v1/responses."""
+class ResponsesRequest(Sampling, StructuredOutputFields):  # type: ignore[misc, valid-type]
+    """Body of POST /v1/responses. Chats' fields for sampling and structured outputs work too."""
 
     input: Annotated[str | Items, at_most(MAX_MESSAGES)]
     instructions: str | None = None
@@ -89,14 +90,15 @@ class ResponsesRequest(Sampling):  # type: ignore[misc, valid-type]
 
     def to_chat(self) -> ChatRequest:
         """Raises ValueError, naming the field of this request that is wrong."""
-        fields = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        same = (*SAMPLING_FIELDS, *StructuredOutputFields.model_fields)
+        fields = {name: getattr(self, name) for name in same}
         fields |= {
             "model": self.model,
             "messages": self.list_messages(),
             "tools": [convert_tool(tool) for tool in self.tools or []] or None,
             "tool_choice": convert_tool_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self.convert_format(),
+            "response_format": self.convert_format() or self.response_format,
             "max_completion_tokens": self.max_output_tokens,
             "stream": self.stream,
             "logprobs": self.wants_logprobs or None,
@@ -109,10 +111,11 @@ class ResponsesRequest(Sampling):  # type: ignore[misc, valid-type]
 
     def convert_format(self) -> dict[str, Any] | None:
         form = self.text.format if self.text is not None else None
-        if form is None:
+        if form is None or form.type == "text":
             return None
         if form.type != "json_schema":
             return {"type": form.type}
+        require(self.response_format is None, "text: has a format, and so has response_format")
         require(form.schema_ is not None, "text: the format json_schema has no schema; give one")
         return {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_}}
 
