@@ -119,14 +119,19 @@ class ToolFields(BaseModel):
             )
 
         if self.tool_choice == "required" or isinstance(self.tool_choice, NamedFunction):
-            require(names, "tool_choice: demands a call, and there are no tools; give tools")
+            require(names, f"{self.name_choice()}: demands a call, and there are no tools")
         if isinstance(self.tool_choice, NamedFunction):
             name = self.tool_choice.function.name
             require(
                 name in names,
-                f"tool_choice: the function {shorten(name)} is none of the tools; "
-                f"they are {shorten(sorted(names))}",
+                f"{self.name_choice()}: is none of the tools; they are {shorten(sorted(names))}",
             )
+
+    def name_choice(self) -> str:
+        """The choice as error messages name it."""
+        choice = self.tool_choice
+        value = choice.function.name if isinstance(choice, NamedFunction) else choice
+        return f"tool_choice {shorten(value)}"
 
     def list_callable(self) -> list[FunctionDefinition]:
         """The functions of which one must be called; empty if none must."""
@@ -174,8 +179,9 @@ def choose_tool_use(
     if not traits.lists_tools and not traits.takes_system:
         require(
             not functions,
-            "tool_choice: demands a call, but the model's chat template leaves out tools and "
-            "system prompts, so the model cannot know them; use a --chat-template that lists them",
+            f"{fields.name_choice()}: demands a call, but the model's chat template leaves out tools "
+            "and system prompts, so the model cannot know them; use a --chat-template that lists "
+            "them",
         )
         return ToolUse()
     if notation is None and functions:

@@ -311,7 +311,7 @@ def test_tools_reach_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}" + (
         "{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"^tool_choice: .* --chat-template"):
+    with pytest.raises(ValueError, match="^tool_choice 'required': .* --chat-template"):
         choose_tool_use(forced, TraitsFinder("auto").find(tokenizer), tokenizer)
 
 
@@ -339,6 +339,12 @@ def test_markers_survive_and_other_special_tokens_do_not(special: bool) -> None:
     assert sorted(markers.special_tokens) == (sorted(ids) if special else [])
     spelled = [tokenizer.decode([part]) if isinstance(part, int) else part for part in parts]
     assert "".join(spelled) == text
+
+    tokenizer.chat_template, _ = TEMPLATES["v3"]
+    none = ToolFields(tools=[TOOL], tool_choice="none")
+    use = choose_tool_use(none, TraitsFinder("auto").find(tokenizer), tokenizer)
+    assert use.banned_token == ids[0] and use.notation is None
+    assert SamplingParams().with_tools(None, (), ids[0]).logit_bias == {ids[0]: -100}
 
     params = SamplingParams().with_tools(None, markers.special_tokens, None)
     detokenizer = Detokenizer(tokenizer, params)

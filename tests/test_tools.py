@@ -232,7 +232,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "tool_choice",
         dict(tools=[ADD], tool_choice={"type": "function", "function": {"name": "subtract"}}),
-        "'subtract' is none of the tools; they are ['add']",
+        "'subtract': is none of the tools; they are ['add']",
     ),
     ("tool_choice", dict(tools=[ADD], tool_choice="any"), ""),
     ("tool_choice", dict(tools=[ADD], tool_choice={"type": "allowed_tools"}), ""),
