@@ -30,9 +30,9 @@ from minidcp.resolve import ResolvedConfig, resolve
 
 logger = logging.getLogger("minidcp")
 
-# How long planning waits for masks. The step in flight goes on meanwhile, so this costs nothing as
-# long as it is shorter than a step. Requests whose mask comes later wait for the next step.
-MASK_SECONDS = 0.002
+# How long planning waits for masks at most, and at most for half the time of a step: the step in
+# flight goes on meanwhile. Requests whose mask comes later wait for the next step.
+MASK_SECONDS = 0.005
 
 
 @dataclass
@@ -103,6 +103,7 @@ class LLMEngine:
         self.requests: dict[str, tuple[Request, Detokenizer]] = {}
         self.in_flight: deque[ScheduledStep] = deque()
         self.stats = EngineStats()
+        self.last_step_seconds = 0.0
 
     # Starting.
 
@@ -165,8 +166,7 @@ class LLMEngine:
         """Queue a prompt. Requests of one group are admitted in order; groups take turns.
 
         Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer, or if
-        its grammar is wrong. To compile a grammar takes time: let another thread call
-        `grammars.compile` before, and hold the result until this returns.
+        its grammar is wrong. Let another thread compile that before, and hold it until then.
         """
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
@@ -293,14 +293,14 @@ class LLMEngine:
     def take_masks(self) -> list[OutputDelta]:
         """Hand out the masks that are ready; ends requests whose grammar ends or has failed."""
         deltas = []
-        for outcome in self.grammars.collect(MASK_SECONDS):
+        for outcome in self.grammars.collect(min(MASK_SECONDS, self.last_step_seconds / 2)):
             outcome.request.mask = outcome.mask
             if outcome.mask is None:
                 deltas.append(self.end_grammar(outcome))
         return deltas
 
     def end_grammar(self, outcome: Outcome) -> OutputDelta:
-        """Finish a request, no token of which may follow. The delta has no token."""
+        """Finish a request that no token may follow. The delta has no token."""
         request = outcome.request
         _, detokenizer = self.requests[request.request_id]
         reason = FinishReason.STOP if outcome.error is None else FinishReason.ERROR
@@ -332,6 +332,7 @@ class LLMEngine:
             self.listener.on_finished(step, result)
         self.stats.steps += 1
         self.stats.step_seconds += result.seconds
+        self.last_step_seconds = result.seconds
         self.stats.received_bytes = result.received_bytes
         self.stats.prompt_tokens += len(step.plan.tokens)
         self.stats.generated_tokens += len(deltas)
