@@ -190,9 +190,12 @@ def join_content(content: Any) -> str:
 
 
 def read_parts(parts: Iterable[Any]) -> Iterable[str]:
+    """The text of each part. Raises ValueError if one has none."""
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else part
-        text = part.get(TEXT_TYPES[kind]) if kind in TEXT_TYPES else None
+        text = None
+        if isinstance(part, dict) and isinstance(kind, str):
+            text = part.get(TEXT_TYPES.get(kind, ""))
         if not isinstance(text, str):
             raise ValueError(
                 f"input: a content part of type {shorten(kind)} is not supported; only input_text "

@@ -12,13 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from minidcp.config import require, shorten
 from minidcp.engine.grammar import WHITESPACE
 from minidcp.engine.schema_faults import find_uncountable
-from minidcp.structured_outputs import Part, StructuredOutputsParams, write_part
+from minidcp.structured_outputs import MAX_LENGTH, Part, StructuredOutputsParams, write_part
 
 from .template_tools import TemplateTraits
 from .tool_calls import JSON_LINES, NAME, Notation, ToolCallParser
 
 MAX_TOOLS = 1024
-MAX_LENGTH = 1 << 20  # of all their parameters, in characters: templates write them as JSON
+MAX_PARAMETERS = 1 << 20  # of all their parameters, in characters: templates write them as JSON
+# Keywords by which an object can have other properties than those in "properties".
+OPENING_KEYWORDS = {
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames",
+    "minProperties", "$ref", "allOf", "anyOf", "oneOf", "if",
+}  # fmt: skip
 MAX_FORCED_CALLS = 16  # in one answer, where the grammar demands calls
 
 DESCRIPTION = """\
@@ -37,7 +42,7 @@ def measure(value: Any) -> int:
     """About how many characters a value has as JSON. Other threads can run meanwhile."""
     length = 0
     rest = [value]
-    while rest and length <= MAX_LENGTH:
+    while rest and length <= MAX_PARAMETERS:
         item = rest.pop()
         if isinstance(item, dict):
             rest += item.values()
@@ -114,8 +119,8 @@ class ToolFields(BaseModel):
         for tool in self.tools or []:
             length += measure(tool.function.parameters)
             require(
-                length <= MAX_LENGTH,
-                f"tools: their parameters have more than {MAX_LENGTH} characters; offer fewer",
+                length <= MAX_PARAMETERS,
+                f"tools: their parameters have more than {MAX_PARAMETERS} characters; offer fewer",
             )
 
         if self.tool_choice == "required" or isinstance(self.tool_choice, NamedFunction):
@@ -179,9 +184,9 @@ def choose_tool_use(
     if not traits.lists_tools and not traits.takes_system:
         require(
             not functions,
-            f"{fields.name_choice()}: demands a call, but the model's chat template leaves out tools "
-            "and system prompts, so the model cannot know them; use a --chat-template that lists "
-            "them",
+            f"{fields.name_choice()}: demands a call, but the model's chat template leaves out "
+            "tools and system prompts, so the model cannot know them; use a --chat-template that "
+            "lists them",
         )
         return ToolUse()
     if notation is None and functions:
@@ -269,7 +274,7 @@ def demand_calls(
     max_calls: int | None,
 ) -> StructuredOutputsParams:
     """A grammar of calls and nothing else."""
-    rules = write_call_rules(functions, notation, markers, max_calls)
+    rules = write_call_rules(functions, notation, markers, max_calls, enforces=True)
     return StructuredOutputsParams(grammar="\n".join(["start: calls", *rules]), field="tools")
 
 
@@ -280,8 +285,8 @@ def allow_calls(
     max_calls: int | None,
     answer: StructuredOutputsParams,
 ) -> StructuredOutputsParams | None:
-    """A grammar of an answer in JSON or calls. None if the answer's schema cannot be a part of it,
-    which is then refused, or obeyed, by itself."""
+    """A grammar of an answer in JSON or calls. None if there cannot be one: then the schema of the
+    answer is refused, or obeyed, by itself."""
     try:
         schema = json.loads(answer.content[1])
     except (ValueError, RecursionError):
@@ -296,11 +301,12 @@ def allow_calls(
     }
     if answer.disable_any_whitespace:
         del options["whitespace_pattern"]
-    rules = write_call_rules(functions, notation, markers, max_calls)
+    rules = write_call_rules(functions, notation, markers, max_calls, enforces=False)
     rules.append("answer: " + write_part(schema | {"x-guidance": options}))
-    return StructuredOutputsParams(
-        grammar="\n".join(["start: calls | answer", *rules]), field=answer.field
-    )
+    grammar = "\n".join(["start: calls | answer", *rules])
+    if len(grammar) > MAX_LENGTH:
+        return None
+    return StructuredOutputsParams(grammar=grammar, field=answer.field)
 
 
 def write_call_rules(
@@ -308,8 +314,10 @@ def write_call_rules(
     notation: Notation,
     markers: Markers,
     max_calls: int | None,
+    enforces: bool,
 ) -> list[str]:
-    """Rules in Lark's notation, the first of which is called `calls`."""
+    """Rules in Lark's notation, the first of which is called `calls`. `enforces`: schemas of strict
+    functions must be enforced whole."""
 
     def write(text: str) -> str:
         return " ".join(write_part(part) for part in markers.split(text))
@@ -323,16 +331,20 @@ def write_call_rules(
     ]
     for index, function in enumerate(functions):
         start = write(f"{notation.head}{function.name}{notation.separator}")
-        arguments = write_part(make_arguments_schema(function))
+        is_strict = enforces and function.strict is True
+        arguments = write_part(make_arguments_schema(function, is_strict))
         rules.append(f"call_{index}: {start} {arguments} {write(notation.tail)}")
     return rules
 
 
-def make_arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
+def make_arguments_schema(function: FunctionDefinition, is_strict: bool) -> dict[str, Any]:
     """The schema of a function's arguments, with llguidance's options. What llguidance cannot
     enforce is left to the model, unless the function is strict."""
     schema = {"type": "object", **(function.parameters or {})}
-    if function.strict:
+    if not OPENING_KEYWORDS & schema.keys():
+        # Parameters that do not exist help nobody, and small models add them without end.
+        schema["additionalProperties"] = False
+    if is_strict:
         uncountable = find_uncountable(schema)
         require(
             uncountable is None,
@@ -344,7 +356,7 @@ def make_arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
         "whitespace_flexible": False,
         "item_separator": ", ",
         "key_separator": ": ",
-        "lenient": not function.strict,
-        "coerce_one_of": not function.strict,
+        "lenient": not is_strict,
+        "coerce_one_of": not is_strict,
     }
     return schema

@@ -311,7 +311,7 @@ def test_tools_reach_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}" + (
         "{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="^tool_choice 'required': .* --chat-template"):
+    with pytest.raises(ValueError, match=r"^tool_choice 'required': .* --chat-template"):
         choose_tool_use(forced, TraitsFinder("auto").find(tokenizer), tokenizer)
 
 

@@ -275,7 +275,7 @@ def test_schemas_that_cannot_be_enforced_whole(api: Api) -> None:
     for parameters in ({}, None, {"properties": {}}):
         tool = make_tool(parameters=parameters)
         choice = chat(api, tools=[tool], tool_choice="required", **ONE, max_tokens=140, seed=5)
-        assert choice.message.tool_calls[0].function.arguments.startswith("{")
+        assert choice.message.tool_calls[0].function.arguments == "{}"
 
 
 V2 = (
