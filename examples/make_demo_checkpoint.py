@@ -72,9 +72,17 @@ CONFIG: dict[str, Any] = {
 }
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
+    "{{ bos_token }}"
+    "{% if tools %}{{ 'Functions: ' + (tools | tojson) + '\n\n' }}{% endif %}"
+    "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + (message['content'] or '') }}"
+    # Calls as DeepSeek-V3.1 writes them.
+    "{% if message['tool_calls'] %}{{ '<｜tool▁calls▁begin｜>' }}"
+    "{% for call in message['tool_calls'] %}{{ '<｜tool▁call▁begin｜>' + call['function']['name'] "
+    "+ '<｜tool▁sep｜>' + call['function']['arguments'] + '<｜tool▁call▁end｜>' }}{% endfor %}"
+    "{{ '<｜tool▁calls▁end｜>' }}{% endif %}{{ eos_token }}"
+    "{% elif message['role'] == 'tool' %}{{ 'Function: ' + message['content'] + '\n\n' }}"
     "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )

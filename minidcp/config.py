@@ -280,6 +280,14 @@ class ServeConfig(Options):
     api_key: str | None = option(
         None, "key that clients must send as bearer token; default: $MINIDCP_API_KEY"
     )
+    tool_call_parser: str = choice(
+        "how the model writes calls of functions; auto: as its chat template does; none: calls are "
+        "left in the text, unless tool_choice demands them",
+        "auto",
+        "deepseek_v3",
+        "deepseek_v31",
+        "none",
+    )
     max_num_queued_requests: int = option(
         4096, "requests that may wait; beyond that clients get 503", least=0
     )

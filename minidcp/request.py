@@ -69,6 +69,8 @@ class SamplingParams:
     # the same for every prompt token but the first
     prompt_logprobs: int | None = number(None, 0, math.inf, "at least 0")
     skip_special_tokens: bool = True
+    # Special tokens that are not skipped: markers that a parser of the text looks for.
+    shown_special_tokens: tuple[int, ...] = ()
 
     # What the text must be like. It goes before everything else here that bans or ends: a stop
     # token is allowed before min_tokens, and the text ends before them, where nothing else fits.
@@ -122,6 +124,20 @@ class SamplingParams:
         with n choices need n copies."""
         copied = copy.copy(self)
         object.__setattr__(copied, "seed", seed)
+        return copied
+
+    def with_tools(
+        self,
+        structured_outputs: StructuredOutputsParams | None,
+        shown_special_tokens: tuple[int, ...],
+        banned_token: int | None,
+    ) -> Self:
+        """A copy for a model that may, must or must not call functions."""
+        copied = copy.copy(self)
+        object.__setattr__(copied, "structured_outputs", structured_outputs)
+        object.__setattr__(copied, "shown_special_tokens", shown_special_tokens)
+        if banned_token is not None:
+            object.__setattr__(copied, "logit_bias", {banned_token: -100.0, **self.logit_bias})
         return copied
 
     def without_grammar(self) -> Self:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response as OpenAIResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -22,11 +23,14 @@ from minidcp.request import SamplingParams
 
 from . import protocol
 from .async_engine import AsyncEngine
+from .chat import ChatGeneration
 from .errors import ErrorResponse, add_error_handlers
-from .generation import ChatGeneration, CompletionGeneration
+from .generation import CompletionGeneration
 from .json_body import BodyParser
 from .logprobs import LogprobsFormatter
 from .middleware import Gate
+from .responses_answer import ResponsesGeneration
+from .responses_api import ResponsesRequest
 from .side_work import SideWorker
 from .tokenization import TokenizerService
 
@@ -107,6 +111,11 @@ def add_generation_routes(
     async def complete_chat(body: protocol.ChatRequest, request: Request) -> Response:
         check_model(body.model, engine)
         return await ChatGeneration(*shared, body).answer(request)
+
+    @app.post("/v1/responses", responses=describe_answer(OpenAIResponse))
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        check_model(body.model, engine)
+        return await ResponsesGeneration(*shared, body).answer(request)
 
 
 def add_model_routes(app: FastAPI, engine: AsyncEngine) -> None:

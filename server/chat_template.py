@@ -2,8 +2,10 @@
 roles that it does not know, without a word: here such a message is an error, and a developer's
 message is a system message. `tokenization.py` makes token ids of the text."""
 
+import logging
 import re
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,44 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .template_tools import TemplateTraits, add_to_system_prompt, find_traits, separate_calls
+from .tool_calls import NOTATIONS
+
+logger = logging.getLogger("minidcp")
+
 Message = dict[str, Any]  # as templates take it: role, content, and what else the client sent
+Tools = list[dict[str, Any]] | None  # as clients send them
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    tools: Tools = None,
+    description: str | None = None,
 ) -> str:
     """The text of a conversation. Raises ValueError if the template refuses the messages, or if
-    nothing of a message reaches the text."""
-    template = ChatTemplate(tokenizer, add_generation_prompt)
+    nothing of a message reaches the text.
+
+    tools: functions that the model may call, for the template.
+    description: the same as text, for the system prompt.
+    """
+    template = ChatTemplate(tokenizer, add_generation_prompt, tools)
     known = messages
     if not template.knows_developer(messages):
         known = rename_developer(messages, "system")
+    known, origins = separate_calls(known, template.render)
 
-    text = template.render(known)
+    if description is None:
+        text = template.render(known)
+    else:
+        text = template.render(add_to_system_prompt(known, description))
     lost = template.find_lost(known)
     if lost is not None:
-        role = messages[lost]["role"]
+        index = origins[lost]
+        role = messages[index]["role"]
         raise ValueError(
-            f"messages: nothing of message {lost} (role {role!r}) reaches the prompt, because the "
+            f"messages: nothing of message {index} (role {role!r}) reaches the prompt, because the "
             "model's chat template leaves it out; leave it out too, or move its text to a message "
             "with another role"
         )
@@ -39,19 +60,28 @@ def render_chat(
 class ChatTemplate:
     """The template, and what can be found out about it by rendering."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        add_generation_prompt: bool,
+        tools: Tools = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.add_generation_prompt = add_generation_prompt
+        self.tools = tools
 
-    def render(self, messages: list[Message]) -> str:
-        """Raises ValueError if the template refuses the messages."""
+    def render(self, messages: list[Message], tools: Tools = None) -> str:
+        """Raises ValueError if the template refuses the messages. `tools` replace the template's
+        own."""
         special_tokens: dict[str, Any] = self.tokenizer.special_tokens_map
+        listed: Any = tools or self.tools
         try:
             # Not `apply_chat_template`: that of transformers 5 drops a content of None, by which
             # DeepSeek-V3's template knows that an answer only calls functions.
             rendered: Any = render_jinja_template(
                 [[drop_nulls(message) for message in messages]],
-                chat_template=self.tokenizer.get_chat_template(),
+                tools=listed,
+                chat_template=self.tokenizer.get_chat_template(tools=listed),
                 add_generation_prompt=self.add_generation_prompt,
                 **special_tokens,
             )
@@ -101,6 +131,40 @@ class ChatTemplate:
             if lost is None:
                 return None
         return lost
+
+
+class TraitsFinder:
+    """Keeps what is known about the templates that it has met: all but tests have one."""
+
+    def __init__(self, tool_call_parser: str) -> None:
+        self.tool_call_parser = tool_call_parser  # the option of that name
+        self.known: dict[str, TemplateTraits] = {}
+        self.has_explained = False
+
+    def find(self, tokenizer: PreTrainedTokenizerBase) -> TemplateTraits:
+        key = str(tokenizer.chat_template)
+        if key not in self.known:
+            template = ChatTemplate(tokenizer, add_generation_prompt=False)
+            self.known[key] = self.override(find_traits(template.render))
+        return self.known[key]
+
+    def override(self, traits: TemplateTraits) -> TemplateTraits:
+        if self.tool_call_parser == "auto":
+            return traits
+        return replace(traits, notation=NOTATIONS.get(self.tool_call_parser))
+
+    def explain_once(self, traits: TemplateTraits) -> None:
+        """Say in the log why a request's tools will not be called."""
+        if traits.notation is not None or self.has_explained:
+            return
+        self.has_explained = True
+        listed = "lists them" if traits.lists_tools else "leaves them out of the prompt"
+        logger.warning(
+            "a request has tools. The model's chat template %s, and it is not known how the model "
+            "writes calls, so it answers with text. Calls are made where tool_choice demands one, "
+            "and with a --tool-call-parser. This is logged once",
+            listed,
+        )
 
 
 def drop_nulls(message: Message) -> Message:

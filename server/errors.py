@@ -17,6 +17,7 @@ from minidcp.engine.executor import EngineDeadError
 
 from .async_engine import UnavailableError
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .responses_api import REFUSED_FIELDS, ResponsesRequest
 from .unsupported import UNSUPPORTED_FIELDS
 
 # What an error message may begin with, and an error's `param` may name.
@@ -26,6 +27,8 @@ FIELDS = {
     *ChatRequest.model_fields,
     *TokenizeRequest.model_fields,
     *DetokenizeRequest.model_fields,
+    *ResponsesRequest.model_fields,
+    *REFUSED_FIELDS,
 }
 MAX_MESSAGE = 2000  # characters; whatever a message quotes
 ERROR_TYPES = {

@@ -1,6 +1,6 @@
-"""POST /v1/completions and /v1/chat/completions: n samples of every prompt, answered whole or as a
-stream of events. `protocol.py` has the requests, `async_engine.py` generates, `logprobs.py` formats
-log-probabilities, `responses.py` sends answers."""
+"""POST /v1/completions, and what chats share with it: n samples of every prompt, answered whole or
+as a stream of events. `chat.py` has chats, `protocol.py` the requests; `async_engine.py` generates,
+`logprobs.py` formats log-probabilities, `responses.py` sends answers."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ from .async_engine import AsyncEngine, GrammarError, IndexedDelta, UnavailableEr
 from .errors import ErrorResponse
 from .json_pieces import JsonList, join_pieces, write_json
 from .logprobs import Columns, LogprobsFormatter, Position
-from .protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from .protocol import CompletionRequest, GenerationRequest, StreamOptions
 from .responses import (
     cancel_on_disconnect,
     format_event,
@@ -153,7 +153,6 @@ class Generation(ABC):
             choice = self.choices[index]
             text, positions = self.read_delta(index, delta)
             choice.texts.append(text)
-            choice.finish_reason = delta.finish_reason
             if self.num_logprobs is not None:
                 yield from self.encode_logprobs(choice.logprobs, positions)
 
@@ -163,9 +162,9 @@ class Generation(ABC):
         logprobs = None if self.num_logprobs is None else choice.logprobs
         return {
             "index": index,
-            **self.describe_text(text),
+            **self.describe_text(index, text),
             "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self.describe_finish(index),
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -206,9 +205,9 @@ class Generation(ABC):
 
             choice = {
                 "index": index,
-                **self.describe_new_text(text, is_first),
+                **self.describe_new_text(index, text, is_first),
                 "logprobs": logprobs,
-                "finish_reason": delta.finish_reason,
+                "finish_reason": self.describe_finish(index),
             }
             event = {**header, "choices": [choice]}
             if has_usage:
@@ -224,6 +223,7 @@ class Generation(ABC):
         choice.has_begun = True
         text_start = choice.text_end
         choice.add_text(delta.text, delta.num_held_back)
+        choice.finish_reason = delta.finish_reason
         self.count_tokens(index, delta)
 
         entry = delta.logprobs
@@ -266,12 +266,16 @@ class Generation(ABC):
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
+    def describe_finish(self, index: int) -> str | None:
+        """Why a choice has ended; None if it goes on."""
+        return self.choices[index].finish_reason
+
     @abstractmethod
-    def describe_text(self, text: str) -> dict[str, Any]:
+    def describe_text(self, index: int, text: str) -> dict[str, Any]:
         """The members of a choice of a whole answer that have its text."""
 
     @abstractmethod
-    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
+    def describe_new_text(self, index: int, text: str, is_first: bool) -> dict[str, Any]:
         """The members of an event's choice that have the text that is new."""
 
     @abstractmethod
@@ -325,40 +329,14 @@ class CompletionGeneration(Generation):
         entries = delta.prompt_logprobs or []
         return map(Position, tokens, offsets, entries)
 
-    def describe_text(self, text: str) -> dict[str, Any]:
+    def describe_text(self, index: int, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
+    def describe_new_text(self, index: int, text: str, is_first: bool) -> dict[str, Any]:
         return {"text": text}
 
     def format_logprobs(self, positions: Iterable[Position]) -> Columns:
         return self.formatter.format_completion(positions)
-
-
-class ChatGeneration(Generation):
-    ID_PREFIX = "chatcmpl"
-    ANSWER_OBJECT = "chat.completion"
-    EVENT_OBJECT = "chat.completion.chunk"
-
-    body: ChatRequest
-
-    async def prepare(self) -> None:
-        self.check_room(1)
-        self.prompts = [await self.tokenizer_service.encode_messages(self.body)]
-        await self.validate_prompts()
-
-    def describe_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def describe_new_text(self, text: str, is_first: bool) -> dict[str, Any]:
-        if not is_first:
-            return {"delta": {"content": text}}
-        # The role comes with the first token. Clients that measure the time to the first token
-        # would take a separate event with the role for that token.
-        return {"delta": {"role": "assistant", "content": text}}
-
-    def format_logprobs(self, positions: Iterable[Position]) -> Columns:
-        return self.formatter.format_chat(positions)
 
 
 async def drop_tokens(

@@ -26,6 +26,7 @@ from minidcp.request import MAX_SEED, SamplingParams
 
 from .json_body import IntList, is_long
 from .structured_outputs import StructuredOutputFields
+from .tools import ToolFields
 from .unsupported import is_refused
 
 # Every token is looked up in these, for as long as a request runs. docs/operations.md says so too.
@@ -124,7 +125,13 @@ class StreamOptions(BaseModel):
 
 
 # Most fields of SamplingParams are fields of a request as they are; these have another form there.
-RESHAPED_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"}
+RESHAPED_FIELDS = {
+    "max_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "structured_outputs",
+    "shown_special_tokens",
+}
 SAMPLING_TYPES = {
     name: field_type
     for name, field_type in get_type_hints(SamplingParams).items()
@@ -281,7 +288,7 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, ToolFields):
     """Body of POST /v1/chat/completions."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
@@ -300,7 +307,7 @@ class ChatRequest(GenerationRequest):
         return {"logprobs": None}
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Body, ToolFields):
     """Body of POST /tokenize: a prompt, or messages for the chat template."""
 
     prompt: str | None = None

@@ -6,11 +6,14 @@ import asyncio
 from transformers import PreTrainedTokenizerBase
 
 from minidcp.config import require
+from minidcp.structured_outputs import StructuredOutputsParams
 
 from .async_engine import AsyncEngine
-from .chat_template import render_chat
+from .chat_template import TraitsFinder, render_chat
 from .protocol import ChatRequest, TokenizeRequest, TokenizeResponse
 from .spelling import spell_bytes, spell_token
+from .template_tools import prepare_calls
+from .tools import ToolUse, choose_tool_use
 
 
 class TokenizerService:
@@ -18,6 +21,7 @@ class TokenizerService:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self.traits = TraitsFinder(engine.config.tool_call_parser)
 
     def require_tokenizer(self, field: str) -> PreTrainedTokenizerBase:
         tokenizer = self.engine.tokenizer
@@ -37,9 +41,14 @@ class TokenizerService:
         add_special_tokens = add_special_tokens is not False
         return await asyncio.to_thread(self.engine.tokenize, prompt, add_special_tokens)
 
-    async def encode_messages(self, body: ChatRequest | TokenizeRequest) -> list[int]:
-        """A conversation's token ids. Special tokens (BOS) are added only where
-        `add_special_tokens` is True and the template has not written them."""
+    async def encode_messages(
+        self,
+        body: ChatRequest | TokenizeRequest,
+        answer: StructuredOutputsParams | None = None,
+    ) -> tuple[list[int], ToolUse]:
+        """A conversation's token ids, and what its tools mean. Special tokens (BOS) are added only
+        where `add_special_tokens` is True and the template has not written them. `answer` is what
+        the text of the answer must be like."""
         tokenizer = self.require_tokenizer("messages")
         require(
             tokenizer.chat_template,
@@ -49,9 +58,19 @@ class TokenizerService:
         add_generation_prompt = body.add_generation_prompt is not False
         add_special_tokens = body.add_special_tokens is True
 
-        def encode() -> list[int]:
-            text = render_chat(tokenizer, messages, add_generation_prompt)
-            return self.engine.tokenize(text, add_special_tokens, "messages")
+        def encode() -> tuple[list[int], ToolUse]:
+            traits = self.traits.find(tokenizer)
+            use = choose_tool_use(body, traits, tokenizer, answer)
+            if body.tools and use.notation is None and body.tool_choice != "none":
+                self.traits.explain_once(traits)
+            text = render_chat(
+                tokenizer,
+                prepare_calls(messages, traits),
+                add_generation_prompt,
+                use.tools,
+                use.description,
+            )
+            return self.engine.tokenize(text, add_special_tokens, "messages"), use
 
         return await asyncio.to_thread(encode)
 
@@ -72,7 +91,7 @@ class TokenizerService:
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         tokenizer = self.require_tokenizer("messages" if body.messages else "prompt")
         if body.messages:
-            tokens = await self.encode_messages(body)
+            tokens, _ = await self.encode_messages(body)
         else:
             tokens = await self.encode_prompt(body.prompt or "", body.add_special_tokens)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 UNSUPPORTED_FIELDS = {
     "suffix",
+    # Completions refuse these two; chats obey them.
     "tools",
     "tool_choice",
     "functions",

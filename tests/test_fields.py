@@ -42,7 +42,6 @@ SGLANG = SGLANG_FIELDS.split()
 
 IGNORED = {
     "metadata": "a note for whoever stores answers",
-    "parallel_tool_calls": "only with tools",
     "prediction": "makes answers faster, not different",
     "prompt_cache_key": "a hint about the cache",
     "prompt_cache_options": "a hint about the cache",

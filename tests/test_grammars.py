@@ -342,6 +342,32 @@ def test_compiled_grammars_are_kept(grammars: Grammars) -> None:
     assert grammars.compile(StructuredOutputsParams(json=PERSON)) is first  # we still hold it
 
 
+def test_grammars_of_parts(grammars: Grammars) -> None:
+    """Texts, tokens by their ids, and JSON: as calls of tools need them."""
+    begin = 0  # a special token
+    cities = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    wanted = StructuredOutputsParams.from_parts(
+        [begin, "f\n", cities | {"additionalProperties": False}, '"\\>'],
+        ["g(", {"type": "integer"}, ")"],
+        max_repeats=2,
+    )
+    compiled = grammars.compile(wanted)
+    tokenizer = grammars.get_tokenizer()
+    call_f = [begin, *tokenizer.tokenize_str('f\n{"city": "Rome"}"\\>')]
+    call_g = tokenizer.tokenize_str("g(12)")
+    for tokens, fits in (
+        (call_f, True),
+        (call_g, True),
+        (call_f + call_g, True),
+        (call_g * 3, False),
+        (call_f[1:], False),
+        ([], False),
+    ):
+        matcher = compiled.matcher.deep_copy()
+        is_taken = matcher.try_consume_tokens(tokens) == len(tokens)
+        assert (is_taken and matcher.is_accepting()) == fits, tokens
+
+
 TEXTS = [
     dict(json=PERSON),
     dict(json={"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 3}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from minidcp.request import SamplingParams
@@ -29,6 +30,11 @@ class Detokenizer:
         self.tokenizer = tokenizer
         self.params = params
         self.num_tokens = 0
+        self.skip_special_tokens = params.skip_special_tokens
+        self.skipped: frozenset[int] = frozenset()  # special tokens, if only some are skipped
+        if tokenizer is not None and self.skip_special_tokens and params.shown_special_tokens:
+            self.skip_special_tokens = False
+            self.skipped = find_special_tokens(tokenizer).difference(params.shown_special_tokens)
         self.stopped = False  # whether a stop string has ended the completion
 
         # The last tokens that have a text. Of their text, the first `num_read` characters are out
@@ -46,7 +52,7 @@ class Detokenizer:
     def append(self, token: int) -> str:
         """Add a token. Returns the text that is now certain, up to a stop string if there is."""
         self.num_tokens += 1
-        if self.tokenizer is None or self.stopped:
+        if self.tokenizer is None or self.stopped or token in self.skipped:
             return ""
         self.window.append(token)
         self.num_pending += 1
@@ -121,10 +127,17 @@ class Detokenizer:
         assert self.tokenizer is not None
         text = self.tokenizer.decode(
             ids,
-            skip_special_tokens=self.params.skip_special_tokens,
+            skip_special_tokens=self.skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )
         return str(text)
+
+
+@lru_cache(maxsize=1)
+def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that `skip_special_tokens` skips."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(token for token, description in added.items() if description.special)
 
 
 def count_settled(text: str) -> int:
