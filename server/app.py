@@ -64,7 +64,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         responses=ERROR_RESPONSES,
-        root_path=engine.config.root_path,
         redirect_slashes=False,  # the gate takes a slash at the end away
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,

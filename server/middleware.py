@@ -39,6 +39,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
 
+        scope["root_path"] = self.config.root_path
         start = time.monotonic()
         path = find_path(scope)
         headers = Headers(scope=scope)
