@@ -52,7 +52,7 @@ WIDTHS = {"wide": (LATENT_DIM + ROPE_DIM, LATENT_DIM), "narrow": (NOPE_DIM + ROP
 LAYERS = 16  # in a graph
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 
-# Bytes per token and layer of other engines with tp=dcp=8, from minidcp's design notes.
+# Bytes per token and layer of other engines with tp=dcp=8, computed from what they send.
 OTHER_ENGINES = {"SGLang 0.5.23 ag_rs": 361_984, "vLLM 0.33 and SGLang a2a": 244_160}
 
 Times = dict[tuple[str, int, str], float]  # seconds per layer, by policy, batch and exchange

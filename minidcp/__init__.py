@@ -1,4 +1,4 @@
-"""minidcp: DeepSeek-V2 decoding with tensor and decode context parallelism.
+"""minidcp: DeepSeek-V2, V3 and relatives with tensor and decode context parallelism.
 Start reading with `config.py`; `docs/architecture.md` has the whole order."""
 
 from minidcp.config import EngineConfig

@@ -226,8 +226,8 @@ class EngineConfig(Options):
     generation_config: str = option(
         "auto",
         "where sampling defaults (temperature, top_p, top_k, min_p, repetition_penalty) come from; "
-        "auto: the checkpoint's generation_config.json; vllm or none: there are none; else a "
-        "directory with a generation_config.json",
+        "auto: the checkpoint's generation_config.json; vllm or none: there are none; else "
+        "such a file, or a directory with one",
     )
 
     load_format: str = choice(

@@ -320,7 +320,8 @@ def test_clients_that_leave(local: Local) -> None:
 
 
 def test_openai_agents(api: Api) -> None:
-    agents = pytest.importorskip("agents")
+    import agents
+
     agents.set_tracing_disabled(True)
     asked = []
 
@@ -366,7 +367,8 @@ def test_openai_agents(api: Api) -> None:
 
 
 def test_langchain_and_pydantic_ai(api: Api) -> None:
-    langchain = pytest.importorskip("langchain_openai")
+    import langchain_openai as langchain
+
     model = langchain.ChatOpenAI(
         base_url=f"{api.url}/v1", api_key="x", model=api.model, use_responses_api=True,
         max_retries=0, max_tokens=400,
@@ -377,7 +379,7 @@ def test_langchain_and_pydantic_ai(api: Api) -> None:
     chunks = list(model.bind(max_tokens=4).stream("Hi"))
     assert "".join(chunk.text for chunk in chunks)
 
-    pydantic_ai = pytest.importorskip("pydantic_ai")
+    import pydantic_ai
     from pydantic_ai.models.openai import OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 

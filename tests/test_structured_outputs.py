@@ -267,3 +267,19 @@ def test_clients_that_leave(local: Local) -> None:
         for _ in range(4):
             next(lines)
     wait_until(lambda: not local.engine.grammars.places, 5, "a grammar is left")
+
+
+def test_langchain(api: Api) -> None:
+    import langchain_openai as langchain
+
+    model = langchain.ChatOpenAI(
+        model=api.model,
+        base_url=f"{api.url}/v1",
+        api_key="x",
+        max_tokens=300,
+        temperature=1,
+        seed=3,
+        max_retries=0,
+    )
+    structured = model.with_structured_output(Person, method="json_schema", strict=True)
+    assert isinstance(structured.invoke("Who are you?"), Person)

@@ -394,7 +394,8 @@ def test_open_webui_chats_and_shows_a_call(api: Api) -> None:
 
 
 def test_langchain(api: Api) -> None:
-    langchain = pytest.importorskip("langchain_openai")
+    import langchain_openai as langchain
+
     model = langchain.ChatOpenAI(
         base_url=f"{api.url}/v1",
         api_key="x",
@@ -419,7 +420,7 @@ def test_langchain(api: Api) -> None:
 
 def test_pydantic_ai(api: Api) -> None:
     """Its agent demands a call of the tool that ends the run."""
-    pydantic_ai = pytest.importorskip("pydantic_ai")
+    import pydantic_ai
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
