@@ -62,8 +62,7 @@ class LLM(AbstractContextManager["LLM"]):
             sampling_params = self.get_default_sampling_params()
         batch = [read_prompt(prompt) for prompt in split_prompts(prompts)]
         params = list_params(sampling_params, len(batch))
-        # Held until the end: so the engine's thread need not compile them again.
-        grammars = self.compile_grammars(params)
+        grammars = self.compile_grammars(params)  # held until the engine's thread has found them
         call = Call(batch, params)
         try:
             self.engine_thread.submit(call)
@@ -82,9 +81,9 @@ class LLM(AbstractContextManager["LLM"]):
 
     def compile_grammars(self, params: list[SamplingParams]) -> list[CompiledGrammar]:
         """Raises ValueError if one is wrong."""
-        compile_grammar = self.engine.grammars.compile
+        compile_later = self.engine.grammars.compile_later
         wanted = [p.structured_outputs for p in params]
-        return [compile_grammar(grammar) for grammar in wanted if grammar is not None]
+        return [compile_later(grammar).result() for grammar in wanted if grammar is not None]
 
     def close(self) -> None:
         """End the ranks and free what they hold; safe to call twice."""

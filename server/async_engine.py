@@ -23,12 +23,13 @@ from minidcp.engine.executor import EngineDeadError
 from minidcp.engine.grammar import CompiledGrammar
 from minidcp.engine.listener import StepListener
 from minidcp.generation_config import SamplingDefaults
-from minidcp.request import OutputDelta, SamplingParams
+from minidcp.request import FinishReason, OutputDelta, SamplingParams
 
 from .example_prompt import NEUTRAL_PROMPT
 from .metrics import Metrics, describe_load
 
 logger = logging.getLogger("minidcp")
+MAX_COMPILING = 64  # grammars that wait, of all clients; each takes up to a second
 
 IndexedDelta = tuple[int, OutputDelta]  # the index is the request's place in its `generate` call
 Stream = asyncio.Queue[IndexedDelta | Exception]
@@ -71,6 +72,7 @@ class AsyncEngine:
         self.streams: dict[str, tuple[int, Stream]] = {}
         self.request_numbers = itertools.count()
         self.stopping = False
+        self.num_compiling = 0  # grammars
         self.last_progress = time.monotonic()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -118,7 +120,17 @@ class AsyncEngine:
         if params.structured_outputs is None:
             return None
         grammars = self._require_engine().grammars
-        return await asyncio.wrap_future(grammars.compile_later(params.structured_outputs))
+        if self.num_compiling >= MAX_COMPILING:
+            raise UnavailableError(f"{MAX_COMPILING} grammars are waiting to be compiled")
+        self.num_compiling += 1
+        try:
+            return await asyncio.wrap_future(grammars.compile_later(params.structured_outputs))
+        except asyncio.CancelledError:
+            if self.stopping:
+                raise UnavailableError("the server is shutting down") from None
+            raise
+        finally:
+            self.num_compiling -= 1
 
     def check_room(self, num_requests: int) -> None:
         """Raises UnavailableError if these requests must not be queued now, and ValueError if there
@@ -166,7 +178,10 @@ class AsyncEngine:
     # Generation, in the event loop.
 
     async def generate(
-        self, requests: list[tuple[list[int], SamplingParams]], keep_alive: float = 0
+        self,
+        requests: list[tuple[list[int], SamplingParams]],
+        keep_alive: float = 0,
+        grammar: CompiledGrammar | None = None,
     ) -> AsyncIterator[list[IndexedDelta]]:
         """Yields the deltas of these requests as they come, each with its request's index. With a
         `keep_alive` above 0, yields an empty list after that many seconds without a delta.
@@ -178,7 +193,7 @@ class AsyncEngine:
         self.check_room(len(requests))
         stream: Stream = asyncio.Queue()
         engine = self._require_engine()
-        request_ids = self.submit(engine, requests, stream)
+        request_ids = self.submit(engine, requests, stream, grammar)
         timeout = self.start_timeout(engine, request_ids, stream)
         num_unfinished = len(requests)
         try:
@@ -195,7 +210,11 @@ class AsyncEngine:
             self.abort(engine, request_ids)
 
     def submit(
-        self, engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], stream: Stream
+        self,
+        engine: LLMEngine,
+        requests: list[tuple[list[int], SamplingParams]],
+        stream: Stream,
+        grammar: CompiledGrammar | None,
     ) -> list[str]:
         """Hand requests to the engine's thread, as one group; returns their ids."""
         request_ids = [f"request-{next(self.request_numbers)}" for _ in requests]
@@ -203,9 +222,22 @@ class AsyncEngine:
             request_id = request_ids[index]
             self.streams[request_id] = (index, stream)
             self.metrics.count_request(request_id, len(tokens))
-            group = request_ids[0]
-            self.inbox.put(partial(engine.add_request, request_id, tokens, params, group))
+            arguments = (request_id, tokens, params, request_ids[0])
+            self.inbox.put(partial(self.add, engine, arguments, grammar))
         return request_ids
+
+    def add(
+        self,
+        engine: LLMEngine,
+        arguments: tuple[str, list[int], SamplingParams, str],
+        grammar: CompiledGrammar | None,
+    ) -> None:
+        """In the engine's thread. `grammar` is held until here, so that the engine finds it."""
+        try:
+            engine.add_request(*arguments)
+        except ValueError as error:  # of a grammar that has become unusable meanwhile
+            delta = OutputDelta(arguments[0], "", (), FinishReason.ERROR, error=str(error))
+            self.loop.call_soon_threadsafe(self.deliver, [delta])
 
     def abort(self, engine: LLMEngine, request_ids: list[str]) -> None:
         """Abandon those of these requests that have not finished."""

@@ -96,7 +96,8 @@ class Generation(ABC):
     async def answer(self, request: Request) -> Response:
         """Raises ValueError, naming the field that is wrong, before any answer begins."""
         await self.prepare()
-        self.grammar = await self.engine.compile_grammar(self.samples[0])
+        compiling = self.engine.compile_grammar(self.samples[0])
+        self.grammar = await cancel_on_disconnect(request, compiling)
         self.choices = [Choice() for _ in range(len(self.prompts) * len(self.samples))]
         if not self.body.stream:
             return respond_in_pieces(await cancel_on_disconnect(request, self.collect()))
@@ -132,7 +133,7 @@ class Generation(ABC):
 
     def generate(self, keep_alive: float = 0) -> AsyncIterator[list[IndexedDelta]]:
         requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
-        batches = self.engine.generate(requests, keep_alive)
+        batches = self.engine.generate(requests, keep_alive, self.grammar)
         return drop_tokens(batches) if self.body.only_scores_prompt else batches
 
     async def collect(self) -> list[bytes]:

@@ -24,7 +24,7 @@ MAX_CONTAINERS = 100_000  # lists, objects and the keys of objects: each costs a
 MAX_DEPTH = 100
 MAX_NUMBER_BYTES = 5000  # Python takes fewer digits yet
 
-PIECE_BYTES = 32 << 10  # parsed in less than 10 ms, whatever it holds
+PIECE_BYTES = 8 << 10  # parsed in less than 3 ms, whatever it holds
 WINDOW_BYTES = 64 << 10  # what is measured at a time
 
 QUOTE = ord('"')

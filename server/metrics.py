@@ -135,15 +135,16 @@ class Metrics:
         is_first = times.num_output_tokens == 0
         if is_first:
             self.num_prompt_tokens += times.num_prompt_tokens
-        latency = now - times.last_token_at
-        if is_first:
-            self.time_to_first_token.observe(latency)
-            self.recent_first_token.add(latency)
-        else:
-            self.inter_token_latency.observe(latency)
-            self.recent_inter_token.add(latency)
-        times.last_token_at = now
-        times.num_output_tokens += len(delta.token_ids)
+        if delta.token_ids:  # a grammar's end has none
+            latency = now - times.last_token_at
+            if is_first:
+                self.time_to_first_token.observe(latency)
+                self.recent_first_token.add(latency)
+            else:
+                self.inter_token_latency.observe(latency)
+                self.recent_inter_token.add(latency)
+            times.last_token_at = now
+            times.num_output_tokens += len(delta.token_ids)
 
         if delta.finish_reason is not None:
             self.request_latency.observe(now - times.arrived_at)

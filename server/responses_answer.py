@@ -15,7 +15,7 @@ from minidcp.request import FinishReason, OutputDelta
 
 from .async_engine import AsyncEngine, GrammarError, UnavailableError
 from .chat import ChatGeneration
-from .json_pieces import join_pieces, write_json
+from .json_pieces import JsonList, join_pieces, write_json
 from .logprobs import LogprobsFormatter
 from .responses import write_long_event
 from .responses_api import ResponsesRequest, rename_field
@@ -175,7 +175,7 @@ class OutputItems:
         self.finished: list[dict[str, Any]] = []
         self.open: dict[str, Any] | None = None  # the item that grows
         self.texts: list[str] = []  # of the open item: its text, or its arguments
-        self.logprobs: list[Any] = []
+        self.logprobs = JsonList()
         self.pending: list[Any] = []  # log-probabilities of tokens whose text has not come yet
 
     def add(self, pieces: Iterable[Piece], logprobs: list[Any]) -> Iterator[Event]:
@@ -195,7 +195,7 @@ class OutputItems:
         logprobs = self.pending
         self.pending = []
         self.texts.append(text)
-        self.logprobs += logprobs
+        self.logprobs.extend(logprobs)
         delta = {"delta": text, "logprobs": logprobs}
         yield {"type": "response.output_text.delta", **self.locate_text(), **delta}
 
@@ -225,7 +225,7 @@ class OutputItems:
     def open_item(self, item: dict[str, Any]) -> Event:
         self.open = item
         self.texts = []
-        self.logprobs = []
+        self.logprobs = JsonList()
         index = len(self.finished)
         return {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
 
@@ -265,7 +265,7 @@ def write_typed_event(event: Event) -> Iterator[bytes]:
     yield from write_long_event(event)
 
 
-def make_part(text: str, logprobs: list[Any]) -> dict[str, Any]:
+def make_part(text: str, logprobs: list[Any] | JsonList) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 

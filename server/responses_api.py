@@ -20,7 +20,11 @@ REFUSED_FIELDS: dict[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "conversation": (),
     "image": (),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
     "moderation": (),
+    "n": (1,),
     "previous_response_id": (),
     "prompt": (),
     "store": (False,),
@@ -42,6 +46,9 @@ IGNORED_FIELDS = {
 ADVICE = {
     "previous_response_id": "send the whole conversation as input",
     "conversation": "send the whole conversation as input",
+    "logprobs": "use include, with message.output_text.logprobs",
+    "max_completion_tokens": "use max_output_tokens",
+    "max_tokens": "use max_output_tokens",
     "store": "nothing is stored here; send false, or leave it out",
     "truncation": 'leave it out, or send "disabled"',
 }
@@ -130,9 +137,9 @@ class ResponsesRequest(Sampling, StructuredOutputFields):  # type: ignore[misc, 
         form = self.text.format if self.text is not None else None
         if form is None or form.type == "text":
             return None
+        require(self.response_format is None, "text: has a format, and so has response_format")
         if form.type != "json_schema":
             return {"type": form.type}
-        require(self.response_format is None, "text: has a format, and so has response_format")
         require(form.schema_ is not None, "text: the format json_schema has no schema; give one")
         return {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_}}
 

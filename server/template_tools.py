@@ -84,11 +84,11 @@ def prepare_calls(messages: Iterable[Message], traits: TemplateTraits) -> list[M
     prepared = []
     for message in messages:
         calls = message.get("tool_calls")
-        if message["role"] == "assistant" and calls:
-            message = message | {
-                "content": message["content"] or traits.no_content,
-                "tool_calls": [prepare_call(call, traits) for call in calls],
-            }
+        if calls:
+            require(isinstance(calls, list), f"messages: tool_calls {shorten(calls)} is no list")
+            message = message | {"tool_calls": [prepare_call(call, traits) for call in calls]}
+            if message["role"] == "assistant":
+                message = message | {"content": message["content"] or traits.no_content}
         prepared.append(message)
     return prepared
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from minidcp.config import require, shorten
-from minidcp.engine.grammar import WHITESPACE
+from minidcp.engine.grammar_text import WHITESPACE
 from minidcp.engine.schema_faults import find_uncountable
 from minidcp.structured_outputs import MAX_LENGTH, Part, StructuredOutputsParams, write_part
 

@@ -5,15 +5,33 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidcp import SamplingParams
+from minidcp import SamplingParams, StructuredOutputsParams
 from minidcp.engine.scheduler import Scheduler
 from minidcp.engine.waiting_queue import WaitingQueue
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
 
+REGEX = StructuredOutputsParams(regex="a")
+
 
 def make_request(number: int, group: str, max_tokens: int = 1) -> Request:
     return Request(str(number), [5, 6, 7], SamplingParams(), max_tokens, seed=0, group=group)
+
+
+def test_a_preempted_request_without_a_mask_lets_others_go_first() -> None:
+    waits = Request("p", [5], SamplingParams(structured_outputs=REGEX), 9, seed=0)
+    other = make_request(1, "a")
+    queue = WaitingQueue()
+    queue.put_first(waits)
+    assert queue.first is waits  # there is no other
+    queue.add(other)
+    assert queue.first is other
+    waits.mask = b"\x01"
+    assert queue.first is waits
+    waits.mask = None
+    assert queue.pop_first() is other
+    assert queue.pop_first() is waits
+    assert len(queue) == 0
 
 
 class Model:

@@ -7,6 +7,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +296,81 @@ def test_what_is_refused(grammars: Grammars, wanted: dict[str, Any], words: str)
         grammars.compile(StructuredOutputsParams(**wanted, field="guided_json"))
     assert str(refused.value).startswith("guided_json: ")
     assert len(str(refused.value)) < 700
+
+
+CHAINS = {
+    "rules": dict(
+        grammar="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(8000)) + 'a8000: "x"'
+    ),
+    "references": dict(
+        json={
+            "$ref": "#/$defs/0",
+            "$defs": {
+                **{str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(2500)},
+                "2500": {},
+            },
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_long_chains_of_rules_end_nobody(kind: str) -> None:
+    """With a stack of ordinary size llguidance ends the process."""
+    script = (
+        "from test_grammars import *\n"
+        "grammars = Grammars(load_tokenizer(DEMO), vocab_size=1536, eos_ids=[1])\n"
+        "try:\n"
+        f"    grammars.compile_later(StructuredOutputsParams(**CHAINS[{kind!r}])).result()\n"
+        "except ValueError as error:\n"
+        "    print('refused', error)\n"
+        "grammars.close()\n"
+    )
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_grammar_that_has_failed_is_compiled_anew(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its copies share a lexer, whose states are used up. The next request must not get it."""
+    wanted = StructuredOutputsParams(regex="(a|b){1,9}c")
+    first = grammars.compile_later(wanted).result()
+    request = Request("r", [5], SamplingParams(structured_outputs=wanted), 9, seed=0)
+    grammars.open(request)
+
+    def fail(*_: object) -> None:
+        raise ValueError("too many states")
+
+    monkeypatch.setattr(grammars, "find_next", fail)
+    grammars.advance(request, 5)
+    (outcome,) = grammars.collect(60)
+    assert "too many states" in outcome.error
+    grammars.drop(request)
+    assert grammars.compile_later(wanted).result() is not first
+
+
+def test_no_mask_is_computed_for_a_request_that_has_ended(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = StructuredOutputsParams(regex="[a-z]+")
+    request = Request("r", [5], SamplingParams(structured_outputs=wanted), 9, seed=0)
+    grammars.open(request)
+    place = grammars.places["r"]
+    grammars.drop(request)
+    computed = []
+    monkeypatch.setattr(grammars, "find_next", lambda *_: computed.append(1))
+    grammars.work(place, 5, 1)
+    assert grammars.outcomes.get().mask is None
+    assert not computed
 
 
 def test_wrong_parameters() -> None:

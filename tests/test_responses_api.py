@@ -278,6 +278,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("text", dict(text={"format": {"type": "grammar"}}), "json_schema"),
     ("max_output_tokens", dict(max_output_tokens=0), "at least 1"),
+    ("max_tokens", dict(max_tokens=10), "use max_output_tokens"),
+    ("n", dict(n=2), "n 2 is not supported"),
     ("max_output_tokens", dict(max_output_tokens="x"), ""),
     ("temperature", dict(temperature=-1), "[0, 100]"),
     ("top_logprobs", dict(top_logprobs=21), ""),

@@ -29,7 +29,7 @@ def test_schema(demo: Path, tmp_path: Path) -> None:
             CHECKS,
         ]
         # A chat may fill the whole context, and how long that takes is not tested here.
-        command += ["--max-examples", "20", "--generation-deterministic", "--request-timeout", "60"]
+        command += ["--max-examples", "10", "--generation-deterministic", "--request-timeout", "60"]
         run = subprocess.run(
             [*command, "--no-color"], capture_output=True, text=True, cwd=tmp_path, check=False
         )

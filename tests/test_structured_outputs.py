@@ -247,6 +247,10 @@ def test_a_grammar_that_fails_is_an_error(
     monkeypatch.setattr(grammar, "MAX_MASK_SECONDS", -1.0)
     check_error(api.post(api.body(**fields)), 400, "failed after 1 tokens", "guided_regex")
 
+    # A grammar that has failed is compiled anew.
+    monkeypatch.undo()
+    assert api.post(api.body(**fields | dict(max_tokens=1))).status_code == 200
+    monkeypatch.setattr(grammar, "MAX_MASK_SECONDS", -1.0)
     streamed = api.post(api.body(**fields, stream=True))
     assert streamed.status_code == 200
     *_, error, done = [line for line in streamed.text.split("\n\n") if line]

@@ -250,6 +250,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("tools", dict(tools=[make_tool(parameters=[])]), ""),
     ("functions", dict(functions=[{"name": "f"}]), "not supported"),
+    ("messages", dict(messages=[*MESSAGES, {"role": "assistant", "tool_calls": 5}]), "no list"),
+    (
+        "messages",
+        dict(messages=[{"role": "user", "content": "a", "tool_calls": [{}]}]),
+        "has no function with a name",
+    ),
+    (
+        "messages",
+        dict(messages=[{"role": "user", "content": "a", "tool_calls": [1]}]),
+        "has no function with a name",
+    ),
     (
         "messages",
         dict(messages=[*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a"}]}]),

@@ -160,7 +160,8 @@ class LLMEngine:
         """Queue a prompt. Requests of one group are admitted in order; groups take turns.
 
         Raises ValueError if it is empty, too long, has unknown tokens, or needs a tokenizer, or if
-        its grammar is wrong. Let another thread compile that before, and hold it until then.
+        its grammar is wrong. Have it compiled first (`Grammars.compile_later`), and hold it
+        until this returns; else this waits for it.
         """
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)

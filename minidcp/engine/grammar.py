@@ -1,10 +1,9 @@
 """Grammars of requests: compiled once, then followed token by token in threads beside the engine's.
-What comes out for each step is a mask: the tokens that may be next. Only here is llguidance
-imported. `structured_outputs.py` has what users ask for. Next: `engine.py`."""
+What comes out for each step is a mask: the tokens that may be next. `grammar_text.py` has what
+llguidance gets, `structured_outputs.py` what users ask for. Next: `engine.py`."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -16,10 +15,10 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minidcp.config import require
-from minidcp.engine.schema_faults import find_fault, find_uncountable
+from minidcp.engine.grammar_text import LIMITS, NOTHING_FITS, locate, write_grammar
 from minidcp.request import Request
 from minidcp.structured_outputs import StructuredOutputsParams
 
@@ -30,22 +29,10 @@ if TYPE_CHECKING:  # an optional package; transformers takes seconds to import
 logger = logging.getLogger("minidcp")
 
 PACKAGE = "llguidance>=1.9,<2"
-# Between the parts of JSON, if the request says nothing else. Every usual writer's JSON fits: one
-# space, or a line end and an indentation. With more freedom, models sometimes write nothing else.
-WHITESPACE = r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,32}"
-NOTHING_FITS = "nothing fits it, or only an empty text"
 MAX_ERROR_LENGTH = 500  # llguidance quotes whole lines
 
-# llguidance's own bounds, about half of its defaults. Each is counted in steps of its algorithm. On
-# the core where they were chosen, compiling took up to 0.6 s with them, mostly 1 ms.
-LIMITS = {
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 50_000,
-    "verbose_errors": False,
-}
 MAX_MASK_SECONDS = 0.5  # of a core's time for one mask, mostly 20 µs; some cost is not in LIMITS
+COMPILER_STACK = 512 << 20  # llguidance recurses into rules, of which a text may have 18,000
 MAX_COMPILED = 32  # kept for the next request that has the same grammar
 NUM_THREADS = min(4, os.cpu_count() or 1)
 
@@ -79,8 +66,8 @@ class Grammars:
     """The grammars of a model's requests.
 
     Masks are computed in threads. llguidance lets the interpreter run meanwhile, and a grammar that
-    takes long delays only requests that have grammars. `compile` and `compile_later` may be called
-    by any thread, everything else only by the engine's.
+    takes long delays only requests that have grammars. `compile_later` may be called by any thread,
+    everything else only by the engine's.
     """
 
     def __init__(
@@ -91,11 +78,12 @@ class Grammars:
         self.num_bytes = -(-vocab_size // 8)  # of a mask
         self.eos_ids = list(eos_ids)
 
-        self.lock = threading.Lock()  # of the three below
+        self.lock = threading.Lock()  # held to read or change the four below
+        self.compilers: ThreadPoolExecutor | None = None
         self.ll_tokenizer: LLTokenizer | None = None
         self.recent: OrderedDict[object, CompiledGrammar] = OrderedDict()
-        # All that somebody still holds. Who compiles a grammar, and holds it until its request is
-        # opened, can be sure that it is not compiled again in the engine's thread.
+        # Every grammar that somebody holds, even if it is no longer recent. Hold one until its
+        # request is opened: then the engine's thread need not wait for it.
         self.alive: weakref.WeakValueDictionary[object, CompiledGrammar] = (
             weakref.WeakValueDictionary()
         )
@@ -103,23 +91,27 @@ class Grammars:
         self.places: dict[str, Place] = {}  # by request id
         self.num_pending = 0
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.compilers = ThreadPoolExecutor(1, "grammar compiler")
         self.maskers = ThreadPoolExecutor(NUM_THREADS, "grammar")
 
-    # Compiling, in any thread.
+    # Compiling, in a thread of its own.
 
     def compile_later(self, params: StructuredOutputsParams) -> Future[CompiledGrammar]:
-        return self.compilers.submit(self.compile, params)
+        """The result raises ValueError, beginning with `params.field`, if the grammar is wrong or
+        not supported."""
+        with self.lock:
+            if self.compilers is None:
+                self.compilers = start_compiler()
+            return self.compilers.submit(self.compile, params)
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
-        """Raises ValueError, beginning with `params.field`, if it is wrong or not supported."""
-        kind, text = params.content
-        key = (kind, text, params.disable_any_whitespace, params.whitespace_pattern)
+        key = make_key(params)
         with self.lock:
             compiled = self.alive.get(key)
         if compiled is None:
             try:
                 compiled = self.compile_anew(params)
+            except RecursionError:
+                raise ValueError(f"{params.field}: is nested too deeply") from None
             except ValueError as error:
                 raise ValueError(f"{params.field}: {clean_error(str(error))}") from None
 
@@ -130,6 +122,14 @@ class Grammars:
             if len(self.recent) > MAX_COMPILED:
                 self.recent.popitem(last=False)
         return compiled
+
+    def forget(self, params: StructuredOutputsParams) -> None:
+        """Let the next request compile it anew. All copies of a matcher share a lexer, and the
+        number of its states is limited."""
+        key = make_key(params)
+        with self.lock:
+            self.alive.pop(key, None)
+            self.recent.pop(key, None)
 
     def compile_anew(self, params: StructuredOutputsParams) -> CompiledGrammar:
         try:
@@ -180,7 +180,10 @@ class Grammars:
         """Begin to follow a new request's grammar, and give it its first mask."""
         params = request.params.structured_outputs
         assert params is not None
-        compiled = self.compile(params)
+        with self.lock:
+            compiled = self.alive.get(make_key(params))
+        if compiled is None:
+            compiled = self.compile_later(params).result()
         self.places[request.request_id] = Place(request, compiled.matcher.deep_copy())
         request.mask = self.choose_allowed(compiled.mask, request, num_outputs=0)
 
@@ -209,17 +212,23 @@ class Grammars:
 
     def close(self) -> None:
         """End the threads. They must not run when the interpreter ends."""
-        self.compilers.shutdown(cancel_futures=True)
+        if self.compilers is not None:
+            self.compilers.shutdown(cancel_futures=True)
         self.maskers.shutdown(cancel_futures=True)
 
     # In a thread of `maskers`.
 
     def work(self, place: Place, token: int, num_outputs: int) -> None:
         request = place.request
+        if self.places.get(request.request_id) is not place:  # it has ended
+            self.outcomes.put(Outcome(request))
+            return
         try:
             mask = self.find_next(place, token, num_outputs)
             self.outcomes.put(Outcome(request, mask))
         except BaseException as error:  # a panic of Rust code is no Exception
+            assert request.params.structured_outputs is not None
+            self.forget(request.params.structured_outputs)
             self.outcomes.put(Outcome(request, error=describe_failure(error, request)))
 
     def find_next(self, place: Place, token: int, num_outputs: int) -> bytes | None:
@@ -247,89 +256,30 @@ class Grammars:
         The grammar goes before min_tokens: a stop token stays if no other token fits.
         """
         eos_tokens = self.get_tokenizer().eos_tokens
-        # At the others the engine does not stop: with ignore_eos, the text goes on while it can.
-        ignored = [token for token in eos_tokens if token not in request.stop_ids]
-        allowed = clear(mask, ignored)
+        # The engine does not stop at these (ignore_eos), so they must not be sampled.
+        unwanted_ends = [token for token in eos_tokens if token not in request.stop_ids]
+        allowed = clear(mask, unwanted_ends)
         if not request.params.may_stop_after(num_outputs + 1):
             longer = clear(allowed, request.stop_ids)
             allowed = clear(mask, eos_tokens) if is_empty(longer) else longer
         return bytes(allowed[: self.num_bytes])
 
 
-def write_grammar(params: StructuredOutputsParams) -> str:
-    """The grammar as llguidance takes it. Raises ValueError if it cannot be read at all."""
-    from llguidance import LLMatcher, grammar_from
-
-    kind, text = params.content
-    if kind == "json":
-        return write_json_grammar(read_json(text), params)
-    if kind == "choice":
-        # One terminal of all texts. As rules, each would cost as much as the whole terminal.
-        choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(text)]
-        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(choices))
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
-    return grammar_from("grammar", text)
-
-
-def write_json_grammar(schema: Any, params: StructuredOutputsParams) -> str:
-    from llguidance import LLMatcher
-
-    if isinstance(schema, bool):
-        require(schema, NOTHING_FITS)
-        schema = {}
-    require(isinstance(schema, dict), "a JSON Schema is an object")
-    uncountable = find_uncountable(schema)
-    require(
-        uncountable is None,
-        f"at {uncountable}: is more than one above the number of required properties, which cannot "
-        "be enforced",
-    )
-    # These go before what the schema has as "x-guidance", which would let it switch checks off.
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema),
-        overrides={
-            "whitespace_flexible": not params.disable_any_whitespace,
-            "whitespace_pattern": choose_whitespace(params),
-            "item_separator": ",",
-            "key_separator": ":",
-            "lenient": False,
-            "coerce_one_of": False,
-        },
-    )
-
-
-def choose_whitespace(params: StructuredOutputsParams) -> str | None:
-    if params.disable_any_whitespace:
-        return None
-    return params.whitespace_pattern or WHITESPACE
-
-
-def read_json(text: str) -> Any:
+def start_compiler() -> ThreadPoolExecutor:
+    """A thread whose stack is deep enough for any grammar. Only what is used of it takes memory."""
+    previous = threading.stack_size(COMPILER_STACK)
     try:
-        return json.loads(text, parse_constant=refuse_constant)
-    except RecursionError:
-        raise ValueError("the JSON Schema is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"the JSON Schema is not valid JSON: {error}") from None
+        compilers = ThreadPoolExecutor(1, "grammar compiler")
+        compilers.submit(int).result()  # its thread starts now, with this stack
+    finally:
+        threading.stack_size(previous)
+    return compilers
 
 
-def refuse_constant(name: str) -> None:
-    """Called for NaN, Infinity and -Infinity, which Python's JSON has and JSON has not."""
-    raise ValueError(f"{name} is no number")
-
-
-def locate(params: StructuredOutputsParams) -> str:
-    """A pointer to the part of the schema that is wrong."""
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
-
-    def explain(schema: Any) -> str:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        return LLMatcher.validate_grammar(grammar, limits=limits)
-
-    return find_fault(read_json(params.content[1]), explain)
+def make_key(params: StructuredOutputsParams) -> object:
+    """Equal for grammars that allow the same."""
+    kind, text = params.content
+    return (kind, text, params.disable_any_whitespace, params.whitespace_pattern)
 
 
 def check_progress(matcher: LLMatcher, start: float) -> None:

@@ -135,7 +135,7 @@ class Scheduler:
             return False
         if request.num_in_flight > 0:  # a token that was sampled before its preemption
             return False
-        if request.lacks_mask:  # for that token; the ones that are new come with their mask
+        if request.lacks_mask:  # it was preempted, and its last token is still being looked at
             return False
 
         shared = self.share_cached_blocks(request)

@@ -1,22 +1,38 @@
 """Where a JSON Schema is wrong. llguidance says what is wrong with a schema, but not where. So the
 smallest part of it is looked for that has the same fault by itself."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 # Keywords whose value is a schema; a list of schemas; and an object of schemas by name.
 SCHEMAS = (
-    *("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames"),
-    *("unevaluatedItems", "unevaluatedProperties", "additionalItems", "contentSchema"),
+    "items",
+    "additionalProperties",
+    "contains",
+    "not",
+    "if",
+    "then",
+    "else",
+    "propertyNames",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+    "additionalItems",
+    "contentSchema",
 )
 SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 SCHEMA_MAPS = (
-    *("properties", "patternProperties", "dependentSchemas", "$defs", "definitions"),
-    *("dependencies",),
+    "properties",
+    "patternProperties",
+    "dependentSchemas",
+    "$defs",
+    "definitions",
+    "dependencies",
 )
 DEFINITIONS = ("$defs", "definitions")
 
-MAX_TRIES = 500  # of parts; each takes a fraction of a millisecond
+MAX_TRIES = 500  # of parts; each takes a fraction of a millisecond, mostly
+MAX_SECONDS = 0.5  # large definitions take longer
 
 Path = tuple[str, ...]
 
@@ -34,12 +50,14 @@ def find_fault(schema: Any, explain: Callable[[Any], str]) -> str:
     path: Path = ()
     part = schema
     tries_left = MAX_TRIES
+    deadline = time.monotonic() + MAX_SECONDS
     visited = {path}
     is_smaller = True
     while is_smaller:
         is_smaller = False
         for child_path, child in list_parts(schema, path, part):
-            if tries_left == 0 or child_path in visited:
+            has_time = tries_left > 0 and time.monotonic() < deadline
+            if not has_time or child_path in visited:
                 continue
             tries_left -= 1
             visited.add(child_path)

@@ -9,10 +9,11 @@ from minidcp.request import Request
 class WaitingQueue:
     """Waiting requests, in the order in which they are admitted.
 
-    A group is what one client sent at once. Groups take turns: each has one request admitted, then
-    goes to the end of the line. So a client with a single prompt waits for one prompt of each group
-    before it, and not for a whole batch. Within a group the oldest request comes first. Preempted
-    requests come before all others, the one that was preempted last first.
+    A group is what one client sent at once. Groups take turns: after one of its requests is
+    admitted, a group goes to the end of the line. So a client with one prompt waits for one prompt
+    of each group before it, not for a whole batch. Within a group the oldest request comes first.
+    Preempted requests come before all others, the one that was preempted last first. One whose mask
+    is not known yet lets others go before it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,10 @@ class WaitingQueue:
     @property
     def first(self) -> Request:
         """The request whose turn it is. There must be one."""
-        if self.preempted:
+        for request in self.preempted:
+            if not request.lacks_mask:
+                return request
+        if not self.groups:
             return next(iter(self.preempted))
         group = next(iter(self.groups.values()))
         return next(iter(group))
