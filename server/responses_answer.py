@@ -62,22 +62,24 @@ class ResponsesGeneration(ChatGeneration):
         return await self.side_worker.run(join_pieces(write_json(answer)))
 
     async def stream(self) -> AsyncIterator[bytes]:
-        first = await self.encode_response("response.created", "in_progress")
-        first += await self.encode_response("response.in_progress", "in_progress")
+        # Sent with the first token's events: until then the connection can tell whether a client
+        # that has closed its sending half still listens.
+        opening = await self.encode_response("response.created", "in_progress")
+        opening += await self.encode_response("response.in_progress", "in_progress")
         try:
             async for batch in self.generate(self.engine.config.sse_keep_alive_interval):
                 if not batch:
                     yield b": keep-alive\n\n"
                     continue
                 events = [event for delta in batch for event in self.advance(*delta)]
-                encoded = first + await self.encode(events)
+                encoded = opening + await self.encode(events)
                 if encoded:
                     yield encoded
-                    first = b""
+                    opening = b""
         except FAILURES as error:
             code = "invalid_prompt" if isinstance(error, GrammarError) else "server_error"
             failure = {"code": code, "message": rename_field(str(error))}
-            yield first + await self.encode_response("response.failed", "failed", failure)
+            yield opening + await self.encode_response("response.failed", "failed", failure)
             return
         status = self.find_status()
         yield await self.encode_response(f"response.{status}", status)

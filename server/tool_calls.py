@@ -101,19 +101,19 @@ class ToolCallParser:
         self.num_calls = 0
 
         self.held = ""  # text that is not in any piece yet
-        self.read = self.read_text
+        self.state = self.read_text  # the method that reads what comes next
         self.has_begun_calls = False  # whether `held` starts with the notation's `begin`
         self.id = ""  # of the current call
         self.has_arguments = False
         if not notation.begin:
-            self.read = self.read_between
+            self.state = self.read_between
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain now that this text has come."""
         pieces: list[Piece] = []
         for start in range(0, len(text), MAX_READ):
             self.held += text[start : start + MAX_READ]
-            while self.read(pieces):
+            while self.state(pieces):
                 pass
         return pieces
 
@@ -121,13 +121,14 @@ class ToolCallParser:
         """The last pieces; to be called once, after the last text."""
         held = self.held
         self.held = ""
-        if self.read == self.read_arguments:
+        if self.state == self.read_arguments:
             return self.continue_call(held)
-        if self.read == self.read_between and self.num_calls > 0 and not held.strip():
+        if self.state == self.read_between and self.num_calls > 0 and not held.strip():
             return []  # white space after a call
         return [TextPiece(held)] if held else []
 
-    # The states. Each reads from `held`, and returns whether another one is to go on.
+    # The states. Each takes what it can from `held`. Returns True if the new state should go on at
+    # once.
 
     def read_text(self, pieces: list[Piece]) -> bool:
         begin = self.notation.begin
@@ -135,7 +136,7 @@ class ToolCallParser:
         if start >= 0:
             self.emit_text(start, pieces)
             self.has_begun_calls = True
-            self.read = self.read_between
+            self.state = self.read_between
             return True
         self.emit_text(len(self.held) - count_overlap(self.held, begin), pieces)
         return False
@@ -160,7 +161,7 @@ class ToolCallParser:
             is_end = notation.end and body.startswith(notation.end)
             if is_end and not self.has_begun_calls:
                 self.held = body[len(notation.end) :]
-                self.read = self.read_text
+                self.state = self.read_text
                 return True
         return self.give_up(pieces)
 
@@ -173,7 +174,7 @@ class ToolCallParser:
         if name and after.startswith(separator):
             self.held = after[len(separator) :]
             self.has_begun_calls = False
-            self.read = self.read_arguments
+            self.state = self.read_arguments
             self.begin_call(name, pieces)
             return True
         may_go_on = is_beginning(after, separator) if name else not after
@@ -192,7 +193,7 @@ class ToolCallParser:
         if not self.has_arguments:
             pieces += self.continue_call("{}")  # clients parse them
         self.held = self.held[end + len(tail) :]
-        self.read = self.read_between
+        self.state = self.read_between
         return True
 
     # What states have in common.
@@ -202,7 +203,7 @@ class ToolCallParser:
         if self.has_begun_calls:
             self.emit_text(len(self.notation.begin), pieces)
             self.has_begun_calls = False
-        self.read = self.read_text if self.notation.begin else self.read_plain
+        self.state = self.read_text if self.notation.begin else self.read_plain
         return True
 
     def emit_text(self, length: int, pieces: list[Piece]) -> None:

@@ -274,7 +274,7 @@ def demand_calls(
     max_calls: int | None,
 ) -> StructuredOutputsParams:
     """A grammar of calls and nothing else."""
-    rules = write_call_rules(functions, notation, markers, max_calls, enforces=True)
+    rules = write_call_rules(functions, notation, markers, max_calls, strict_counts=True)
     return StructuredOutputsParams(grammar="\n".join(["start: calls", *rules]), field="tools")
 
 
@@ -289,9 +289,10 @@ def allow_calls(
     answer is refused, or obeyed, by itself."""
     try:
         schema = json.loads(answer.content[1])
+        is_usable = isinstance(schema, dict) and find_uncountable(schema) is None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(schema, dict) or find_uncountable(schema) is not None:
+    if not is_usable:
         return None
     options = {
         "whitespace_flexible": not answer.disable_any_whitespace,
@@ -301,7 +302,7 @@ def allow_calls(
     }
     if answer.disable_any_whitespace:
         del options["whitespace_pattern"]
-    rules = write_call_rules(functions, notation, markers, max_calls, enforces=False)
+    rules = write_call_rules(functions, notation, markers, max_calls, strict_counts=False)
     rules.append("answer: " + write_part(schema | {"x-guidance": options}))
     grammar = "\n".join(["start: calls | answer", *rules])
     if len(grammar) > MAX_LENGTH:
@@ -314,10 +315,12 @@ def write_call_rules(
     notation: Notation,
     markers: Markers,
     max_calls: int | None,
-    enforces: bool,
+    strict_counts: bool,
 ) -> list[str]:
-    """Rules in Lark's notation, the first of which is called `calls`. `enforces`: schemas of strict
-    functions must be enforced whole."""
+    """Rules in Lark's notation, the first of which is called `calls`.
+
+    strict_counts: the schemas of functions with strict true are enforced whole, or refused.
+    """
 
     def write(text: str) -> str:
         return " ".join(write_part(part) for part in markers.split(text))
@@ -331,7 +334,7 @@ def write_call_rules(
     ]
     for index, function in enumerate(functions):
         start = write(f"{notation.head}{function.name}{notation.separator}")
-        is_strict = enforces and function.strict is True
+        is_strict = strict_counts and function.strict is True
         arguments = write_part(make_arguments_schema(function, is_strict))
         rules.append(f"call_{index}: {start} {arguments} {write(notation.tail)}")
     return rules
