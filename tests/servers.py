@@ -142,6 +142,18 @@ class Server:
         self.process.wait()
 
 
+@contextmanager
+def serve(checkpoint: Path, logs: Path, *flags: str) -> Iterator[Server]:
+    """A healthy server, which must not have logged a traceback at the end."""
+    server = Server(checkpoint, logs, *flags)
+    try:
+        server.wait_until_healthy()
+        yield server
+        assert "Traceback" not in server.stderr.read_text()
+    finally:
+        server.kill()
+
+
 @dataclass
 class Api:
     """A server at `url` that serves the checkpoint `model`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers import PROMPT, Api, Server, check_error
+from servers import PROMPT, Api, Server, check_error, serve
 from test_faults import needs_proc
 
 from minidcp.cli import main
@@ -29,13 +29,8 @@ MAX_CHOICES = 6
 def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ["--served-model-name", "demo", "--api-key", KEY]
     flags += ["--max-choices-per-request", str(MAX_CHOICES)]
-    server = Server(demo, tmp_path_factory.mktemp("limits"), *flags)
-    try:
-        server.wait_until_healthy()
+    with serve(demo, tmp_path_factory.mktemp("limits"), *flags) as server:
         yield server
-        assert "Traceback" not in server.stderr.read_text()
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

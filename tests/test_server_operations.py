@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from servers import LONG, PROMPT, Api, Server, check_error, measure_slowness, wait_until
+from servers import LONG, PROMPT, Api, Server, check_error, measure_slowness, serve, wait_until
 from test_faults import InFlight, children_of, is_alive, needs_proc
 
 pytest_plugins = ["servers"]
@@ -38,15 +38,10 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         "--served-model-name",
         "demo",
     ]
-    server = Server(
+    with serve(
         demo, tmp_path_factory.mktemp("operations"), *flags, "--sse-keep-alive-interval", "0.02"
-    )
-    try:
-        server.wait_until_healthy()
+    ) as server:
         yield server
-        assert "Traceback" not in server.stderr.read_text()
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from servers import PROMPT, Server, check_error, wait_until
+from servers import PROMPT, Server, check_error, serve, wait_until
 
 from minidcp.config import ServeConfig
 from minidcp_server.chat_template import read_template_file
@@ -43,13 +43,8 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     flags = ["--root-path", PREFIX, "--cors-allow-origins", f"http://localhost:3000, {ORIGIN}"]
     flags += ["--served-model-name", "demo", "other", "--api-key", "secret"]
     flags += ["--chat-template", f"{logs}/template.jinja", "--generation-config", str(logs)]
-    server = Server(demo, logs, *flags)
-    try:
-        server.wait_until_healthy()
+    with serve(demo, logs, *flags) as server:
         yield server
-        assert "Traceback" not in server.stderr.read_text()
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module", params=["", PREFIX], ids=["stripping", "not stripping"])

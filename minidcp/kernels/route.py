@@ -79,7 +79,7 @@ def route_kernel(
     e = tl.arange(0, EXPERTS)
     choice = tl.arange(0, CHOICES)
 
-    # The scores, and how much each expert is wanted: less than NEVER if it cannot be chosen.
+    # The scores, and how much each expert is wanted: NEVER if it cannot be chosen.
     x = tl.load(logits + t * num_routed + e, mask=e < num_routed, other=-float("inf"))
     if bias is None:
         x = tl.exp(x - tl.max(x, 0))
