@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minidcp.batch import Admission, CacheQueries, StepPlan
 from minidcp.config import EngineConfig
+from minidcp.kernels.fp8 import Weight
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.machine import detect_machine
 from minidcp.model_config import ModelConfig
@@ -114,13 +115,15 @@ class Step:
         floor = 0.0
         for moe in moes:
             _, ids = moe.route(x)
-            expert_bytes = (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * 2
-            # Two bytes per weight and two FLOPs per weight and token are the same number.
-            floor += compute_floor(ids.unique().numel() * expert_bytes, ids.numel() * expert_bytes)
+            weights = (moe.gate_up_proj, moe.down_proj)
+            num_experts = moe.down_proj.shape[0]
+            expert_bytes = sum(weight.nbytes for weight in weights) / num_experts
+            flops = 2 * sum(weight.shape.numel() for weight in weights) / num_experts
+            floor += compute_floor(ids.unique().numel() * expert_bytes, ids.numel() * flops)
         return Part(time_graph(work), floor)
 
-    def list_projection_weights(self) -> list[Tensor]:
-        weights = [self.runner.model.lm_head.weight]
+    def list_projection_weights(self) -> list[Weight]:
+        weights: list[Weight] = [self.runner.model.lm_head.weight]
         for layer in self.layers:
             attn = layer.self_attn
             weights += [attn.down_proj.weight, attn.o_proj.weight]
@@ -146,7 +149,8 @@ class Step:
         def work() -> None:
             for layer in self.layers:
                 attn = layer.self_attn
-                q_input = attn.down_proj(x)[:, : -config.latent_dim]
+                q_down = attn.down_proj(x)[:, : -config.latent_dim]
+                q_input = attn.query.make_input(x, q_down)
                 q = attn.query.project_own(q_input)[..., : config.qk_nope_head_dim]
                 w_uk = attn.w_uk
                 w_uv = attn.w_uv
@@ -163,7 +167,7 @@ class Step:
 
         floor = 0.0
         for weight in self.list_projection_weights():
-            floor += compute_floor(weight.numel() * 2, 2 * self.batch * weight.numel())
+            floor += compute_floor(weight.nbytes, 2 * self.batch * weight.shape.numel())
         return Part(time_graph(work), floor)
 
     def measure_exchange(self) -> Part:

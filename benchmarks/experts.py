@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,18 @@ from timing import BANDWIDTH, FLOPS, normal, time_each
 from torch import Tensor
 
 from minidcp.kernels.align import Blocks, align
-from minidcp.kernels.experts import multiply_blocks, run_experts, run_experts_ref
+from minidcp.kernels.experts import run_experts, run_experts_ref
+from minidcp.kernels.fp8 import (
+    Fp8Tensor,
+    Stack,
+    Weight,
+    allocate_stack,
+    put_into_stack,
+    quantize,
+    quantize_weight,
+)
+from minidcp.kernels.grouped import multiply_blocks
+from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_gated, multiply_vector
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, Tile, Tiles, list_tiles
 
@@ -48,34 +60,66 @@ PRODUCTS = {  # heads, outputs, inputs
     "V2-Lite head": (1, 102400, 2048),
 }
 
-LayerWeights = tuple[Tensor, Tensor]  # gate_up and down of all experts
-Table = dict[str, dict[str, Tiles]]  # by shape and number of tokens, as in tiles.json
+LayerWeights = tuple[Stack, Stack]  # gate_up and down of all experts
 
 
 def make_weights(shape: Shape, num_experts: int) -> LayerWeights:
     gate_up = normal(num_experts, 2 * shape.inter, shape.hidden).mul_(0.02)
     down = normal(num_experts, shape.hidden, shape.inter).mul_(0.02)
-    return gate_up, down
+    if not shape.fp8:
+        return gate_up, down
+    return quantize_experts(gate_up), quantize_experts(down)
 
 
-def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Tensor:
+def quantize_experts(weight: Tensor) -> Stack:
+    stack = allocate_stack(len(weight), quantize_weight(weight[0]))
+    for index, matrix in enumerate(weight):
+        put_into_stack(stack, index, quantize_weight(matrix))
+    return stack
+
+
+def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Weight:
     """The input of a product: rows by token or by choice, or by their place in sorted blocks."""
-    num_rows = len(blocks.ids) if gated else blocks.ids.numel()
+    num_rows = blocks.num_choices // (shape.top_k if gated else 1)
     if blocks.is_sorted:
         num_rows = blocks.max_blocks * blocks.bm
-    return normal(num_rows, shape.hidden if gated else shape.inter)
+    rows = normal(num_rows, shape.hidden if gated else shape.inter)
+    if not shape.fp8:
+        return rows
+    # What comes between the products is quantised on the way, but not rounded.
+    direct_rows = rows if gated else rows.float()
+    return direct_rows if blocks.is_direct else quantize(rows)
+
+
+def multiply(shape: Shape, rows: Weight, weight: Stack, blocks: Blocks, tile: Tile) -> object:
+    """One product. `weight` is gate_up if its rows are as many as only gate_up has."""
+    gated = weight.shape[1] != shape.hidden
+    if isinstance(weight, Tensor):
+        assert isinstance(rows, Tensor)
+        return multiply_blocks(rows, weight, blocks, tile, gated)
+    if isinstance(rows, Fp8Tensor) and gated:
+        return multiply_gated(rows, weight, blocks, tile)
+
+    dim_out = shape.inter if gated else shape.hidden
+    dtype = torch.float32 if gated else torch.bfloat16
+    out = torch.empty(blocks.num_choices, dim_out, dtype=dtype, device="cuda")
+    if isinstance(rows, Fp8Tensor):
+        multiply_fp8_blocks(rows, weight, blocks, tile, out)
+    else:
+        multiply_vector(rows, weight, blocks, tile, out, gated)
+    return out
 
 
 Job = tuple[Shape, bool, Blocking, Tile, bool]  # shape, is_direct, blocking, tile, gated
 
 
-def list_jobs(batches: list[int]) -> list[Job]:
+def list_jobs(shapes: list[Shape], batches: list[int]) -> list[Job]:
     """All kernels that the search will run."""
     jobs: set[Job] = set()
-    for shape, tokens in product(SHAPES, batches):
+    for shape, tokens in product(shapes, batches):
         for blocking, tile in list_candidates(shape, tokens):
             for gated in (True, False):
-                if fits(blocking, tile, gated):
+                if fits(shape, blocking, tile, gated):
                     jobs.add((shape, tokens <= MAX_DIRECT_TOKENS, blocking, tile, gated))
     return sorted(jobs, key=str)
 
@@ -84,12 +128,13 @@ def compile_tile(job: Job) -> None:
     """Compile a kernel in this process. It stays in Triton's cache on the disk."""
     shape, is_direct, blocking, tile, gated = job
     gate_up, down = make_weights(shape, 2)
+    shape = replace(shape, experts=2, top_k=2)
     num_tokens = 1 if is_direct else 4
     ids = torch.tensor([[0, 1]] * num_tokens, dtype=torch.int32, device="cuda")
     blocks = align(ids, 2, *blocking)
     rows = make_rows(shape, blocks, gated)
     try:
-        multiply_blocks(rows, gate_up if gated else down, blocks, tile, gated)
+        multiply(shape, rows, gate_up if gated else down, blocks, tile)
     except triton.runtime.errors.OutOfResources:
         return
 
@@ -121,7 +166,7 @@ class Search:
         calls: list[Callable[[], object]] = []
         for (gate_up, down), blocks in zip(self.weights, blocks_by_layer, strict=True):
             weight = gate_up if gated else down
-            calls.append(partial(multiply_blocks, rows, weight, blocks, tile, gated))
+            calls.append(partial(multiply, self.shape, rows, weight, blocks, tile))
         try:
             return time_each(calls)
         except triton.runtime.errors.OutOfResources:
@@ -131,7 +176,7 @@ class Search:
         """Find the fastest tile of each product, for each blocking."""
         for blocking, tile in list_candidates(self.shape, self.tokens):
             for gated in (True, False):
-                if not fits(blocking, tile, gated):
+                if not fits(self.shape, blocking, tile, gated):
                     continue
                 seconds = self.time_product(blocking, tile, gated)
                 if seconds is None:
@@ -154,10 +199,10 @@ class Search:
     def compute_floor(self) -> float:
         shape = self.shape
         num_used = sum(len(ids.unique()) for ids in self.ids) / len(self.ids)
-        expert_bytes = 3 * shape.inter * shape.hidden * 2
-        # Two bytes per weight and two FLOPs per weight and choice are the same number.
-        flops = self.tokens * shape.top_k * expert_bytes
-        return max(num_used * expert_bytes / BANDWIDTH, flops / FLOPS)
+        num_weights = 3 * shape.inter * shape.hidden  # of an expert
+        read_seconds = num_used * num_weights * (1 if shape.fp8 else 2) / BANDWIDTH
+        flops = self.tokens * shape.top_k * num_weights * 2
+        return max(read_seconds, flops / (FLOPS * (2 if shape.fp8 else 1)))
 
     def run(self) -> tuple[Tiles, float]:
         """Find the fastest tiles and print their times. Returns them and the floor."""
@@ -178,7 +223,7 @@ class Search:
             name = f"{blocking.bm} sorted" if blocking.sort else f"{blocking.bm}"
             layers.append(f"{name}: {seconds * 1e6:.0f}")
         print(
-            f"{self.shape.name:14} {self.tokens:5}: bm {chosen.bm:3}, "
+            f"{self.shape.name:20} {self.tokens:5}: bm {chosen.bm:3}, "
             f"gate|up {gate_up_seconds * 1e6:7.1f} µs {tuple(gate_up)}, "
             f"down {down_seconds * 1e6:7.1f} {tuple(down)}, "
             f"both {(gate_up_seconds + down_seconds) / floor:.2f} floors of {floor * 1e6:.1f}; "
@@ -204,7 +249,7 @@ def time_layers(
     return time_each(calls)
 
 
-def sum_experts(run: Callable[..., Any], *args: Tensor) -> Tensor:
+def sum_experts(run: Callable[..., Any], *args: Stack) -> Tensor:
     total: Tensor = run(*args).sum()
     return total
 
@@ -220,15 +265,17 @@ def compare(shape: Shape, tokens: int, weights: list[LayerWeights]) -> dict[str,
     assert error < 1e-2, f"{shape.name}, {tokens} tokens: {error:.2e} off the torch definition"
 
     seconds = time_layers(run_experts, shape, tokens, weights, ids)
-    grouped_seconds = time_layers(run_experts_ref, shape, tokens, weights, ids)
-    print(
-        f"{shape.name:14} {tokens:5}: {seconds * 1e6:7.1f} µs, "
-        f"grouped_mm {grouped_seconds * 1e6:7.1f}, error {error:.1e}"
-    )
-    return {"us": seconds * 1e6, "grouped_us": grouped_seconds * 1e6}
+    line = f"{shape.name:20} {tokens:5}: {seconds * 1e6:7.1f} µs, error {error:.1e}"
+    result = {"us": seconds * 1e6}
+    if not shape.fp8:
+        grouped_us = time_layers(run_experts_ref, shape, tokens, weights, ids) * 1e6
+        line += f", grouped_mm {grouped_us:7.1f}"
+        result["grouped_us"] = grouped_us
+    print(line)
+    return result
 
 
-def format_table(table: Table) -> str:
+def format_table(table: dict[str, Any]) -> str:
     """tiles.json, with a line for each number of tokens."""
     shapes = []
     for shape, rows in table.items():
@@ -271,7 +318,10 @@ def main() -> None:
         default="1,2,4,8,16,32,64,128,256,384,512,1024,2048,4096,8192,16384",
         help="numbers of tokens, separated by commas",
     )
-    parser.add_argument("--write", type=Path, help="write the fastest tiles to this file")
+    parser.add_argument("--write", type=Path, help="add the fastest tiles to this file")
+    parser.add_argument(
+        "--shapes", default="", help="a part of the names of the shapes to search for"
+    )
     parser.add_argument(
         "--products",
         default="1,2,4,8,16",
@@ -283,12 +333,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     batches = [int(tokens) for tokens in args.batch.split(",")]
+    shapes = [shape for shape in SHAPES if args.shapes in shape.name]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(compile_tile, list_jobs(batches), chunksize=1)
+        pool.map(compile_tile, list_jobs(shapes, batches), chunksize=1)
 
-    table: Table = {}
+    table: dict[str, Any] = json.loads(args.write.read_text()) if args.write else {}
     results = []
-    for shape in SHAPES:
+    for shape in shapes:
         weights = [make_weights(shape, shape.experts) for _ in range(NUM_LAYERS)]
         table[shape.key] = {}
         floors = {}

@@ -172,6 +172,14 @@ class EngineConfig(Options):
     dtype: str = choice(
         "auto is bfloat16 on GPUs and float32 on CPUs", "auto", "float32", "bfloat16"
     )
+    quantization: str = choice(
+        "fp8: matrices in FP8, quantised while they are loaded if the checkpoint has them in "
+        "bfloat16, and what they multiply as well; none: in --dtype; auto: fp8 for checkpoints "
+        "in FP8, where the GPU can multiply it",
+        "auto",
+        "fp8",
+        "none",
+    )
     attention_backend: str = choice(
         "auto is fa3 where it runs, else triton, and reference on CPUs",
         "auto",

@@ -13,6 +13,8 @@ from minidcp.model_config import ModelConfig
 
 logger = logging.getLogger("minidcp")
 
+FP8_CAPABILITY = (8, 9)  # the first GPUs with tensor cores for FP8
+
 Report = Callable[[int, str], None]  # a logging level, and what was chosen and why
 
 
@@ -37,6 +39,7 @@ class ResolvedConfig:
 
     device: str  # cpu or cuda
     dtype: str
+    quantization: str  # none, or fp8: of matrices; the rest of the weights is in dtype
     attention_backend: str  # fa3, triton or reference
     prefill_strategy: str  # gather_kv, gather_q, or "cheaper": chosen for each step
     cuda_graph: bool
@@ -99,6 +102,7 @@ def resolve(
         q_proj=config.q_proj if config.dcp_size > 1 else "sharded",
         device=device,
         dtype=dtype,
+        quantization=choose_quantization(config, model, machine, device, report),
         attention_backend=attention_backend,
         prefill_strategy=choose_prefill_strategy(config, attention_backend),
         cuda_graph=config.cuda_graph,
@@ -154,6 +158,28 @@ def choose_dtype(config: EngineConfig, device: str) -> str:
         return config.dtype
     # On a CPU bf16 is slower than fp32, and less exact.
     return "float32" if device == "cpu" else "bfloat16"
+
+
+def choose_quantization(
+    config: EngineConfig, model: ModelConfig, machine: Machine, device: str, report: Report
+) -> str:
+    """FP8 for a checkpoint in FP8 where the GPU can multiply it."""
+    asked = config.quantization
+    major, minor = machine.capability
+    obstacle = ""
+    if device == "cuda" and machine.capability < FP8_CAPABILITY:
+        obstacle = f"this GPU (sm_{major}{minor}) cannot multiply FP8"
+    require(asked != "fp8" or not obstacle, f"--quantization fp8: {obstacle}; use none")
+    if asked != "auto":
+        return asked
+    if model.fp8_block is None:
+        return "none"
+    if device == "cpu":
+        obstacle = "CPUs are faster without"
+    if not obstacle:
+        return "fp8"
+    report(logging.INFO, f"quantization: none, because {obstacle}; FP8 weights are dequantised")
+    return "none"
 
 
 def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None:

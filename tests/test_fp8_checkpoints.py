@@ -14,7 +14,8 @@ from transformers import DeepseekV3ForCausalLM
 
 from minidcp import LLM, SamplingParams
 from minidcp.model_config import ModelConfig
-from minidcp.models.weights import CheckpointSource, Shard
+from minidcp.models.checkpoint import CheckpointSource
+from minidcp.models.weights import Shard
 
 BLOCK = (16, 24)  # of which the matrices' sizes are no multiples, nor are the ranks' shares
 E4M3_MAX = 448.0

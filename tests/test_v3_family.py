@@ -19,8 +19,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from minidcp import LLM, SamplingParams
 from minidcp.kernels.route import route
 from minidcp.model_config import ModelConfig
+from minidcp.models.checkpoint import CheckpointSource
 from minidcp.models.layers import MoE
-from minidcp.models.weights import CheckpointSource, Weights
+from minidcp.models.weights import Weights
 from minidcp.parallel.state import build_thread_states
 
 V3 = STYLES["v3"] | dict(model_type="deepseek_v3")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from minidcp.kernels import DeviceProperties, experts, kv_store, linear, merge, norm, tiles
+from minidcp.kernels import DeviceProperties, experts, grouped, kv_store, linear, merge, norm, tiles
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
 from minidcp.worker.cuda_graph import ladder
 
@@ -39,7 +39,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
     for module in (experts, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
-    monkeypatch.setattr(experts, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(grouped, "get_device_properties", lambda: properties)
     return seen
 
 

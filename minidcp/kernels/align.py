@@ -24,22 +24,25 @@ class Blocks(NamedTuple):
     experts [0, 1, 2, 2, …, 4].
 
     Attributes:
-        ids: [T, K] int32, the expert of each choice.
+        num_choices: T · K.
         bm: choices of a block.
         max_blocks: for how many blocks there is room.
-        choices: [max_blocks · bm] int32; T · K stands for none. What is beyond the blocks in use is
-            not written. None if every choice is a block of its own.
         experts: [max_blocks + 1] int32, the expert of each block, and last the number of blocks in
-            use. None if every choice is a block of its own.
+            use. Without the last if every choice is a block of its own. None if there is but one
+            expert, which every token chooses.
+        choices: [max_blocks · bm] int32; T · K stands for none. What is beyond the blocks in use is
+            not written. None if they are simply 0, 1, 2, …
         is_sorted: whether rows between the products are in the order of the blocks, not of choices.
+        is_direct: whether every choice is a block of its own.
     """
 
-    ids: Tensor
+    num_choices: int
     bm: int
     max_blocks: int
-    choices: Tensor | None = None
     experts: Tensor | None = None
+    choices: Tensor | None = None
     is_sorted: bool = False
+    is_direct: bool = False
 
 
 @triton.jit(do_not_specialize=["num_choices"])
@@ -113,7 +116,7 @@ def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
     tokens, top_k = ids.shape
     num_choices = ids.numel()
     if tokens <= MAX_DIRECT_TOKENS:
-        return Blocks(ids, bm, max_blocks=num_choices)
+        return Blocks(num_choices, bm, max_blocks=num_choices, experts=ids, is_direct=True)
 
     # Every expert that is chosen may have one block that is not full.
     max_blocks = min(num_choices, num_experts + num_choices // bm)
@@ -135,12 +138,20 @@ def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
         CHOICES=triton.next_power_of_2(top_k),
         num_warps=4 if chunk < 4096 else 16, **launch_early(),
     )  # fmt: skip
-    return Blocks(ids, bm, max_blocks, choices, experts, sort)
+    return Blocks(num_choices, bm, max_blocks, experts, choices, sort)
+
+
+def one_expert(tokens: int, bm: int) -> Blocks:
+    """The blocks of a dense product: all tokens in their order."""
+    if tokens <= MAX_DIRECT_TOKENS:
+        return Blocks(tokens, bm, max_blocks=tokens, is_direct=True)
+    return Blocks(tokens, bm, triton.cdiv(tokens, bm))
 
 
 @triton.jit(do_not_specialize=["num_choices"])
 def gather_rows_kernel(
-    x, choices, rows, num_choices, top_k, hidden,
+    x, choices, rows, num_choices, top_k, width,
+    x_t, x_d, rows_m, rows_d,  # strides
     BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """rows[i] = x[the token of choices[i]], for BM rows and BN columns."""
@@ -148,19 +159,27 @@ def gather_rows_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     choice = tl.load(choices + m)  # anything in blocks that are not in use
-    mask = ((choice >= 0) & (choice < num_choices))[:, None] & (n < hidden)[None, :]
+    mask = ((choice >= 0) & (choice < num_choices))[:, None] & (n < width)[None, :]
     token = (choice // top_k).to(tl.int64)
-    value = tl.load(x + token[:, None] * hidden + n[None, :], mask=mask)
-    tl.store(rows + m.to(tl.int64)[:, None] * hidden + n[None, :], value, mask=mask)
+    value = tl.load(x + token[:, None] * x_t + n[None, :] * x_d, mask=mask)
+    pointers = rows + m.to(tl.int64)[:, None] * rows_m + n[None, :] * rows_d
+    tl.store(pointers, value, mask=mask)
 
 
 def gather_rows(x: Tensor, blocks: Blocks) -> Tensor:
-    """x [T, D] -> [max_blocks · bm, D], the tokens' rows in the order of the blocks."""
+    """x [T, D] -> [max_blocks · bm, D], the tokens' rows in the order of the blocks.
+
+    The rows are transposed in memory if x is.
+    """
+    tokens, width = x.shape
     num_rows = blocks.max_blocks * blocks.bm
-    hidden = x.shape[1]
-    rows = x.new_empty(num_rows, hidden)
-    gather_rows_kernel[triton.cdiv(num_rows, 8), triton.cdiv(hidden, 512)](
-        x, blocks.choices, rows, blocks.ids.numel(), blocks.ids.shape[1], hidden,
-        BM=8, BN=512, **launch_early(),
+    rows = x.new_empty(num_rows, width)
+    if x.stride(1) != 1:
+        rows = x.new_empty(width, num_rows).mT
+    bn = min(512, triton.next_power_of_2(width))
+    gather_rows_kernel[triton.cdiv(num_rows, 8), triton.cdiv(width, bn)](
+        x, blocks.choices, rows, blocks.num_choices, blocks.num_choices // tokens, width,
+        *x.stride(), *rows.stride(),
+        BM=8, BN=bn, **launch_early(),
     )  # fmt: skip
     return rows

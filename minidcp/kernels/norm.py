@@ -1,11 +1,20 @@
 """RMSNorm, alone or with the residual added first. x may also be the outputs of several experts:
-then their weighted sum comes first of all."""
+then their weighted sum comes first of all. The result may be wanted in FP8, too."""
 
 import torch
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
+from minidcp.kernels.fp8 import (
+    BLOCK,
+    MAX_UNQUANTIZED_ROWS,
+    Activations,
+    Quantized,
+    allocate_rows,
+    find_scale,
+    quantize_ref,
+)
 
 
 def rms_norm_ref(
@@ -30,13 +39,13 @@ def sum_scaled_ref(x: Tensor, scales: Tensor) -> Tensor:
     return torch.einsum("tkd,tk->td", x.float(), scales).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rms_norm_kernel(
-    x, residual, scales, weight, out, total,
-    x_t, residual_t, dim, eps,
-    TOP_K: tl.constexpr, DIM: tl.constexpr, EARLY: tl.constexpr,
+    x, residual, scales, weight, out, total, fp8_values, fp8_scales,
+    tokens, x_t, residual_t, dim, eps,
+    TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises one token."""
+    """One program normalises one token, and quantises it if there is room for that."""
     wait_for_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DIM)
@@ -62,7 +71,16 @@ def rms_norm_kernel(
     normed = row * tl.rsqrt(tl.sum(row * row, 0) / dim + eps)
     scale = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
     normed = normed.to(out.dtype.element_ty).to(tl.float32) * scale
-    tl.store(out + t * dim + d, normed.to(out.dtype.element_ty), mask=mask)
+    normed = normed.to(out.dtype.element_ty)
+    tl.store(out + t * dim + d, normed, mask=mask)
+
+    if fp8_values is not None:
+        by_block = tl.reshape(normed.to(tl.float32), [DIM // BLOCK, BLOCK])
+        block_scale = find_scale(by_block, 1)
+        by_block = (by_block / block_scale[:, None]).to(fp8_values.dtype.element_ty)
+        tl.store(fp8_values + t * dim + d, tl.reshape(by_block, [DIM]), mask=mask)
+        block = tl.arange(0, DIM // BLOCK)
+        tl.store(fp8_scales + block * tokens + t, block_scale, mask=block * BLOCK < dim)
 
 
 def rms_norm(
@@ -71,7 +89,8 @@ def rms_norm(
     eps: float,
     residual: Tensor | None = None,
     scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    quantizes: bool = False,
+) -> tuple[Activations, Tensor]:
     """y / rms(y) · weight, and y itself, where y = x + residual (or x if there is no residual).
 
     It is computed in float32 and rounded before the product with the weight, as in DeepSeek's code.
@@ -83,14 +102,18 @@ def rms_norm(
         eps: added to the mean square.
         residual: [T, D], contiguous in D.
         scales: [T, K] float32; needs a residual.
+        quantizes: the normed rows are wanted in FP8, too. A few rows are not quantised here,
+            because their products do that.
 
     Returns:
         Two tensors [T, D] in x's dtype.
     """
-    if not use_triton(x):
-        return rms_norm_ref(x, weight, eps, residual, scales)
-
     tokens = len(x)
+    quantizes = quantizes and tokens > MAX_UNQUANTIZED_ROWS
+    if not use_triton(x):
+        normed, total = rms_norm_ref(x, weight, eps, residual, scales)
+        return Quantized(normed, quantize_ref(normed)) if quantizes else normed, total
+
     dim = x.shape[-1]
     assert x.stride(-1) == 1
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
@@ -101,6 +124,8 @@ def rms_norm(
         total = torch.empty_like(out)
         residual_stride = residual.stride(0)
 
+    fp8 = allocate_rows(tokens, dim, x.device) if quantizes else None
+
     width = triton.next_power_of_2(dim)
     top_k = 1
     num_warps = 4 if width <= 2048 else 8
@@ -110,7 +135,8 @@ def rms_norm(
 
     rms_norm_kernel[(tokens,)](
         x, residual, scales, weight, out, total,
-        x.stride(0), residual_stride, dim, eps,
-        TOP_K=top_k, DIM=width, num_warps=num_warps, **launch_early(),
+        None if fp8 is None else fp8.values, None if fp8 is None else fp8.scales,
+        tokens, x.stride(0), residual_stride, dim, eps,
+        TOP_K=top_k, DIM=width, BLOCK=min(width, BLOCK), num_warps=num_warps, **launch_early(),
     )  # fmt: skip
-    return out, total
+    return out if fp8 is None else Quantized(out, fp8), total

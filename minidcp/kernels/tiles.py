@@ -6,9 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from minidcp.kernels.fp8 import MAX_UNQUANTIZED_ROWS
+
 TABLE = Path(__file__).parent / "tiles.json"
-MAX_DIRECT_TOKENS = 2  # up to this many tokens every choice is a block of its own; see `align.py`
+# Up to this many tokens every choice is a block of its own; see `align.py`.
+MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
 ANY_NUMBER_OF_TOKENS = 1 << 20
+FP8_BK = 64  # which stands for 128 inputs in FP8
 
 
 class Tile(NamedTuple):
@@ -31,22 +35,31 @@ class Tiles(NamedTuple):
 
 
 @cache
-def list_tiles(num_experts: int, top_k: int, hidden: int, inter: int) -> dict[int, Tiles]:
+def list_tiles(
+    num_experts: int, top_k: int, hidden: int, inter: int, fp8: bool = False
+) -> dict[int, Tiles]:
     """The tiles to use up to each number of tokens, in rising order.
 
     Args:
         num_experts: shared ones included, like top_k.
         inter: the intermediate dim of an expert, or this rank's share of it.
+        fp8: whether the weights are in FP8.
     """
     table = json.loads(TABLE.read_text())
-    rows = table.get(f"{num_experts}x{hidden}x{inter}")
+    rows = table.get(name_shape(num_experts, hidden, inter, fp8))
     if rows is None:
-        return make_tiles_by_rule(num_experts / top_k)
+        make = make_fp8_tiles_by_rule if fp8 else make_tiles_by_rule
+        return make(num_experts / top_k)
 
     tiles_up_to = {}
     for max_tokens, (bm, sort, gate_up, down) in rows.items():
         tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
     return tiles_up_to
+
+
+def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
+    """The name of a shape in tiles.json."""
+    return f"{num_experts}x{hidden}x{inter}" + (" fp8" if fp8 else "")
 
 
 def make_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
@@ -66,10 +79,38 @@ def make_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
     }
 
 
-def choose_tiles(tokens: int, num_experts: int, top_k: int, hidden: int, inter: int) -> Tiles:
+def make_fp8_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
+    """Like `make_tiles_by_rule`. BK is that of the weights' scales, and BN of gate_up that of the
+    scales of its output."""
+    vector = Tile(4, 1024, 4, 1)
+    small = Tile(128, FP8_BK, 4, 4)
+    large = Tile(128, FP8_BK, 8, 3)
+    return {
+        MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector),
+        int(12 * experts_per_choice): Tiles(16, False, small, small),
+        int(24 * experts_per_choice): Tiles(32, False, small, small),
+        int(64 * experts_per_choice): Tiles(64, False, large, large),
+        ANY_NUMBER_OF_TOKENS: Tiles(64, True, large, large),
+    }
+
+
+def choose_tiles(
+    tokens: int, num_experts: int, top_k: int, hidden: int, inter: int, fp8: bool = False
+) -> Tiles:
     """The first tiles of the list that are for this many tokens, or else the last ones."""
-    tiles_up_to = list_tiles(num_experts, top_k, hidden, inter)
+    tiles_up_to = list_tiles(num_experts, top_k, hidden, inter, fp8)
     for max_tokens, tiles in tiles_up_to.items():
         if tokens <= max_tokens:
             return tiles
     return list(tiles_up_to.values())[-1]
+
+
+def choose_dense_tile(tokens: int) -> tuple[int, Tile]:
+    """`bm` and the tile of a dense product in FP8 that cuBLAS does not have."""
+    if tokens <= MAX_DIRECT_TOKENS:
+        return 1, Tile(4, 2048, 4, 1)
+    if tokens <= 32:
+        return 16, Tile(64, FP8_BK, 4, 6)
+    if tokens <= 128:
+        return 32, Tile(64, FP8_BK, 4, 6)
+    return 64, Tile(128, FP8_BK, 4, 4)

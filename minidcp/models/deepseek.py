@@ -10,6 +10,7 @@ from torch import Tensor
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheQueries, ContextPiece, ForwardBatch, OutAndLse, Varlen
 from minidcp.kernels.experts import ExpertOutputs
+from minidcp.kernels.fp8 import Activations, widen
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
@@ -95,7 +96,7 @@ class MLAAttention:
         self.kv_b = kv_b  # [H, v + nope, C]
         self.w_uv, self.w_uk = kv_b.split(widths, 1)  # [H, v, C] and [H, nope, C]
 
-    def __call__(self, x: Tensor, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Activations, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden], replicated -> this rank's summand of the output [T, hidden].
 
         cos_sin [T, rope] are the tokens' angles, kv [num_blocks, block_size, C + rope] is this
@@ -124,7 +125,7 @@ class MLAAttention:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.o_proj(out.flatten(1))
 
-    def project_decode_q(self, q_input: Tensor, queries: CacheQueries) -> Tensor:
+    def project_decode_q(self, q_input: Activations, queries: CacheQueries) -> Tensor:
         """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated."""
         if self.replicates_q:
             return self.query.project_group(q_input)
@@ -133,7 +134,7 @@ class MLAAttention:
             return self.query.project_own(q_input, self.exchange.q_buffer)
         return self.query.project_own(q_input)
 
-    def project_prefill_q(self, q_input: Tensor, batch: ForwardBatch) -> Tensor:
+    def project_prefill_q(self, q_input: Activations, batch: ForwardBatch) -> Tensor:
         """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated and meets the cache."""
         meets_cache = any(isinstance(piece, CacheQueries) for piece in batch.context)
         if self.replicates_q and meets_cache:
@@ -304,7 +305,12 @@ class DecoderLayer:
         if config.is_moe_layer(index):
             self.mlp = MoE(config, self.tp, mlp_weights)
         else:
-            self.mlp = MLP(hidden, config.intermediate_size, self.tp, mlp_weights)
+            by_column = Shard(0, self.tp.rank, self.tp.size)
+            self.mlp = MLP(hidden, config.intermediate_size, by_column, mlp_weights)
+
+        # Activations are quantised by what makes them.
+        self.input_layernorm.quantizes = self.self_attn.down_proj.is_fp8
+        self.post_attention_layernorm.quantizes = self.mlp.is_fp8
 
     def __call__(
         self,
@@ -318,10 +324,10 @@ class DecoderLayer:
 
         Returns the MLP's output and the residual stream without it. The next norm adds the two.
         """
-        x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.tp.all_reduce(self.self_attn(x, cos_sin, kv, batch))
-        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
-        x = self.mlp(x)
+        normed, residual = self.input_layernorm.add_and_norm(x, residual)
+        x = self.tp.all_reduce(self.self_attn(normed, cos_sin, kv, batch))
+        normed, residual = self.post_attention_layernorm.add_and_norm(x, residual)
+        x = self.mlp(normed)
         if self.tp.size > 1:
             x = self.tp.all_reduce(x.sum() if isinstance(x, ExpertOutputs) else x)
         return x, residual
@@ -368,5 +374,5 @@ class DeepseekForCausalLM:
         residual = None
         for layer, kv in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, cos_sin, kv, batch)
-        x, _ = self.norm.add_and_norm(x, residual)
-        return self.lm_head(x[batch.sample_index])
+        normed, _ = self.norm.add_and_norm(x, residual)
+        return self.lm_head(widen(normed)[batch.sample_index])

@@ -3,13 +3,24 @@
 attribute holds this rank's part. Next: `worker/model_runner.py`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidcp.kernels.dense import multiply
 from minidcp.kernels.experts import ExpertOutputs, run_experts
+from minidcp.kernels.fp8 import (
+    Activations,
+    Fp8Stack,
+    Fp8Tensor,
+    Weight,
+    allocate_stack,
+    join_rows,
+    put_into_stack,
+    widen,
+)
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.route import route
@@ -18,37 +29,42 @@ from minidcp.model_config import ModelConfig
 from minidcp.models.weights import WHOLE, Shard, Weights
 from minidcp.parallel.group import Group
 
-GEMM_ALIGN = 8  # grouped_mm wants rows of a multiple of 16 bytes, which are 8 elements of bf16
-
 
 class RMSNorm:
-    """x / rms(x) · weight."""
+    """x / rms(x) · weight.
+
+    Attributes:
+        quantizes: whether the result goes to a product in FP8, so that it is wanted in FP8, too.
+    """
 
     def __init__(self, dim: int, weights: Weights, eps: float) -> None:
         self.weight = weights.read("weight", dim)
         self.eps = eps
+        self.quantizes = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        normed, _ = rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor) -> Activations:
+        normed, _ = rms_norm(x, self.weight, self.eps, quantizes=self.quantizes)
         return normed
 
     def add_and_norm(
         self, x: Tensor | ExpertOutputs, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Activations, Tensor]:
         """Add x to the residual stream: the normed sum, and the sum itself.
 
         The outputs of a token's experts are added up by the same kernel.
         """
+        scales = None
         if isinstance(x, ExpertOutputs):
-            return rms_norm(x.values, self.weight, self.eps, residual, x.weights)
-        return rms_norm(x, self.weight, self.eps, residual)
+            scales = x.weights
+            x = x.values
+        return rms_norm(x, self.weight, self.eps, residual, scales, self.quantizes)
 
 
 @dataclass(frozen=True)
 class Linear:
     """x @ weight.T (+ bias)."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
 
     @classmethod
@@ -60,13 +76,17 @@ class Linear:
         A shard of dim 1 takes this rank's inputs and gives its summand of the output. The bias is
         then added on rank 0 only.
         """
-        weight = weights.read("weight", out_dim, in_dim, shard=shard)
+        weight = weights.read_matrix("weight", out_dim, in_dim, shard=shard)
         if not bias:
             return cls(weight)
         if shard.dim == 0:
             return cls(weight, weights.read("bias", out_dim, shard=shard))
         whole_bias = weights.read("bias", out_dim)
         return cls(weight, whole_bias if shard.index == 0 else None)
+
+    @property
+    def is_fp8(self) -> bool:
+        return isinstance(self.weight, Fp8Tensor)
 
     def reorder_rope(self, num_heads: int, rope_dim: int) -> "Linear":
         """The same layer with each head's last `rope_dim` outputs in another order.
@@ -81,10 +101,9 @@ class Linear:
         bias = None if self.bias is None else self.bias[order]
         return Linear(self.weight[order], bias)
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         """x [T, in_dim] -> [T, out_dim], written to `out` if that is given."""
-        one_head_out = None if out is None else out[:, None]
-        result = multiply_by_head(x[:, None], self.weight[None], one_head_out)[:, 0]
+        result = multiply(x, self.weight, out)
         if self.bias is not None:
             result.add_(self.bias)
         return result
@@ -92,12 +111,14 @@ class Linear:
 
 def join(first: Linear, second: Linear) -> Linear:
     """Two layers of the same input as one product, their outputs side by side."""
-    weight = torch.cat([first.weight, second.weight])
+    weight = join_rows(first.weight, second.weight)
     if first.bias is None and second.bias is None:
         return Linear(weight)
     biases = []
     for layer in (first, second):
-        no_bias = layer.weight.new_zeros(len(layer.weight))
+        given = first.bias if second.bias is None else second.bias
+        assert given is not None
+        no_bias = given.new_zeros(len(layer.weight))
         biases.append(no_bias if layer.bias is None else layer.bias)
     return Linear(weight, torch.cat(biases))
 
@@ -162,34 +183,32 @@ class LMHead:
 
 
 class MLP:
-    """down(silu(gate(x)) · up(x)), the intermediate dim sharded over TP."""
+    """down(silu(gate(x)) · up(x)), the intermediate dim sharded over TP.
 
-    def __init__(
-        self,
-        hidden: int,
-        intermediate: int,
-        tp: Group,
-        weights: Weights,
-        align: int = GEMM_ALIGN,
-    ) -> None:
-        rows = Shard(0, tp.rank, tp.size, align)
-        columns = Shard(1, tp.rank, tp.size, align)
-        gate = weights.read("gate_proj.weight", intermediate, hidden, shard=rows)
-        up = weights.read("up_proj.weight", intermediate, hidden, shard=rows)
-        self.gate_up_proj = torch.cat([gate, up])  # [2 I / tp, hidden]
-        self.down_proj = weights.read("down_proj.weight", hidden, intermediate, shard=columns)
+    Attributes:
+        gate_up_proj: [2 I / tp, hidden].
+        down_proj: [hidden, I / tp].
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, hidden: int, intermediate: int, shard: Shard, weights: Weights) -> None:
+        """`shard` is the part of the intermediate dim, whatever its dim."""
+        rows = replace(shard, dim=0, align=weights.align)
+        columns = replace(shard, dim=1, align=weights.align)
+        gate = weights.read_matrix("gate_proj.weight", intermediate, hidden, shard=rows)
+        up = weights.read_matrix("up_proj.weight", intermediate, hidden, shard=rows)
+        self.gate_up_proj = join_rows(gate, up)
+        self.down_proj = weights.read_matrix(
+            "down_proj.weight", hidden, intermediate, shard=columns
+        )
+
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, hidden] -> this rank's summand of the output [T, hidden]."""
-        gate, up = F.linear(x, self.gate_up_proj).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.down_proj)
+        gate, up = multiply(x, self.gate_up_proj).chunk(2, -1)
+        return multiply(F.silu(gate) * up, self.down_proj)
 
-    def split(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """gate_up and down of `count` smaller MLPs, whose outputs add up to this one's."""
-        by_part = self.gate_up_proj.unflatten(0, (2, count, -1)).transpose(0, 1)
-        gate_up = by_part.flatten(1, 2)
-        down = self.down_proj.chunk(count, 1)
-        return list(zip(gate_up, down, strict=True))
+    @property
+    def is_fp8(self) -> bool:
+        return isinstance(self.down_proj, Fp8Tensor)
 
 
 class MoE:
@@ -199,6 +218,8 @@ class MoE:
     tokens are routed. A shared expert is one that every token takes, with weight 1.
 
     Attributes:
+        gate_up_proj: [E, 2 I / tp, hidden], shared experts first.
+        down_proj: [E, hidden, I / tp].
         token_limits: numbers of tokens up to which one choice of kernels holds; all are run before
             serving.
     """
@@ -207,7 +228,6 @@ class MoE:
         self.config = config
         self.num_shared = config.n_shared_experts
         hidden = config.hidden_size
-        intermediate = config.moe_intermediate_size
         self.gate = weights.read("gate.weight", config.n_routed_experts, hidden)
         self.gate_bias = None
         if config.sigmoid_router:
@@ -216,24 +236,31 @@ class MoE:
                 "gate.e_score_correction_bias", config.n_routed_experts, dtype=torch.float32
             )
 
-        experts = []
-        if self.num_shared > 0:
-            # The checkpoint has the shared experts as one MLP.
-            scope = weights.scope("shared_experts")
-            align = GEMM_ALIGN * self.num_shared
-            shared = MLP(hidden, intermediate * self.num_shared, tp, scope, align)
-            experts += shared.split(self.num_shared)
-        for index in range(config.n_routed_experts):
-            routed = MLP(hidden, intermediate, tp, weights.scope(f"experts.{index}"))
-            experts.append((routed.gate_up_proj, routed.down_proj))
-        self.gate_up_proj = torch.stack(
-            [gate_up for gate_up, _ in experts]
-        )  # [E, 2 I / tp, hidden]
-        self.down_proj = torch.stack([down for _, down in experts])  # [E, hidden, I / tp]
+        num_experts = self.num_shared + config.n_routed_experts
+        for index in range(num_experts):
+            expert = self.read_expert(index, tp, weights)
+            if index == 0:
+                self.gate_up_proj = allocate_stack(num_experts, expert.gate_up_proj)
+                self.down_proj = allocate_stack(num_experts, expert.down_proj)
+            put_into_stack(self.gate_up_proj, index, expert.gate_up_proj)
+            put_into_stack(self.down_proj, index, expert.down_proj)
 
-        top_k = config.num_experts_per_tok + self.num_shared
         _, hidden, own_intermediate = self.down_proj.shape
-        self.token_limits = list(list_tiles(len(experts), top_k, hidden, own_intermediate))
+        top_k = config.num_experts_per_tok + self.num_shared
+        self.is_fp8 = isinstance(self.down_proj, Fp8Stack)
+        tiles = list_tiles(num_experts, top_k, hidden, own_intermediate, self.is_fp8)
+        self.token_limits = list(tiles)
+
+    def read_expert(self, index: int, tp: Group, weights: Weights) -> MLP:
+        """The checkpoint has the shared experts as one MLP: one of them is a part of it."""
+        hidden = self.config.hidden_size
+        intermediate = self.config.moe_intermediate_size
+        if index < self.num_shared:
+            part = Shard(0, tp.rank * self.num_shared + index, tp.size * self.num_shared)
+            scope = weights.scope("shared_experts")
+            return MLP(hidden, intermediate * self.num_shared, part, scope)
+        scope = weights.scope(f"experts.{index - self.num_shared}")
+        return MLP(hidden, intermediate, Shard(0, tp.rank, tp.size), scope)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts.
@@ -245,7 +272,7 @@ class MoE:
         multiply_by_head(x[:, None], self.gate[None], logits[:, None])
         return route(logits, self.config, self.num_shared, self.gate_bias)
 
-    def __call__(self, x: Tensor) -> ExpertOutputs:
+    def __call__(self, x: Activations) -> ExpertOutputs:
         """x [T, hidden] -> the outputs of each token's experts, not added up yet."""
-        weights, ids = self.route(x)
+        weights, ids = self.route(widen(x))
         return run_experts(x, self.gate_up_proj, self.down_proj, weights, ids)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from minidcp.kernels.fp8 import Activations, widen
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import Linear, RMSNorm
 from minidcp.models.weights import Shard, Weights
@@ -19,19 +20,19 @@ MakeBuffer = Callable[[tuple[int, ...], Tensor], Tensor]  # (shape, like) -> mem
 class Query(Protocol):
     """q of H own heads, or of all G heads of the DCP group if q is replicated."""
 
-    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+    def make_input(self, x: Activations, q_down: Tensor) -> Activations:
         """What the two methods below take.
 
         x [T, hidden] is the layer's input; q_down [T, …] is what `read_q_down_proj` makes of it.
         """
 
-    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+    def project_own(self, q_input: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
         """[T, H, nope + rope], not rotated yet.
 
         A variant that computes a product here writes it to make_buffer(shape, like).
         """
 
-    def project_group(self, q_input: Tensor) -> Tensor:
+    def project_group(self, q_input: Activations) -> Tensor:
         """[T, G, nope + rope]; only where q is replicated."""
 
 
@@ -60,14 +61,17 @@ class HeadProjection:
             begin = dcp.rank * own_rows
             self.own = Linear(self.all.weight[begin : begin + own_rows])
 
-    def project_own(self, x: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+    def project_own(self, x: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
         out = None
         if make_buffer is not None:
-            out = make_buffer((len(x), len(self.own.weight)), x)
-        return self.own(x, out).view(len(x), -1, self.head_dim)
+            rows = widen(x)
+            out = make_buffer((len(rows), len(self.own.weight)), rows)
+        q = self.own(x, out)
+        return q.view(len(q), -1, self.head_dim)
 
-    def project_group(self, x: Tensor) -> Tensor:
-        return self.all(x).view(len(x), -1, self.head_dim)
+    def project_group(self, x: Activations) -> Tensor:
+        q = self.all(x)
+        return q.view(len(q), -1, self.head_dim)
 
 
 class LowRankQuery:
@@ -80,14 +84,15 @@ class LowRankQuery:
         assert rank is not None
         self.q_a_layernorm = RMSNorm(rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
         self.q_b_proj = HeadProjection(config, state, replicates_q, rank, weights.scope("q_b_proj"))
+        self.q_a_layernorm.quantizes = self.q_b_proj.all.is_fp8
 
-    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+    def make_input(self, x: Activations, q_down: Tensor) -> Activations:
         return self.q_a_layernorm(q_down)
 
-    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+    def project_own(self, q_input: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
         return self.q_b_proj.project_own(q_input, make_buffer)
 
-    def project_group(self, q_input: Tensor) -> Tensor:
+    def project_group(self, q_input: Activations) -> Tensor:
         return self.q_b_proj.project_group(q_input)
 
 
@@ -100,13 +105,14 @@ class JoinedQuery:
     def __init__(self, config: ModelConfig) -> None:
         self.head_dim = config.qk_head_dim
 
-    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+    def make_input(self, x: Activations, q_down: Tensor) -> Activations:
         return q_down
 
-    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
-        return q_input.view(len(q_input), -1, self.head_dim)
+    def project_own(self, q_input: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
+        q = widen(q_input)
+        return q.view(len(q), -1, self.head_dim)
 
-    def project_group(self, q_input: Tensor) -> Tensor:
+    def project_group(self, q_input: Activations) -> Tensor:
         raise NotImplementedError("q of the group's heads is never joined with the latents")
 
 
@@ -120,13 +126,13 @@ class DirectReplicatedQuery:
         scope = weights.scope("q_proj")
         self.q_proj = HeadProjection(config, state, True, config.hidden_size, scope)
 
-    def make_input(self, x: Tensor, q_down: Tensor) -> Tensor:
+    def make_input(self, x: Activations, q_down: Tensor) -> Activations:
         return x
 
-    def project_own(self, q_input: Tensor, make_buffer: MakeBuffer | None = None) -> Tensor:
+    def project_own(self, q_input: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
         return self.q_proj.project_own(q_input, make_buffer)
 
-    def project_group(self, q_input: Tensor) -> Tensor:
+    def project_group(self, q_input: Activations) -> Tensor:
         return self.q_proj.project_group(q_input)
 
 

@@ -1,30 +1,23 @@
-"""Where weights come from: safetensors, read slice by slice, so that a rank reads only its share.
-What the model asks for, by Hugging Face's names, is recorded first. A checkpoint that lacks a
-tensor, or has one too many, is then refused before it is read."""
+"""How the model asks for its weights, by Hugging Face's names: a rank asks for its share of a
+tensor. Checkpoints are in `checkpoint.py`. Next: that file, or `deepseek.py`."""
 
-import os
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minidcp.config import require
-from minidcp.console import ProgressBar, UnfailingStream
-from minidcp.model_config import read_object
+from minidcp.kernels.fp8 import Weight, quantize_weight
 
-MAX_LISTED = 8  # how many names an error message lists
-EMBEDDINGS = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
-FP8_DTYPE = "F8_E4M3"  # safetensors' name
-SCALE_SUFFIX = "_scale_inv"  # weight · weight_scale_inv, block by block, is what was quantised
-ROWS_COMPARED = 4096  # at a time, to need little memory
+# What a part of a sharded dim is rounded up to. Rows of 16 bytes are what grouped_mm wants and what
+# the tensor memory accelerator can copy; tensor cores take 32 FP8 values at a time.
+ALIGN = 8
+FP8_ALIGN = 32
+
 # What is downloaded of a model on the hub: configurations, weights, and everything that
 # transformers reads for a tokenizer, chat templates included. A README may have example prompts.
 HUB_FILES = (
@@ -88,12 +81,35 @@ class Shard:
 WHOLE = Shard()
 
 
+class WeightSource(Protocol):
+    """Where weights come from.
+
+    Attributes:
+        fp8: whether matrices are read in FP8, where the model asks for it.
+    """
+
+    fp8: bool
+
+    def read(
+        self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A rank's part of a tensor whose whole has this shape."""
+
+    def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
+        """The same in FP8, if the source is."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """A source as one module sees it: names are relative to `prefix`."""
 
-    source: "WeightSource"
+    source: WeightSource
     prefix: str = ""
+
+    @property
+    def align(self) -> int:
+        """What the parts of a sharded dim are rounded up to."""
+        return FP8_ALIGN if self.source.fp8 else ALIGN
 
     def scope(self, name: str) -> "Weights":
         return Weights(self.source, f"{self.prefix}{name}.")
@@ -107,223 +123,32 @@ class Weights:
         """
         return self.source.read(self.prefix + name, shape, shard, dtype)
 
+    def read_matrix(self, name: str, *shape: int, shard: Shard = WHOLE) -> Weight:
+        """This rank's part of a matrix that may be in FP8."""
+        return self.source.read_matrix(self.prefix + name, shape, shard)
+
 
 class RecordingSource:
     """Hands out tensors without storage, and records what was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, fp8: bool = False) -> None:
+        self.fp8 = fp8
         self.shapes: dict[str, tuple[int, ...]] = {}  # of whole tensors
         self.sizes: dict[str, int] = {}  # how many values this rank holds
+        self.matrices: set[str] = set()  # those that may be in FP8
 
     def read(
         self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
     ) -> Tensor:
         part = torch.empty(shard.shape(shape), device="meta")
         self.shapes[name] = shape
-        self.sizes[name] = part.numel()
+        self.sizes[name] = self.sizes.get(name, 0) + part.numel()
         return part
 
-
-class CheckpointSource:
-    """A directory of safetensors in the hub's format.
-
-    Matrices in FP8 are dequantised while they are read. `fp8_block` are the rows and columns that
-    share a scale. Raises ValueError if a file is missing or damaged.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: bool = False,
-        fp8_block: tuple[int, int] | None = None,
-    ) -> None:
-        self.path = path
-        self.fp8_block = fp8_block
-        self.dtype = dtype
-        self.device = device
-        self.bytes_read = 0
-        self.files: dict[str, Any] = {}
-        self.file_of = self.find_tensors()
-        self.stored_names: dict[str, str] = {}  # of tensors that have another name in their file
-        self.bar = ProgressBar(
-            desc="Loading weights",
-            total=len(self.file_of),
-            unit=" tensors",
-            disable=not progress,
-            file=UnfailingStream(sys.stderr),
-        )
-
-    def find_tensors(self) -> dict[str, str]:
-        """The file of every tensor: from the index if there is one, else of the single file."""
-        index = self.path / "model.safetensors.index.json"
-        if os.path.lexists(index):
-            weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise ValueError(f"{index}: not a safetensors index")
-            return weight_map
-
-        single = "model.safetensors"
-        is_there = os.path.lexists(self.path / single)
-        require(is_there, f"{self.path}: neither {index.name} nor {single} is there")
-        return dict.fromkeys(self.open(single).keys(), single)
-
-    def open(self, file: str) -> Any:
-        if file not in self.files:
-            path = self.path / file
-            try:
-                # safe_open calls a file that may not be read one that is not there.
-                path.open("rb").close()
-                self.files[file] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError:
-                if path.is_symlink():
-                    raise ValueError(f"{path}: links to a file that is not there") from None
-                raise ValueError(
-                    f"{path}: no such file, but the checkpoint's index names it"
-                ) from None
-            except SafetensorError as error:
-                raise ValueError(f"{path}: truncated or not safetensors ({error})") from None
-            except OSError as error:
-                raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-        return self.files[file]
-
-    def get_slice(self, name: str) -> Any:
-        """The tensor, of which nothing is read yet. Raises SafetensorError if its file has none."""
-        return self.open(self.file_of[name]).get_slice(self.stored_names.get(name, name))
-
-    def tie_head(self) -> bool:
-        """Make lm_head and the embeddings one tensor, as a config.json with tied embeddings says.
-
-        The checkpoint may have both, or lm_head only. Returns False if they differ: transformers
-        then uses both.
-        """
-        if HEAD not in self.file_of:
-            return True
-        if EMBEDDINGS not in self.file_of:
-            self.file_of[EMBEDDINGS] = self.file_of.pop(HEAD)
-            self.stored_names[EMBEDDINGS] = HEAD
-            return True
-
-        try:
-            is_copy = self.are_equal(HEAD, EMBEDDINGS)
-        except SafetensorError:
-            return False  # only the index has it, which `check` reports
-        if is_copy:
-            del self.file_of[HEAD]
-        return is_copy
-
-    def skip_layers(self, indices: range) -> int:
-        """Leave out the tensors of these layers; returns how many there are."""
-        prefixes = tuple(f"model.layers.{index}." for index in indices)
-        names = [name for name in self.file_of if name.startswith(prefixes)]
-        for name in names:
-            del self.file_of[name]
-        return len(names)
-
-    def are_equal(self, first: str, second: str) -> bool:
-        """Compare two tensors in the model's dtype, some rows at a time."""
-        slices = [self.get_slice(first), self.get_slice(second)]
-        shape, other_shape = (s.get_shape() for s in slices)
-        if shape != other_shape:
-            return False
-        for begin in range(0, shape[0], ROWS_COMPARED):
-            rows, other_rows = (s[begin : begin + ROWS_COMPARED].to(self.dtype) for s in slices)
-            if not torch.equal(rows, other_rows):
-                return False
-        return True
-
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Compare the checkpoint's tensors with the shapes of those that the model asks for.
-
-        Raises ValueError with a list of what is missing, left over, of another shape, or quantised.
-        """
-        held = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
-        expected = {**expected, **self.list_scales(expected)}
-        missing = sorted(expected.keys() - held)
-        left_over = sorted(held - expected.keys())
-        misshapen = []
-        quantised = []
-        for name in sorted(expected.keys() & held):
-            file = self.file_of[name]
-            try:
-                tensor = self.get_slice(name)
-            except SafetensorError:
-                missing.append(f"{name} (in the index, not in {file})")
-                continue
-            shape = tuple(tensor.get_shape())
-            is_fp8 = f"{name}{SCALE_SUFFIX}" in expected
-            if tensor.get_dtype() not in DTYPES and not is_fp8:
-                quantised.append(f"{name} ({tensor.get_dtype()})")
-            if shape != expected[name]:
-                wanted = list(expected[name])
-                misshapen.append(f"{name} {list(shape)}, config.json says {wanted}")
-
-        problems = [
-            describe_problem("missing", missing),
-            describe_problem("not part of this model", left_over),
-            describe_problem("of another shape", misshapen),
-            describe_problem(f"of a dtype other than {', '.join(DTYPES)}", quantised),
-        ]
-        found = "; ".join(problem for problem in problems if problem)
-        require(not found, f"{self.path}: the weights do not fit config.json: {found}")
-        self.bar.total = len(expected)
-
-    def list_scales(self, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the scales of those expected tensors that are in FP8."""
-        scales: dict[str, tuple[int, ...]] = {}
-        if self.fp8_block is None:
-            return scales
-        for name, shape in expected.items():
-            if name not in self.file_of or len(shape) != len(self.fp8_block):
-                continue
-            try:
-                is_fp8 = self.get_slice(name).get_dtype() == FP8_DTYPE
-            except SafetensorError:
-                continue  # only the index has it, which `check` reports
-            if is_fp8:
-                num_blocks = (-(-size // n) for size, n in zip(shape, self.fp8_block, strict=True))
-                scales[f"{name}{SCALE_SUFFIX}"] = tuple(num_blocks)
-        return scales
-
-    def dequantize(self, part: Tensor, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
-        """This rank's part of a matrix in FP8, in float32. A block may begin in another part."""
-        assert self.fp8_block is not None
-        scales: Tensor = self.get_slice(f"{name}{SCALE_SUFFIX}")[:]
-        self.bytes_read += scales.nbytes
-        scales = scales.to(device=self.device, dtype=torch.float32)
-        for dim, (size, block) in enumerate(zip(shape, self.fp8_block, strict=True)):
-            begin, end = shard.bounds(size) if dim == shard.dim else (0, size)
-            block_of = torch.arange(begin, end, device=self.device) // block
-            scales = scales.index_select(dim, block_of)
-        return part.float() * scales
-
-    def read(
-        self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        part = shard.cut(self.get_slice(name), shape)
-        self.bytes_read += part.nbytes
-        self.bar.update()
-        if part.dtype == torch.float8_e4m3fn:
-            part = self.dequantize(part.to(self.device), name, shape, shard)
-        part = part.to(device=self.device, dtype=dtype or self.dtype)
-        return shard.pad(part, shape)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.files.clear()
-
-
-def describe_problem(problem: str, names: list[str]) -> str:
-    """ "3 missing: a, b, c"; empty if there are no names. Only the first few are listed."""
-    if not names:
-        return ""
-    listed = names[:MAX_LISTED]
-    if len(names) > MAX_LISTED:
-        listed.append(f"and {len(names) - MAX_LISTED} more")
-    return f"{len(names)} {problem}: {', '.join(listed)}"
+    def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
+        self.matrices.add(name)
+        part = self.read(name, shape, shard)
+        return quantize_weight(part) if self.fp8 else part
 
 
 class RandomSource:
@@ -336,7 +161,8 @@ class RandomSource:
     by its name, and keeps its part. So all layouts of ranks have the same random model.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, fp8: bool = False) -> None:
+        self.fp8 = fp8
         self.dtype = dtype
         self.device = device
         self.bytes_read = 0
@@ -354,8 +180,9 @@ class RandomSource:
         self.bytes_read += part.nbytes
         return part if part.shape == whole.shape else part.clone()  # do not keep the whole alive
 
-
-WeightSource = RecordingSource | CheckpointSource | RandomSource
+    def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
+        part = self.read(name, shape, shard)
+        return quantize_weight(part) if self.fp8 else part
 
 
 def find_model(model: str, files: tuple[str, ...] = HUB_FILES) -> Path:

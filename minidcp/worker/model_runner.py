@@ -16,15 +16,10 @@ from minidcp.attention.context import ContextPolicy
 from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan, StepResult
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
+from minidcp.models.checkpoint import CheckpointSource
 from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.layers import MoE
-from minidcp.models.weights import (
-    CheckpointSource,
-    RandomSource,
-    RecordingSource,
-    Weights,
-    WeightSource,
-)
+from minidcp.models.weights import RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
 from minidcp.resolve import ResolvedConfig
 from minidcp.worker.cuda_graph import DecodeGraphs
@@ -122,8 +117,9 @@ class ModelRunner:
 
     def load(self) -> tuple[DeepseekForCausalLM, int]:
         """The model, and how many bytes of weights were read for it."""
+        fp8 = self.config.quantization == "fp8"
         if self.config.load_format == "dummy":
-            random = RandomSource(self.dtype, self.device)
+            random = RandomSource(self.dtype, self.device, fp8)
             return self.build(random), random.bytes_read
 
         is_first_rank = self.state.tp.rank == 0
@@ -133,9 +129,8 @@ class ModelRunner:
             self.device,
             progress=is_first_rank,
             fp8_block=self.model_config.fp8_block,
+            fp8=fp8,
         )
-        if self.model_config.fp8_block is not None:
-            self.log(f"the checkpoint's FP8 weights become {self.config.dtype}")
         if self.model_config.tie_word_embeddings and not source.tie_head():
             self.model_config = replace(self.model_config, tie_word_embeddings=False)
             self.log(
@@ -153,11 +148,13 @@ class ModelRunner:
                 "they predict a second token, which is not done here"
             )
 
-        wanted = RecordingSource()
+        wanted = RecordingSource(fp8)
         self.build(wanted)
         source.check(wanted.shapes)
         model = self.build(source)
         source.close()
+        if source.num_quantized > 0:
+            self.log(f"quantised {source.num_quantized} matrices to FP8")
         return model, source.bytes_read
 
     def build(self, source: WeightSource) -> DeepseekForCausalLM:

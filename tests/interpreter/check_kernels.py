@@ -11,6 +11,7 @@ from minidcp.kernels import (
     DeviceProperties,
     align,
     experts,
+    grouped,
     kv_store,
     linear,
     merge,
@@ -222,7 +223,7 @@ def test_experts(
     tile = tiles.Tile(16, 32, 4, 3)
     close(experts.run_experts_ref(x, gate_up, down, weights, ids).sum(), expected, dtype)
     if is_sorted:
-        monkeypatch.setattr(experts, "get_device_properties", lambda: DeviceProperties((9, 0)))
+        monkeypatch.setattr(grouped, "get_device_properties", lambda: DeviceProperties((9, 0)))
         monkeypatch.setattr(align, "MAX_CHUNK", 16)
         monkeypatch.setattr(align, "MAX_TOKENS", 8)
     given = tiles.Tiles(bm, is_sorted, tile, tile)

@@ -1,0 +1,82 @@
+"""Dense products, x @ weight.T: of weights in bf16 by `linear.py`, of those in FP8 here."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidcp.kernels import get_device_properties, use_triton
+from minidcp.kernels.align import one_expert
+from minidcp.kernels.fp8 import (
+    BLOCK,
+    E4M3,
+    Activations,
+    Fp8Tensor,
+    Quantized,
+    Weight,
+    quantize,
+    quantize_ref,
+    widen,
+)
+from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_vector
+from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.tiles import choose_dense_tile
+
+ROWS_ALIGN = 4  # cuBLAS wants the scales of each block to begin at a multiple of 16 bytes
+
+
+def multiply_fp8_ref(x: Tensor, weight: Fp8Tensor) -> Tensor:
+    return F.linear(quantize_ref(x).dequantize(), weight.dequantize()).to(x.dtype)
+
+
+def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """x [T, I] @ weight [O, I].T -> [T, O], written to `out` if that is given.
+
+    The sums are in float32. With a weight in FP8, x is quantised and everything is contiguous.
+    """
+    rows = widen(x)
+    if isinstance(weight, Tensor):
+        one_head_out = None if out is None else out[:, None]
+        return multiply_by_head(rows[:, None], weight[None], one_head_out)[:, 0]
+    if not use_triton(rows):
+        result = multiply_fp8_ref(rows, weight)
+        return result if out is None else out.copy_(result)
+
+    if out is None:
+        out = rows.new_empty(len(rows), len(weight))
+    tokens = len(rows)
+    bm, tile = choose_dense_tile(tokens)
+    blocks = one_expert(tokens, bm)
+    if blocks.is_direct:
+        multiply_vector(rows, weight, blocks, tile, out)
+        return out
+
+    fp8 = x.fp8 if isinstance(x, Quantized) else quantize(rows)
+    if can_use_cublas(weight, out):
+        multiply_by_cublas(fp8, weight, out)
+    else:
+        multiply_fp8_blocks(fp8, weight, blocks, tile, out)
+    return out
+
+
+def can_use_cublas(weight: Fp8Tensor, out: Tensor) -> bool:
+    """Whether cuBLAS has this product: on Hopper, with dims of 16 bytes."""
+    dim_out, dim_in = weight.values.shape
+    is_hopper = get_device_properties().capability == (9, 0)
+    has_its_form = weight.block == BLOCK and out.dtype == torch.bfloat16
+    return is_hopper and has_its_form and dim_out % 16 == 0 and dim_in % 16 == 0
+
+
+def multiply_by_cublas(x: Fp8Tensor, weight: Fp8Tensor, out: Tensor) -> None:
+    """Both sides have a scale for each row and BLOCK inputs."""
+    tokens = len(x)
+    missing = -tokens % ROWS_ALIGN
+    values = x.values
+    scales = x.scales
+    if missing > 0:
+        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(E4M3)
+        scales = F.pad(scales, (0, missing))
+    operands = (values, weight.values.T, scales.T, weight.scales)
+    if missing == 0:
+        torch._scaled_mm(*operands, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch._scaled_mm(*operands, out_dtype=out.dtype)[:tokens])
