@@ -38,6 +38,10 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None  # a regular expression
 
+    # JSON Schemas within a grammar, by what error messages call them.
+    schemas: dict[str, dict[str, Any]] = field(
+        default_factory=dict, kw_only=True, compare=False, repr=False
+    )
     # What error messages call this: the field of a client's request.
     field: str = field(default="structured_outputs", kw_only=True, compare=False)
 

@@ -189,7 +189,7 @@ class AsyncEngine:
         A caller that stops iterating aborts all the requests in one step, on all ranks. Raises
         UnavailableError if too many requests are waiting or the server shuts down, EngineDeadError
         if a rank has ended, TimeoutError if it takes longer than --request-timeout, and
-        GrammarError if a request's grammar fails."""
+        GrammarError if the grammar of one of them fails."""
         self.check_room(len(requests))
         stream: Stream = asyncio.Queue()
         engine = self._require_engine()
@@ -200,7 +200,7 @@ class AsyncEngine:
             while num_unfinished > 0:
                 deltas, error = await receive(stream, keep_alive)
                 num_unfinished -= sum(delta.finish_reason is not None for _, delta in deltas)
-                raise_grammar_error(deltas)
+                raise_grammar_error(deltas, len(requests))
                 if deltas or error is None:
                     yield deltas
                 if error is not None and num_unfinished > 0:
@@ -341,11 +341,16 @@ class AsyncEngine:
             self._engine.close()
 
 
-def raise_grammar_error(deltas: list[IndexedDelta]) -> None:
-    """Raise the first error that ended one of the requests, if there is any."""
-    for _, delta in deltas:
+def raise_grammar_error(deltas: list[IndexedDelta], num_requests: int) -> None:
+    """Raise the first error that ended one of the requests, if there is any.
+
+    It ends the others too. OpenAI's API has no error of a single choice: no finish_reason says it,
+    and its clients stop reading a stream at the first error.
+    """
+    for index, delta in deltas:
         if delta.error is not None:
-            raise GrammarError(delta.error)
+            place = f" (choice {index})" if num_requests > 1 else ""
+            raise GrammarError(f"{delta.error}{place}")
 
 
 async def receive(stream: Stream, keep_alive: float) -> tuple[list[IndexedDelta], Exception | None]:

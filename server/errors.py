@@ -1,6 +1,7 @@
 """Errors as clients see them: one JSON shape for all, and which exception gets which status. Errors
 inside a stream of events have the same shape; `generation.py` writes those."""
 
+import re
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Self
@@ -122,7 +123,7 @@ async def handle_http_error(request: Request, error: HTTPException) -> JSONRespo
 
 def find_field(message: str) -> str | None:
     """The field that is wrong. Our messages begin with it."""
-    field = message.replace(":", " ").split(" ")[0]
+    field = re.split(r"[ :\[]", message)[0]  # of tools[0].function.parameters it is tools
     return field if field in FIELDS else None
 
 

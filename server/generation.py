@@ -133,6 +133,8 @@ class Generation(ABC):
 
     def generate(self, keep_alive: float = 0) -> AsyncIterator[list[IndexedDelta]]:
         requests = [(tokens, params) for tokens in self.prompts for params in self.samples]
+        if self.body.only_scores_prompt and self.num_logprobs is None:
+            return end_at_once(len(requests))
         batches = self.engine.generate(requests, keep_alive, self.grammar)
         return drop_tokens(batches) if self.body.only_scores_prompt else batches
 
@@ -338,6 +340,12 @@ class CompletionGeneration(Generation):
 
     def format_logprobs(self, positions: Iterable[Position]) -> Columns:
         return self.formatter.format_completion(positions)
+
+
+async def end_at_once(num_choices: int) -> AsyncIterator[list[IndexedDelta]]:
+    """The deltas of choices for which the model computes nothing."""
+    delta = OutputDelta("", "", (), FinishReason.LENGTH)
+    yield [(index, delta) for index in range(num_choices)]
 
 
 async def drop_tokens(

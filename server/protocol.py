@@ -236,7 +236,7 @@ class CompletionRequest(GenerationRequest):
         return bool(self.echo) and super().choose_max_tokens() == 0
 
     def choose_max_tokens(self) -> int | None:
-        # The engine cannot run a request without generating a token, which is left out later.
+        # The step that computes the last of the prompt samples a token, which is left out later.
         return 1 if self.only_scores_prompt else super().choose_max_tokens()
 
     def choose_logprobs(self) -> dict[str, int | None]:

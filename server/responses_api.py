@@ -260,6 +260,8 @@ def describe_error(error: ValidationError) -> str:
 
 def rename_field(message: str) -> str:
     """A message about a field of a chat, with the field's name in this API."""
+    if message.startswith("tools["):
+        return message.replace(".function.", ".", 1)
     for chat_name, name in NAME_OF_CHAT_FIELD.items():
         rest = message.removeprefix(chat_name)
         if rest != message and rest[:1] in (":", " "):

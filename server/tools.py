@@ -2,7 +2,7 @@
 the grammar, and for how the answer is read (`tool_calls.py`)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -138,13 +138,21 @@ class ToolFields(BaseModel):
         value = choice.function.name if isinstance(choice, NamedFunction) else choice
         return f"tool_choice {shorten(value)}"
 
-    def list_callable(self) -> list[FunctionDefinition]:
+    def list_functions(self) -> dict[str, FunctionDefinition]:
+        """All functions, by what error messages call their parameters."""
+        functions = {}
+        for index, tool in enumerate(self.tools or []):
+            name = shorten(tool.function.name)
+            functions[f"tools[{index}].function.parameters of {name}"] = tool.function
+        return functions
+
+    def list_callable(self) -> dict[str, FunctionDefinition]:
         """The functions of which one must be called; empty if none must."""
-        functions = [tool.function for tool in self.tools or []]
+        functions = self.list_functions()
         if isinstance(self.tool_choice, NamedFunction):
             name = self.tool_choice.function.name
-            return [function for function in functions if function.name == name]
-        return functions if self.tool_choice == "required" else []
+            return {key: value for key, value in functions.items() if value.name == name}
+        return functions if self.tool_choice == "required" else {}
 
     @property
     def max_calls(self) -> int | None:
@@ -207,7 +215,7 @@ def choose_tool_use(
     if functions:
         grammar = demand_calls(functions, notation, markers, fields.max_calls)
     elif answer is not None and answer.content[0] == "json":
-        functions = [tool.function for tool in fields.tools]
+        functions = fields.list_functions()
         grammar = allow_calls(functions, notation, markers, fields.max_calls, answer)
     return ToolUse(
         tools=listed,
@@ -268,18 +276,20 @@ class Markers:
 
 
 def demand_calls(
-    functions: Sequence[FunctionDefinition],
+    functions: Mapping[str, FunctionDefinition],
     notation: Notation,
     markers: Markers,
     max_calls: int | None,
 ) -> StructuredOutputsParams:
     """A grammar of calls and nothing else."""
-    rules = write_call_rules(functions, notation, markers, max_calls, strict_counts=True)
-    return StructuredOutputsParams(grammar="\n".join(["start: calls", *rules]), field="tools")
+    schemas = make_schemas(functions, strict_counts=True)
+    rules = write_call_rules(functions, schemas, notation, markers, max_calls)
+    grammar = "\n".join(["start: calls", *rules])
+    return StructuredOutputsParams(grammar=grammar, field="tools", schemas=schemas)
 
 
 def allow_calls(
-    functions: Sequence[FunctionDefinition],
+    functions: Mapping[str, FunctionDefinition],
     notation: Notation,
     markers: Markers,
     max_calls: int | None,
@@ -302,25 +312,25 @@ def allow_calls(
     }
     if answer.disable_any_whitespace:
         del options["whitespace_pattern"]
-    rules = write_call_rules(functions, notation, markers, max_calls, strict_counts=False)
-    rules.append("answer: " + write_part(schema | {"x-guidance": options}))
+    schemas = make_schemas(functions, strict_counts=False)
+    rules = write_call_rules(functions, schemas, notation, markers, max_calls)
+    schemas[answer.field] = schema | {"x-guidance": options}
+    rules.append("answer: " + write_part(schemas[answer.field]))
     grammar = "\n".join(["start: calls | answer", *rules])
     if len(grammar) > MAX_LENGTH:
         return None
-    return StructuredOutputsParams(grammar=grammar, field=answer.field)
+    return StructuredOutputsParams(grammar=grammar, field=answer.field, schemas=schemas)
 
 
 def write_call_rules(
-    functions: Sequence[FunctionDefinition],
+    functions: Mapping[str, FunctionDefinition],
+    schemas: Mapping[str, dict[str, Any]],
     notation: Notation,
     markers: Markers,
     max_calls: int | None,
-    strict_counts: bool,
 ) -> list[str]:
-    """Rules in Lark's notation, the first of which is called `calls`.
-
-    strict_counts: the schemas of functions with strict true are enforced whole, or refused.
-    """
+    """Rules in Lark's notation, the first of which is called `calls`. The functions and the schemas
+    of their arguments have the same keys."""
 
     def write(text: str) -> str:
         return " ".join(write_part(part) for part in markers.split(text))
@@ -332,15 +342,28 @@ def write_call_rules(
         f"calls: {write(notation.begin)} call {further} {write(notation.end)}",
         f"call: {names}",
     ]
-    for index, function in enumerate(functions):
+    for index, (key, function) in enumerate(functions.items()):
         start = write(f"{notation.head}{function.name}{notation.separator}")
-        is_strict = strict_counts and function.strict is True
-        arguments = write_part(make_arguments_schema(function, is_strict))
+        arguments = write_part(schemas[key])
         rules.append(f"call_{index}: {start} {arguments} {write(notation.tail)}")
     return rules
 
 
-def make_arguments_schema(function: FunctionDefinition, is_strict: bool) -> dict[str, Any]:
+def make_schemas(
+    functions: Mapping[str, FunctionDefinition], strict_counts: bool
+) -> dict[str, dict[str, Any]]:
+    """The schemas of the functions' arguments. If `strict_counts`, those of functions with strict
+    true are enforced whole, or refused."""
+    schemas = {}
+    for key, function in functions.items():
+        is_strict = strict_counts and function.strict is True
+        schemas[key] = make_arguments_schema(key, function, is_strict)
+    return schemas
+
+
+def make_arguments_schema(
+    key: str, function: FunctionDefinition, is_strict: bool
+) -> dict[str, Any]:
     """The schema of a function's arguments, with llguidance's options. What llguidance cannot
     enforce is left to the model, unless the function is strict."""
     schema = {"type": "object", **(function.parameters or {})}
@@ -351,7 +374,7 @@ def make_arguments_schema(function: FunctionDefinition, is_strict: bool) -> dict
         uncountable = find_uncountable(schema)
         require(
             uncountable is None,
-            f"tools: {function.name} at {uncountable}: is more than one above the number of "
+            f"{key}: at {uncountable}: is more than one above the number of "
             "required properties, which cannot be enforced",
         )
     schema["x-guidance"] = {

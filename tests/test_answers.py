@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from servers import BOS, Local
+from servers import BOS, Local, wait_until
 from tokenizers import Tokenizer
 
 from minidcp.request import TokenLogprobs
@@ -174,6 +174,18 @@ def test_prompts_count_once(local: Local) -> None:
     assert local.engine.stats.prompt_tokens - computed_before > usage.prompt_tokens
     assert read_counter(local, "vllm:prompt_tokens_total") - before == usage.prompt_tokens
     assert local.api.http.get("/load").json()["prompt_tokens"] == before + usage.prompt_tokens
+
+
+@pytest.mark.parametrize(("logprobs", "num_steps"), [(None, 0), (1, 1)])
+def test_steps_of_an_echo_of_no_tokens(local: Local, logprobs: int | None, num_steps: int) -> None:
+    """Log-probabilities take one step, in which the prompt is computed. Text alone takes none."""
+    for fetch in (complete, lambda *args, **fields: stream(*args, **fields)[-1]):
+        wait_until(local.is_idle, 5, "requests of another test are left")
+        before = local.engine.stats.steps
+        choice = fetch(local, TEXT, echo=True, max_tokens=0, logprobs=logprobs)
+        assert (choice["text"], choice["finish_reason"]) == (TEXT, "length")
+        wait_until(local.is_idle, 5, "the request has not ended")
+        assert local.engine.stats.steps - before == num_steps
 
 
 def test_the_text_of_a_token_is_found_once() -> None:

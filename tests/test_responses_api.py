@@ -256,6 +256,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tools", dict(tools=[{"type": "web_search"}]), "the type 'web_search' is not supported"),
     ("tools", dict(tools=[{"type": "function"}]), ""),
     ("tools", dict(tools=[{"type": "function", "name": "a b"}]), "'a b'"),
+    (
+        "tools",
+        dict(
+            tools=[ADD, {"type": "function", "name": "f", "parameters": {"type": "strin"}}],
+            tool_choice="required",
+        ),
+        "tools[1].parameters of 'f': at #: Invalid type: strin",
+    ),
     ("tool_choice", dict(tools=[ADD], tool_choice={"type": "file_search"}), "'file_search'"),
     ("tool_choice", dict(tools=[ADD], tool_choice="any"), ""),
     ("tool_choice", dict(tool_choice="required"), "there are no tools"),

@@ -260,6 +260,27 @@ def test_a_grammar_that_fails_is_an_error(
     assert 'finished_reason="error"' in api.http.get("/metrics").text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_choice_whose_grammar_fails_ends_all(
+    api: Api, local: Local, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """OpenAI's API has no error of a single choice. The message says which one it was."""
+    find_next = Grammars.find_next
+
+    def fail(self: Grammars, place: grammar.Place, *arguments: Any) -> bytes | None:
+        if place.request.prompt_token_ids == [6]:
+            raise ValueError("too hard")
+        return find_next(self, place, *arguments)
+
+    monkeypatch.setattr(Grammars, "find_next", fail)
+    response = api.post(api.body([[5], [6]], guided_regex="[a-z]{99}", stream=stream))
+    text = response.text if not stream else response.text.split("\n\n")[-3]
+    error = json.loads(text.removeprefix("data: "))["error"]
+    words = "guided_regex: the grammar failed after 1 tokens: too hard (choice 1)"
+    assert (error["code"], error["message"]) == (400, words)
+    wait_until(local.is_idle, 5, "the other choice has not ended")
+
+
 def test_clients_that_leave(local: Local) -> None:
     """An aborted request leaves no grammar behind."""
     body = local.api.body(PROMPT, guided_regex="[a-z]+", max_tokens=6000, stream=True)

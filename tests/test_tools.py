@@ -220,10 +220,15 @@ def test_an_answer_in_json_or_calls(api: Api) -> None:
 
 
 LENIENT = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+WRONG = {"type": "object", "properties": {"a": {"type": "strin"}}}
 
 
 def make_tool(name: str = "f", **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **fields}}
+
+
+def make_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -246,7 +251,33 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "tools",
         dict(tools=[make_tool(parameters=LENIENT, strict=True)], tool_choice="required"),
-        "uniqueItems",
+        "tools[0].function.parameters of 'f': at #/properties/a: Unimplemented keys: "
+        '["uniqueItems"]',
+    ),
+    (
+        "tools",
+        dict(
+            tools=[make_tool(parameters={"minProperties": 2}, strict=True)], tool_choice="required"
+        ),
+        "tools[0].function.parameters of 'f': at #/minProperties: ",
+    ),
+    (
+        "tools",
+        dict(tools=[ADD, make_tool(parameters=WRONG)], response_format=make_format({})),
+        "tools[1].function.parameters of 'f': at #/properties/a: Invalid type: strin",
+    ),
+    (
+        "tools",
+        dict(
+            tools=[ADD, make_tool(parameters=WRONG)],
+            tool_choice={"type": "function", "function": {"name": "f"}},
+        ),
+        "tools[1].function.parameters of 'f': at #/properties/a: Invalid type: strin",
+    ),
+    (
+        "response_format",
+        dict(tools=[make_tool(parameters=LENIENT)], response_format=make_format(WRONG)),
+        "response_format: at #/properties/a: Invalid type: strin",
     ),
     ("tools", dict(tools=[make_tool(parameters=[])]), ""),
     ("functions", dict(functions=[{"name": "f"}]), "not supported"),

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minidcp.config import require
-from minidcp.engine.grammar_text import LIMITS, NOTHING_FITS, locate, write_grammar
+from minidcp.engine.grammar_text import (
+    LIMITS,
+    NOTHING_FITS,
+    SchemaError,
+    check_schemas,
+    locate,
+    write_grammar,
+)
 from minidcp.request import Request
 from minidcp.structured_outputs import StructuredOutputsParams
 
@@ -96,8 +103,8 @@ class Grammars:
     # Compiling, in a thread of its own.
 
     def compile_later(self, params: StructuredOutputsParams) -> Future[CompiledGrammar]:
-        """The result raises ValueError, beginning with `params.field`, if the grammar is wrong or
-        not supported."""
+        """The result raises ValueError if the grammar is wrong or not supported. The message begins
+        with `params.field`, or with the name of a schema within the grammar."""
         with self.lock:
             if self.compilers is None:
                 self.compilers = start_compiler()
@@ -112,6 +119,8 @@ class Grammars:
                 compiled = self.compile_anew(params)
             except RecursionError:
                 raise ValueError(f"{params.field}: is nested too deeply") from None
+            except SchemaError as error:
+                raise ValueError(clean_error(str(error))) from None
             except ValueError as error:
                 raise ValueError(f"{params.field}: {clean_error(str(error))}") from None
 
@@ -142,6 +151,7 @@ class Grammars:
         limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
         matcher = LLMatcher(tokenizer, write_grammar(params), log_level=0, limits=limits)
         if matcher.is_error():
+            check_schemas(params)
             where = ""
             if params.content[0] == "json":
                 where = f"at {locate(params)}: "

@@ -2,10 +2,12 @@
 and follows it. Only these two import llguidance, and only when it is needed: it is optional."""
 
 import json
+import time
+from functools import partial
 from typing import Any
 
 from minidcp.config import require
-from minidcp.engine.schema_faults import find_fault, find_uncountable
+from minidcp.engine.schema_faults import MAX_SECONDS, find_fault, find_uncountable
 from minidcp.structured_outputs import StructuredOutputsParams
 
 # Between the parts of JSON, if the request says nothing else. Every usual writer's JSON fits: one
@@ -22,6 +24,10 @@ LIMITS = {
     "max_lexer_states": 50_000,
     "verbose_errors": False,
 }
+
+
+class SchemaError(ValueError):
+    """One of the schemas within a grammar is wrong. The message begins with its name."""
 
 
 def write_grammar(params: StructuredOutputsParams) -> str:
@@ -89,12 +95,27 @@ def refuse_constant(name: str) -> None:
 
 def locate(params: StructuredOutputsParams) -> str:
     """A pointer to the part of the schema that is wrong."""
+    return find_fault(read_json(params.content[1]), explain)
+
+
+def check_schemas(params: StructuredOutputsParams) -> None:
+    """Raises SchemaError if one of the schemas within a grammar is wrong by itself."""
+    deadline = time.monotonic() + MAX_SECONDS
+    for name, schema in params.schemas.items():
+        if time.monotonic() > deadline:
+            return
+        explain_part = partial(explain, options=schema.get("x-guidance"))
+        fault = explain_part(schema)
+        if fault:
+            raise SchemaError(f"{name}: at {find_fault(schema, explain_part)}: {fault}")
+
+
+def explain(schema: Any, options: dict[str, Any] | None = None) -> str:
+    """What llguidance says is wrong with a schema; "" if nothing is."""
     from llguidance import LLMatcher, LLParserLimits
 
+    if options is not None and isinstance(schema, dict):
+        schema = schema | {"x-guidance": options}
     limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
-
-    def explain(schema: Any) -> str:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        return LLMatcher.validate_grammar(grammar, limits=limits)
-
-    return find_fault(read_json(params.content[1]), explain)
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    return LLMatcher.validate_grammar(grammar, limits=limits)
