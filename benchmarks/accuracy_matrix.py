@@ -115,16 +115,18 @@ def run_matrix(
     common: Options,
     questions: list[Question],
     concurrencies: list[int],
+    base: tuple[str, Options] = ("tp1", ONE_RANK),
 ) -> Iterator[Cell]:
-    """Yield the cells of one rank, and then those of the other engines as they are done.
+    """Yield the cells of the base, and then those of the other engines as they are done.
 
-    All cells are compared with the answers of one rank at the last concurrency.
+    All cells are compared with the answers of the base at the last concurrency.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = list(ask(model, {**common, **ONE_RANK}, tokenizer, questions, concurrencies))
-    _, reference, _ = base[-1]
-    for concurrency, answers, seconds in base:
-        yield Cell("tp1", concurrency, seconds, summarize(answers, reference))
+    base_name, base_options = base
+    base_cells = list(ask(model, {**common, **base_options}, tokenizer, questions, concurrencies))
+    _, reference, _ = base_cells[-1]
+    for concurrency, answers, seconds in base_cells:
+        yield Cell(base_name, concurrency, seconds, summarize(answers, reference))
 
     for name, options in engines.items():
         merged = {**common, **options}
@@ -166,6 +168,7 @@ def parse_args() -> argparse.Namespace:
     add("--block-size", type=int, default=16)
     add("--prefill-strategy", default="auto", help="gather_kv takes less memory on a CPU")
     add("--ranks", default="auto", help="use threads on a CPU")
+    add("--quantization", default="auto", help="fp8, or none")
     return parser.parse_args()
 
 
@@ -179,6 +182,7 @@ def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]
         "block_size": args.block_size,
         "ranks": args.ranks,
         "prefill_strategy": args.prefill_strategy,
+        "quantization": args.quantization,
         "max_num_seqs": max(concurrencies),
         "max_model_len": max_model_len,
         "prefix_cache": False,  # every cell computes all of its prompts

@@ -90,6 +90,7 @@ WRONG_OPTIONS = [
     (dict(attention_backend="fa2"), "--attention-backend 'fa2'", "auto"),
     (dict(comm="mpi"), "--comm 'mpi'", "gloo"),
     (dict(comm="nccl"), "--comm nccl", "CPUs use gloo"),
+    (dict(quantization="awq"), "--quantization 'awq'", "fp8"),
     (dict(load_format="pickle"), "--load-format 'pickle'", "dummy"),
     (dict(exchange_policy="thin"), "--exchange-policy 'thin'", "wide, narrow"),
     (dict(narrow_threshold=0), "--narrow-threshold 0", "at least 1"),

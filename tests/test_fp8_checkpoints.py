@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
 from minidcp import LLM, SamplingParams
+from minidcp.kernels.fp8 import Fp8Tensor
 from minidcp.model_config import ModelConfig
 from minidcp.models.checkpoint import CheckpointSource
 from minidcp.models.weights import Shard
@@ -92,17 +93,79 @@ def test_logits_are_those_of_the_dequantised_model(
     checkpoint: Path, model: DeepseekV3ForCausalLM, tp: int, dcp: int
 ) -> None:
     prompts = [make_prompt(length, 128) for length in (1, 7, 33, 100)]
-    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=128)
     options = dict(tp_size=tp, dcp_size=dcp, ranks="threads", device="cpu", max_model_len=256)
-    with LLM(str(checkpoint), dtype="float32", **options) as llm:
-        outputs = llm.generate(prompts, params)
-    for prompt, output in zip(prompts, outputs, strict=True):
+    with LLM(str(checkpoint), dtype="float32", quantization="none", **options) as llm:
+        actual = score(llm, prompts)
+    for prompt, row in zip(prompts, actual, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        ours = torch.empty(128)
+        assert (row - expected).norm() / expected.norm() < 1e-4
+
+
+def score(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary behind each prompt."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=128)
+    scores = torch.empty(len(prompts), 128)
+    for row, output in zip(scores, llm.generate(prompts, params), strict=True):
         for token, value in output.outputs[0].logprobs[0].top:
-            ours[token] = value
-        assert (ours - expected).norm() / expected.norm() < 1e-4
+            row[token] = value
+    return scores
+
+
+@torch.no_grad()
+def score_rounding(
+    model: DeepseekV3ForCausalLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """The same of transformers' model, whose products round their inputs to e4m3.
+
+    A row of inputs is less than 128 here, so it has one scale. W_UK and W_UV, the router and the
+    head take inputs as they are.
+    """
+    plain = torch.nn.functional.linear
+    exact = {
+        parameter.data_ptr()
+        for name, parameter in model.named_parameters()
+        if any(part in name for part in ("kv_b_proj", "mlp.gate.", "lm_head"))
+    }
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: object = None) -> torch.Tensor:
+        if weight.data_ptr() not in exact:
+            assert x.shape[-1] <= 128
+            scale = x.abs().amax(-1, keepdim=True) / E4M3_MAX
+            x = (x / scale).to(torch.float8_e4m3fn).float() * scale
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    model.set_experts_implementation("eager")  # each expert by itself, with `linear`
+    logits = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    return torch.stack(logits).log_softmax(-1)
+
+
+def test_products_in_fp8_round_their_inputs(
+    checkpoint: Path, model: DeepseekV3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [make_prompt(length, 128) for length in (1, 7, 33, 100)]
+    options = dict(device="cpu", dtype="float32", max_model_len=256)
+    with LLM(str(checkpoint), quantization="fp8", **options) as llm:
+        actual = score(llm, prompts)
+    expected = score_rounding(model, prompts, monkeypatch)
+    assert (actual - expected).norm() / expected.norm() < 1e-4
+
+
+@torch.no_grad()
+def test_ranks_in_fp8(checkpoint: Path, model: DeepseekV3ForCausalLM) -> None:
+    """A rank rounds its own inputs, with scales of its own. So results on more ranks are off by
+    another error than one rank's, but one of the same size."""
+    prompts = [make_prompt(length, 128) for length in (1, 7, 33, 100)]
+    logits = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    exact = torch.stack(logits).log_softmax(-1)
+    options = dict(device="cpu", dtype="float32", max_model_len=256, quantization="fp8")
+    errors = []
+    for tp, dcp in ((1, 1), (2, 2), (4, 2), (8, 8)):
+        with LLM(str(checkpoint), tp_size=tp, dcp_size=dcp, ranks="threads", **options) as llm:
+            errors.append(float((score(llm, prompts) - exact).norm() / exact.norm()))
+    assert min(errors) > 0
+    assert max(errors) < 1.5 * errors[0], errors
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -116,6 +179,27 @@ def test_shares_that_cut_blocks(
     shape = tuple(expected.shape)
     parts = [source.read(name, shape, Shard(dim, index, count)) for index in range(count)]
     source.close()
+    whole = torch.cat(parts, dim).narrow(dim, 0, shape[dim])
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_stay_in_fp8(
+    checkpoint: Path, model: DeepseekV3ForCausalLM, dim: int, count: int
+) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    expected = model.get_parameter(name).detach()
+    cpu = torch.device("cpu")
+    source = CheckpointSource(checkpoint, torch.float32, cpu, fp8_block=BLOCK, fp8=True)
+    shape = tuple(expected.shape)
+    parts = []
+    for index in range(count):
+        part = source.read_matrix(name, shape, Shard(dim, index, count))
+        assert isinstance(part, Fp8Tensor)
+        parts.append(part.dequantize())
+    source.close()
+    assert source.num_quantized == 0
     whole = torch.cat(parts, dim).narrow(dim, 0, shape[dim])
     torch.testing.assert_close(whole, expected)
 

@@ -15,6 +15,10 @@ from minidcp.model_config import ModelConfig
 from minidcp.resolve import resolve
 
 TINY = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+TINY_FP8 = ModelConfig.from_dict(
+    STYLES["v3"] | {"model_type": "deepseek_v3", "quantization_config": FP8}
+)
 V2 = ModelConfig.from_dict(
     STYLES["v2"]
     | {"model_type": "deepseek_v2", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
@@ -112,3 +116,38 @@ def test_dims_that_only_the_reference_takes() -> None:
     config = EngineConfig("model", attention_backend="reference")
     resolved, _ = resolve_quietly(config, HOPPER, TINY)
     assert resolved.prefill_strategy == "gather_kv"
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "capability", "expected"),
+    [
+        ("auto", TINY, (9, 0), "none"),
+        ("auto", TINY_FP8, (9, 0), "fp8"),
+        ("auto", TINY_FP8, (8, 0), "none"),  # no tensor cores for FP8
+        ("none", TINY_FP8, (9, 0), "none"),
+        ("fp8", TINY, (8, 9), "fp8"),
+    ],
+)
+def test_quantization(
+    asked: str, model: ModelConfig, capability: tuple[int, int], expected: str
+) -> None:
+    machine = Machine(num_gpus=1, capability=capability)
+    config = EngineConfig("model", quantization=asked, attention_backend="reference")
+    resolved, heard = resolve_quietly(config, machine, model)
+    assert resolved.quantization == expected
+    is_surprising = asked == "auto" and model is TINY_FP8 and expected == "none"
+    assert any("FP8 weights are dequantised" in text for text in heard) == is_surprising
+
+
+def test_fp8_is_slower_than_float32_on_a_cpu() -> None:
+    resolved, heard = resolve_quietly(EngineConfig("model"), Machine(), TINY_FP8)
+    assert resolved.quantization == "none"
+    assert "quantization: none, because CPUs are faster without" in heard[-1]
+    explicit = EngineConfig("model", quantization="fp8")
+    assert resolve_quietly(explicit, Machine(), TINY)[0].quantization == "fp8"
+
+
+def test_fp8_needs_a_gpu_that_multiplies_it() -> None:
+    config = EngineConfig("model", quantization="fp8")
+    with pytest.raises(ValueError, match=r"--quantization fp8: this GPU \(sm_80\) .*; use none"):
+        resolve_quietly(config, Machine(num_gpus=1, capability=(8, 0)))
