@@ -165,7 +165,9 @@ def plan(args: argparse.Namespace) -> int:
         for level in concurrency:
             steps.append(deployment.time_step(level))
 
-    model = configs[0].model
+    chosen = deployments[0].config
+    weights = chosen.dtype if chosen.quantization == "none" else chosen.quantization
+    model = f"{configs[0].model} in {weights}"
     title = f"{model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
     if args.plot:
         draw(title, steps, args.plot)
@@ -255,7 +257,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         required=True,
         help=f"{', '.join(GPUS)}, or its own rates: memory=…,bandwidth=…,flops=…,link=… "
-        "(bytes, bytes/s, FLOP/s, bytes/s)",
+        "(bytes, bytes/s, FLOP/s in bfloat16, bytes/s); capability=… if it is not 9.0",
     )
     parser.add_argument(
         "--context",

@@ -4,22 +4,20 @@ It counts memory the way the engine does. A decode step is a sum of parts, each 
 roofline floor corrected by costs fitted to measured steps. Prompts are not modelled."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from minidcp.attention.reference import ReferenceBackend
 from minidcp.config import EngineConfig, require
-from minidcp.hardware import GPUS
+from minidcp.hardware import DEFAULT_CAPABILITY, GPUS
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek import DeepseekForCausalLM
-from minidcp.models.weights import RecordingSource, Weights, find_model
-from minidcp.parallel.state import build_thread_states
+from minidcp.models.weights import find_model
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
-from minidcp.resolve import ResolvedConfig, resolve
+from minidcp.plan_weights import count_weights
+from minidcp.resolve import FP8_CAPABILITY, ResolvedConfig, resolve
 from minidcp.worker.model_runner import GRAPH_BYTES
 
 # Estimates. A process holds its CUDA context and kernels. A prefill step holds about this many
@@ -39,8 +37,8 @@ class Cost(NamedTuple):
     us_per_row: float
 
 
-# Fitted to one rank of DeepSeek-V2 on an H200, as measured in docs/benchmarks.md. The cost of a
-# collective is that of the p2p kernel, run alone.
+# Fitted to one rank of DeepSeek-V2 in bf16 on an H200, as measured in docs/benchmarks.md, and used
+# for FP8, too. The cost of a collective is that of the p2p kernel, run alone.
 COSTS = {
     "attention": Cost(times_floor=1.84, us_per_call=14.0, us_per_row=0.0),
     "experts": Cost(times_floor=1.0, us_per_call=16.0, us_per_row=0.16),
@@ -64,42 +62,17 @@ class Traffic(NamedTuple):
     collectives: int
 
 
-@dataclass(frozen=True)
-class WeightCounts:
-    """How many weight values one rank holds. Kinds differ in how a decode step reads them."""
-
-    routed_experts: int
-    shared_experts: int
-    router: int
-    kv_b_proj: int  # W_UK and W_UV
-    embedding: int
-    others: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-# A part of the weight's name tells its kind.
-NAME_PARTS = {
-    ".mlp.experts.": "routed_experts",
-    ".mlp.shared_experts.": "shared_experts",
-    ".mlp.gate.": "router",
-    ".kv_b_proj.": "kv_b_proj",
-    ".embed_tokens.": "embedding",
-}
-
-
 class Deployment:
     """One rank of a deployment whose requests are `context` tokens long on average.
 
-    `gpu` has the rates that `hardware.GPUS` lists. Raises ValueError, saying why, if the weights or
-    one such request do not fit."""
+    `gpu` has the numbers that `hardware.GPUS` lists. Raises ValueError, saying why, if the weights
+    or one such request do not fit."""
 
     def __init__(self, config: EngineConfig, gpu: dict[str, float], context: int) -> None:
         path = find_model(config.model, ("config.json",))
         self.model_config = ModelConfig.from_hf(path)
-        self.config = resolve_for_gpus(replace(config, model=str(path)), self.model_config)
+        config = replace(config, model=str(path))
+        self.config = resolve_for_gpus(config, self.model_config, gpu)
         self.layout = Interleave(config.dcp_size, config.block_size)
         self.itemsize = get_itemsize(self.config)
         self.gpu = gpu
@@ -107,7 +80,7 @@ class Deployment:
         self.check_context()
 
         self.weights = count_weights(self.config, self.model_config)
-        self.weight_bytes = count_weight_bytes(self.weights, self.config, self.model_config)
+        self.weight_bytes = self.weights.num_bytes + self.rotary_bytes
         max_blocks = self.count_max_blocks()
         num_blocks = config.num_blocks
         if num_blocks is None:
@@ -121,6 +94,12 @@ class Deployment:
             1 <= self.context <= longest,
             f"--context {self.context}: must be in 1..{longest}, which a request can have",
         )
+
+    @property
+    def rotary_bytes(self) -> int:
+        """Bytes of the rotary table, which is float32 in any case."""
+        values_per_token = self.model_config.qk_rope_head_dim
+        return self.config.max_model_len * values_per_token * FLOAT32_BYTES
 
     @property
     def block_bytes(self) -> int:
@@ -141,6 +120,9 @@ class Deployment:
     def check_fit(self, num_blocks: int, max_blocks: int) -> None:
         weights = f"--tp-size {self.config.tp_size}: {self.weight_bytes / 1e9:.1f} GB of weights"
         hint = "raise it, or --gpu-memory-utilization"
+        can_quantize = get_capability(self.gpu) >= FP8_CAPABILITY
+        if can_quantize and self.config.quantization == "none":
+            hint += ", or use --quantization fp8"
         require(max_blocks > 0, f"{weights} leave no room for KV; {hint}")
         require(num_blocks <= max_blocks, f"--num-blocks {num_blocks}: {max_blocks} fit")
 
@@ -195,10 +177,9 @@ class Deployment:
             "tokens_per_s": 1e3 * rows / step_ms,
         }
 
-    def bound_time(self, values_read: float, products: float) -> float:
-        """Seconds to read the values or to do the multiply-adds, whichever takes longer."""
-        read_seconds = values_read * self.itemsize / self.gpu["bandwidth"]
-        return max(read_seconds, 2 * products / self.gpu["flops"])
+    def bound_time(self, bytes_read: float, products: float) -> float:
+        """Seconds to read the bytes or to do the multiply-adds, whichever takes longer."""
+        return max(bytes_read / self.gpu["bandwidth"], 2 * products / self.gpu["flops"])
 
     def bound_attention(self, rows: int) -> Floor:
         """Absorbed attention of all heads of the DCP group over this rank's shard of the cache."""
@@ -209,8 +190,8 @@ class Deployment:
         num_heads = self.model_config.num_attention_heads
         group_heads = num_heads * self.config.dcp_size // self.config.tp_size
         products_per_token = (latent_dim + self.model_config.kv_lora_rank) * group_heads
-        seconds = self.bound_time(tokens_read * latent_dim, tokens_read * products_per_token)
-        return Floor(seconds, layers)
+        bytes_read = tokens_read * latent_dim * self.itemsize
+        return Floor(self.bound_time(bytes_read, tokens_read * products_per_token), layers)
 
     def bound_experts(self, rows: int) -> Floor:
         """Routed experts, shared experts and the router. Every expert is as likely as any other to
@@ -221,24 +202,25 @@ class Deployment:
         chosen_share = self.model_config.num_experts_per_tok / num_experts
 
         touched_share = 1 - (1 - chosen_share) ** rows
-        values_read = routed * touched_share + always_read
-        products = rows * (routed * chosen_share + always_read)
+        bytes_read = routed.num_bytes * touched_share + always_read.num_bytes
+        products = rows * (routed.products * chosen_share + always_read.products)
 
         layers = range(self.model_config.num_hidden_layers)
         moe_layers = [layer for layer in layers if self.model_config.is_moe_layer(layer)]
-        return Floor(self.bound_time(values_read, products), len(moe_layers))
+        return Floor(self.bound_time(bytes_read, products), len(moe_layers))
 
     def bound_projections(self, rows: int) -> Floor:
         """Projections around attention with absorption and W_UV, dense MLPs and the head."""
         kv_b_proj = self.weights.kv_b_proj
         uses_group_heads = self.config.replicates_q or self.config.exchanges_narrow(rows)
         if self.config.needs_group_heads and not uses_group_heads:
-            kv_b_proj //= self.config.dcp_size  # this rank's heads only
+            kv_b_proj = kv_b_proj.share(self.config.dcp_size)  # this rank's heads only
 
-        values = self.weights.others + kv_b_proj
+        read = self.weights.others + kv_b_proj
         if self.model_config.tie_word_embeddings:
-            values += self.weights.embedding  # it is the head, too
-        return Floor(self.bound_time(values, rows * values), self.model_config.num_hidden_layers)
+            read += self.weights.embedding  # it is the head, too
+        seconds = self.bound_time(read.num_bytes, rows * read.products)
+        return Floor(seconds, self.model_config.num_hidden_layers)
 
     def count_received(self, rows: int) -> Traffic:
         """What this rank receives in a decode step of `rows` requests: two all-reduces per layer
@@ -293,12 +275,19 @@ class Deployment:
         return rows * (dcp_size - 1) * own_heads * bytes_per_head
 
 
-def resolve_for_gpus(config: EngineConfig, model_config: ModelConfig) -> ResolvedConfig:
+def resolve_for_gpus(
+    config: EngineConfig, model_config: ModelConfig, gpu: dict[str, float]
+) -> ResolvedConfig:
     """Resolve for a machine with one GPU per rank where all GPUs are peers."""
-    machine = Machine(num_gpus=config.tp_size, capability=(9, 0), has_peer_access=True)
+    machine = Machine(num_gpus=config.tp_size, capability=get_capability(gpu), has_peer_access=True)
     # How ranks are started changes nothing here, and torchrun may not be running.
     config = replace(config, device="cuda", ranks="auto")
     return resolve(config, model_config, machine, report=ignore_report)
+
+
+def get_capability(gpu: dict[str, float]) -> tuple[int, int]:
+    major, minor = divmod(round(10 * gpu["capability"]), 10)
+    return major, minor
 
 
 def ignore_report(level: int, text: str) -> None:
@@ -306,38 +295,9 @@ def ignore_report(level: int, text: str) -> None:
 
 
 def get_itemsize(config: ResolvedConfig) -> int:
-    """Bytes of one weight or cached value."""
+    """Bytes of one cached value, or of one weight that is not in FP8."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype.itemsize
-
-
-def count_weights(config: ResolvedConfig, model_config: ModelConfig) -> WeightCounts:
-    """Count what rank 0 holds: build the model on tensors without storage."""
-    source = RecordingSource()
-    states, _ = build_thread_states(config.tp_size, config.dcp_size)
-    attention = ReferenceBackend(model_config.softmax_scale)
-    DeepseekForCausalLM(model_config, config, states[0], attention, Weights(source))
-
-    counts = {field.name: 0 for field in fields(WeightCounts)}
-    for name, size in source.sizes.items():
-        counts[find_kind(name)] += size
-    return WeightCounts(**counts)
-
-
-def count_weight_bytes(
-    weights: WeightCounts, config: ResolvedConfig, model_config: ModelConfig
-) -> int:
-    """Bytes of the weights and of the rotary table, which is float32 in any case."""
-    rotary_values = config.max_model_len * model_config.qk_rope_head_dim
-    return weights.total * get_itemsize(config) + rotary_values * FLOAT32_BYTES
-
-
-def find_kind(name: str) -> str:
-    """The field of WeightCounts that a weight counts towards."""
-    for part, kind in NAME_PARTS.items():
-        if part in name:
-            return kind
-    return "others"
 
 
 def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) -> int:
@@ -362,9 +322,9 @@ def count_symmetric_bytes(config: ResolvedConfig) -> int:
 
 
 def find_gpu(text: str) -> dict[str, float]:
-    """The rates of a GPU: a name in GPUS, all of its numbers, or a name and the numbers that differ
-    from it, as in `h200,link=1e11`."""
-    gpu: dict[str, float] = {}
+    """What GPUS has of a GPU. `text` is a name there, all of its numbers, or a name and the numbers
+    that differ from it, as in `h200,link=1e11`. The capability may be missing."""
+    gpu = {"capability": DEFAULT_CAPABILITY}
     try:
         for item in text.split(","):
             name, _, number = item.partition("=")

@@ -30,7 +30,7 @@ FLOORS = [
     ("models",),
     ("worker",),
     ("engine",),
-    ("llm", "plan", "plan_report"),
+    ("llm", "plan", "plan_report", "plan_weights"),
     ("__init__",),
     ("server",),
     ("cli", "__main__"),

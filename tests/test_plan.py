@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import STYLES
+from checkpoints import CLASSES, STYLES
 from exchange import count_bytes
 
 from minidcp.attention.reference import ReferenceBackend
@@ -25,13 +25,16 @@ from minidcp.parallel.state import build_thread_states
 from minidcp.plan import Deployment, find_gpu
 from minidcp.worker.model_runner import CPU_KV_BYTES
 
-V2 = str(Path(__file__).parents[1] / "benchmarks" / "configs" / "deepseek-v2")
+CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
+V2 = str(CONFIGS / "deepseek-v2")
+R1 = str(CONFIGS / "deepseek-r1")
 
 
 @pytest.fixture(params=sorted(STYLES))
 def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    make_config, _ = CLASSES[request.param]
     (tmp_path / "config.json").write_text(
-        json.dumps(STYLES[request.param] | {"model_type": "deepseek_v2"})
+        json.dumps(STYLES[request.param] | {"model_type": make_config.model_type})
     )
     return str(tmp_path)
 
@@ -39,10 +42,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def shallow(tmp_path: Path) -> str:
     """V2 with only two of its 60 layers."""
-    (tmp_path / "config.json").write_text(
-        json.dumps(json.loads(Path(V2, "config.json").read_text()) | {"num_hidden_layers": 2})
-    )
-    return str(tmp_path)
+    return make_shallow(V2, tmp_path)
+
+
+def make_shallow(model: str, directory: Path) -> str:
+    config = json.loads(Path(model, "config.json").read_text()) | {"num_hidden_layers": 2}
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
 
 
 def run(capsys: pytest.CaptureFixture[str], command: str) -> Any:
@@ -59,7 +65,7 @@ def count_held(what: object, seen: set[int]) -> int:
         return storage.nbytes() if new else 0
     if isinstance(what, list):
         return sum(count_held(item, seen) for item in what)
-    if type(what).__module__.startswith("minidcp.models"):
+    if type(what).__module__.startswith(("minidcp.models", "minidcp.kernels.fp8")):
         return sum(count_held(item, seen) for item in vars(what).values())
     return 0
 
@@ -73,19 +79,45 @@ def count_held(what: object, seen: set[int]) -> int:
         (8, 2, {}),
         (8, 8, {"q_proj": "replicated"}),
         (4, 2, {"max_num_seqs": 4}),
+        (4, 1, {"dtype": "bfloat16"}),
+        (1, 1, {"quantization": "fp8"}),
+        (2, 1, {"quantization": "fp8"}),
+        (2, 2, {"quantization": "fp8", "dtype": "bfloat16"}),
+        (8, 8, {"quantization": "fp8"}),
     ],
 )
 def test_weights_are_those_of_the_model_that_is_built(
     tiny: str, tp: int, dcp: int, options: dict[str, Any]
 ) -> None:
-    config = EngineConfig(tiny, tp_size=tp, dcp_size=dcp, dtype="float32", **options)
+    options = {"dtype": "float32", "attention_backend": "reference"} | options
+    config = EngineConfig(tiny, tp_size=tp, dcp_size=dcp, **options)
     model_config = ModelConfig.from_hf(tiny)
     plan = Deployment(config, GPUS["h100"], 100)
     states, _ = build_thread_states(config.tp_size, config.dcp_size)
     attention = ReferenceBackend(1.0)
-    weights = Weights(RandomSource(torch.float32, torch.device("cpu")))
+    fp8 = plan.config.quantization == "fp8"
+    source = RandomSource(getattr(torch, config.dtype), torch.device("cpu"), fp8)
+    weights = Weights(source)
     model = DeepseekForCausalLM(model_config, plan.config, states[0], attention, weights)
     assert plan.memory["weight_bytes"] == count_held(model, set())
+
+
+def test_r1_has_as_many_parameters_as_its_report_says() -> None:
+    """671 billion, of which a token uses 37 (arXiv:2412.19437, §1)."""
+    config = EngineConfig(R1, quantization="none")
+    held = Deployment(config, GPUS["h200"] | {"memory": 2e12}, 4750).weights
+    used = held.others.products + held.kv_b_proj.products + held.router.products
+    used += held.shared_experts.products + held.routed_experts.products * 8 / 256
+    assert held.num_bytes / 2 == pytest.approx(671e9, rel=1e-3)
+    assert used == pytest.approx(37e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("gpu", "quantization"), [("h200", "fp8"), ("a100", "none")])
+def test_a_checkpoint_in_fp8_stays_so_where_the_gpu_can_multiply_it(
+    gpu: str, quantization: str, tmp_path: Path
+) -> None:
+    config = EngineConfig(make_shallow(R1, tmp_path), tp_size=8)
+    assert Deployment(config, GPUS[gpu], 4750).config.quantization == quantization
 
 
 @pytest.mark.parametrize(("tp", "dcp"), [(1, 1), (4, 1), (4, 2), (4, 4)])
@@ -179,6 +211,39 @@ def test_steps_and_cache_are_as_measured(label: str, dcp: int) -> None:
     assert {batch for batch, *_ in measured["decode"]} >= {1, 32, *((128, 512) if dcp > 1 else ())}
 
 
+def plan_in_fp8(model: str, **rates: float) -> Deployment:
+    config = EngineConfig(model, tp_size=8, quantization="fp8")
+    return Deployment(config, GPUS["h200"] | rates, 4750)
+
+
+def test_a_step_reads_the_bytes_of_experts_in_fp8(shallow: str) -> None:
+    """One token takes 6 experts and 2 shared ones. A rank has 192 columns of their down_proj."""
+    plan = plan_in_fp8(shallow, bandwidth=1e9, flops=1e30)
+    gate_and_up = 2 * 192 * 5120 * (1 + 4 / 128)
+    down = 5120 * 192 * (1 + 4 / 64)
+    router = 160 * 5120 * 2  # in bf16
+    expected = 8 * (gate_and_up + down) + router
+    assert 1e9 * plan.bound_experts(1).seconds == pytest.approx(expected)
+
+
+def test_products_of_experts_in_fp8_take_half_the_time(shallow: str) -> None:
+    plan = plan_in_fp8(shallow, bandwidth=1e30, flops=1e15)
+    experts = 8 * 3 * 192 * 5120
+    router = 160 * 5120
+    assert 1e15 * plan.bound_experts(1).seconds == pytest.approx(2 * (experts / 2 + router))
+
+
+def test_projections_in_fp8_are_read_in_half_the_time(shallow: str) -> None:
+    """But the head and W_UK and W_UV stay in bf16."""
+    plan = plan_in_fp8(shallow, bandwidth=1e9, flops=1e30)
+    projections = 5120 * (1536 + 576) + 1536 * 16 * 192 + 5120 * 16 * 128  # q_a, kv_a, q_b, o
+    dense = 3 * 1536 * 5120  # the first layer's MLP
+    scales = (2 * projections + dense) * 4 / 128
+    in_bf16 = 2 * 16 * 256 * 512 + 102400 // 8 * 5120
+    expected = 2 * projections + dense + scales + 2 * in_bf16
+    assert 1e9 * plan.bound_projections(1).seconds == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
 @pytest.mark.parametrize("policy", ["wide", "narrow"])
 @pytest.mark.parametrize("q_proj", ["sharded", "replicated"])
@@ -205,6 +270,7 @@ def test_output(
     command = f"{shallow} --gpu h100,link=200e9 --tp-size 8 --dcp-size 4,8 --concurrency 8,600"
     assert main(["plan", *command.split(), "--plot", str(tmp_path / "plan.png")]) == 0
     output = capsys.readouterr().out
+    assert f"{shallow} in bfloat16, tp 8, " in output
     assert "longest context" in output and "most requests" in output
     assert output.count("\n| 4 | ") == output.count("\n| 8 | ") == 3 and "| 8 | 600 | " in output
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -217,6 +283,7 @@ def test_output(
 def test_a_gpu_in_numbers() -> None:
     assert find_gpu("memory=80e9,bandwidth=3e12,flops=790e12,link=350e9")["memory"] == 80e9
     assert find_gpu("h200,link=1e11") == GPUS["h200"] | {"link": 1e11}
+    assert find_gpu("h200,capability=8.0") == GPUS["h200"] | {"capability": 8.0}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +306,12 @@ def test_a_gpu_in_numbers() -> None:
         ),
         (
             "--gpu h100 --tp-size 4",
-            "--tp-size 4: 119.0 GB of weights leave no room for KV; raise it",
+            "--tp-size 4: 119.0 GB of weights leave no room for KV; raise it, "
+            "or --gpu-memory-utilization, or use --quantization fp8",
+        ),
+        (
+            "--gpu a100 --tp-size 8 --quantization fp8",
+            "--quantization fp8: this GPU (sm_80) cannot multiply FP8; use none",
         ),
         (
             "--gpu h100 --tp-size 8 --concurrency 8..x",
