@@ -104,7 +104,7 @@ def test_experts_round_what_they_multiply() -> None:
 
 
 def test_the_demo_model_in_fp8_on_every_layout() -> None:
-    """With DCP and without, four ranks give the same tokens. One rank's blocks are others, so that an
+    """With DCP and without, four ranks give the same tokens. One rank's blocks are others, so an
     answer may differ there."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     questions = make_questions(tokenizer, "words", 2)

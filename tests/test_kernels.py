@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECKS = Path(__file__).parent / "interpreter" / "check_kernels.py"
+import pytest
+
+CHECKS = Path(__file__).parent / "interpreter"
 
 
-def test_kernels_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)]
+@pytest.mark.parametrize("file", ["check_kernels.py", "check_fp8.py"])
+def test_kernels_under_the_interpreter(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS / file)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -11,7 +11,18 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from minidcp.kernels import DeviceProperties, experts, grouped, kv_store, linear, merge, norm, tiles
+from minidcp.kernels import (
+    DeviceProperties,
+    dense,
+    experts,
+    fp8,
+    grouped,
+    kv_store,
+    linear,
+    merge,
+    norm,
+    tiles,
+)
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
 from minidcp.worker.cuda_graph import ladder
 
@@ -28,7 +39,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
 
     def record(self: JITFunction[object], *args: object, **options: object) -> None:
         integers = [
-            (p.name, value == 1, value % 16 == 0)
+            (p.name, value == 1, value % 16 == 0 and not p.do_not_specialize_on_alignment)
             for p, value in zip(self.params, args, strict=False)
             if isinstance(value, int) and not p.is_constexpr and not p.do_not_specialize
         ]
@@ -36,10 +47,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
         seen.add((self.fn.__name__, tuple(integers), tuple(sorted(options.items()))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (experts, kv_store, linear, merge, norm):
+    for module in (dense, experts, fp8, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
     monkeypatch.setattr(grouped, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(dense, "can_use_cublas", lambda weight, out: False)
     return seen
 
 
@@ -50,6 +62,25 @@ def run_experts(experts_of: int, inter: int, hidden: int, tokens: int) -> None:
     experts.run_experts(
         empty(tokens, hidden).bfloat16(), gate_up, down, empty(tokens, TOP_K), ids
     ).sum()
+
+
+def make_stack(count: int, rows: int, columns: int) -> fp8.Stack:
+    return fp8.allocate_stack(count, fp8.quantize_weight(empty(rows, columns)))
+
+
+def run_experts_in_fp8(experts_of: int, inter: int, hidden: int, tokens: int) -> None:
+    gate_up = make_stack(experts_of, 2 * inter, hidden)
+    down = make_stack(experts_of, hidden, inter)
+    ids = empty(tokens, TOP_K, dtype=torch.int32)
+    x = empty(tokens, hidden).bfloat16()
+    experts.run_experts(x, gate_up, down, empty(tokens, TOP_K), ids).sum()
+
+
+def multiply_in_fp8(tokens: int) -> None:
+    """One that no cuBLAS has, and one of few inputs."""
+    for rows, columns in ((2048, 10944), (200, 192)):
+        weight = fp8.quantize_weight(empty(rows, columns))
+        dense.multiply(empty(tokens, columns).bfloat16(), weight)
 
 
 def merge_prefill(tokens: int) -> None:
@@ -89,7 +120,11 @@ def normalise(tokens: int) -> None:
     x, weight = empty(tokens, HIDDEN).bfloat16(), empty(HIDDEN).bfloat16()
     norm.rms_norm(x, weight, 1e-6)
     norm.rms_norm(x, weight, 1e-6, x)
-    norm.rms_norm(empty(tokens, TOP_K, HIDDEN).bfloat16(), weight, 1e-6, x, empty(tokens, TOP_K))
+    norm.rms_norm(x, weight, 1e-6, quantizes=True)
+    norm.rms_norm(x, weight, 1e-6, x, quantizes=True)
+    parts = empty(tokens, TOP_K, HIDDEN).bfloat16()
+    for quantizes in (False, True):
+        norm.rms_norm(parts, weight, 1e-6, x, empty(tokens, TOP_K), quantizes)
 
 
 def store(tokens: int) -> None:
@@ -115,7 +150,18 @@ def test_experts(run: Callable[[int], None], launched: Variants) -> None:
     check(run, [*bounds, *ladder(256)], launched)
 
 
-@pytest.mark.parametrize("run", [normalise, sum_of_peers])
+@pytest.mark.parametrize(
+    "run",
+    [partial(run_experts_in_fp8, 66, 1408, 2048), partial(run_experts_in_fp8, 10, 96, 256)],
+    ids=["V2-Lite", "by the rule"],
+)
+def test_experts_in_fp8(run: Callable[[int], None], launched: Variants) -> None:
+    number, inter, hidden = run.args  # type: ignore[attr-defined]
+    limits = tiles.list_tiles(number, TOP_K, hidden, inter, fp8=True)
+    check(run, [*(n for n in limits if n <= BUDGET), *ladder(256)], launched)
+
+
+@pytest.mark.parametrize("run", [normalise, sum_of_peers, multiply_in_fp8])
 def test_what_whole_steps_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched)
 

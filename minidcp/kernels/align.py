@@ -148,7 +148,8 @@ def one_expert(tokens: int, bm: int) -> Blocks:
     return Blocks(tokens, bm, triton.cdiv(tokens, bm))
 
 
-@triton.jit(do_not_specialize=["num_choices"])
+# Where x is transposed, x_d is the number of tokens.
+@triton.jit(do_not_specialize=["num_choices"], do_not_specialize_on_alignment=["x_d"])
 def gather_rows_kernel(
     x, choices, rows, num_choices, top_k, width,
     x_t, x_d, rows_m, rows_d,  # strides

@@ -182,7 +182,11 @@ class RandomSource:
 
     def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
         part = self.read(name, shape, shard)
-        return quantize_weight(part) if self.fp8 else part
+        if not self.fp8:
+            return part
+        quantized = quantize_weight(part)
+        self.bytes_read += quantized.nbytes - part.nbytes
+        return quantized
 
 
 def find_model(model: str, files: tuple[str, ...] = HUB_FILES) -> Path:

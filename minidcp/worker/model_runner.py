@@ -96,7 +96,7 @@ class ModelRunner:
         )
         self.log(
             f"attention: {self.attention.name}; groups: {type(state.tp).__name__}; "
-            f"exchange: {describe_exchange(config)}"
+            f"exchange: {describe_exchange(config)}; quantization: {config.quantization}"
         )
 
         self.model, self.bytes_read = self.load()

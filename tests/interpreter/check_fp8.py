@@ -1,0 +1,79 @@
+"""FP8 kernels in Triton's interpreter against their torch definitions.
+
+When the interpreter rounds to e4m3 and a value reaches the next power of two, it halves the value.
+So where results are rounded here, some are wrong; on GPUs (tests/gpu/test_fp8.py) none are.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidcp.kernels import DeviceProperties, dense, experts, fp8, grouped, norm, tiles
+
+HALVED = 0.05  # the share of values that may be
+E4M3_MAX = 448.0
+
+
+def make_exact(rows: int, width: int) -> Tensor:
+    """Rows that FP8 holds exactly, with scales of 1."""
+    x = torch.randn(rows, width).to(fp8.E4M3).float()
+    x[:, :: fp8.BLOCK] = E4M3_MAX
+    return x
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def make_stack(count: int, rows: int, columns: int) -> fp8.Stack:
+    matrices = [fp8.quantize_weight(torch.randn(rows, columns) / 8) for _ in range(count)]
+    stack = fp8.allocate_stack(count, matrices[0])
+    for index, matrix in enumerate(matrices):
+        fp8.put_into_stack(stack, index, matrix)
+    return stack
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 150])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 160), (40, 256), (17, 32)])
+def test_dense(tokens: int, rows: int, columns: int) -> None:
+    """Odd numbers of outputs, and blocks of 32 and of 128."""
+    torch.manual_seed(0)
+    weight = fp8.quantize_weight(torch.randn(rows, columns))
+    x = make_exact(tokens, columns)
+    expected = x.double() @ weight.dequantize().double().T
+    torch.testing.assert_close(dense.multiply(x, weight).double(), expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bm", "is_sorted"), [(1, 1, False), (2, 1, False), (9, 16, False), (40, 32, True)]
+)
+def test_experts(tokens: int, bm: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, inter = 160, 96
+    gate_up, down = make_stack(5, 2 * inter, hidden), make_stack(5, hidden, inter)
+    x, weights = make_exact(tokens, hidden) / 448, torch.rand(tokens, 3)
+    ids = torch.rand(tokens, 4).topk(3).indices.to(torch.int32)  # none chooses the last expert
+
+    vector, tile = tiles.Tile(4, 256, 4, 1), tiles.Tile(128, 64, 4, 3)
+    given = tiles.Tiles(bm, is_sorted, *([vector] * 2 if bm == 1 else [tile] * 2))
+    monkeypatch.setattr(tiles, "list_tiles", lambda *shape: {tokens: given})
+    if is_sorted:
+        monkeypatch.setattr(grouped, "get_device_properties", lambda: DeviceProperties((9, 0)))
+    expected = experts.run_experts_ref(x, gate_up, down, weights, ids).sum()
+    actual = experts.run_experts(x, gate_up, down, weights, ids).sum()
+    assert relative_error(actual, expected) < 0.15
+
+
+@pytest.mark.parametrize("dim", [64, 100, 1536])
+def test_the_norm_quantises(dim: int) -> None:
+    torch.manual_seed(0)
+    x, weight, residual = torch.randn(5, dim), torch.rand(dim) + 0.5, torch.randn(5, dim)
+    actual, _ = norm.rms_norm(x, weight, 1e-6, residual, quantizes=True)
+    assert isinstance(actual, fp8.Quantized)
+    for quantized in (actual.fp8, fp8.quantize(actual.rows)):
+        expected = fp8.quantize_ref(actual.rows)
+        torch.testing.assert_close(quantized.scales, expected.scales)
+        differ = quantized.values.float() != expected.values.float()
+        assert differ.float().mean() < HALVED
