@@ -1,4 +1,4 @@
-"""What config.json says about weights in FP8, checked. They are read in `models/weights.py`."""
+"""What config.json says about weights in FP8, checked. They are read in `models/checkpoint.py`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from minidcp.config import require, shorten
 from minidcp.rope_config import is_int
 
 # What quantization_config may say: FP8 weights with a scale for each block of a matrix, as DeepSeek
-# publishes them. Activations are not quantised here, so their format does not matter.
+# publishes them. Activations are quantised by their own largest values, whatever else is said.
 FP8_OPTIONS: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),
