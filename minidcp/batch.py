@@ -62,10 +62,11 @@ class StepPlan:
     """One step in integers. For a step, nothing else crosses from the driver to the ranks.
 
     Row i computes positions [starts[i], starts[i] + lengths[i]) of the request in slot slots[i].
-    Rows [0, num_decode) decode one token each, the rows after them prefill a chunk. The token of a
-    decode row is the one that was sampled last for its slot. Perhaps only the workers know it so
-    far. The tokens of the prefill rows are in `tokens`, one row after the other. A prefill row may
-    begin after tokens that a row before it computes in the same step, in blocks that both have.
+    Rows [0, num_decode) decode, the rows after them prefill a chunk. The first token of a decode
+    row is the one that was sampled last for its slot. Perhaps only the workers know it so far. It
+    may be followed by drafts, which are proposals for the next tokens; see `worker/drafts.py`. The
+    tokens of the prefill rows are in `tokens`, one row after the other. A prefill row may begin
+    after tokens that a row before it computes in the same step, in blocks that both have.
     """
 
     num_decode: int = 0
@@ -75,12 +76,26 @@ class StepPlan:
     tokens: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
     admitted: list[Admission] = field(default_factory=list)
-    sampling: list[int] = field(default_factory=list)  # rows after whose last token one is sampled
+    drafts: list[int] = field(default_factory=list)  # of the decode rows, one after the other
+    # Rows after whose last token one is sampled. A row with drafts is there once for each of its
+    # tokens: a token is sampled after each.
+    sampling: list[int] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     # By index in `sampling`: which tokens may be sampled, bit i % 8 of byte i // 8 for token i.
     # That is 12,800 bytes with a vocabulary of 102,400. Only rank 0 gets them; the other ranks get
     # empty ones.
     masks: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return self.num_decode + len(self.drafts)
+
+    @property
+    def sampled_positions(self) -> Array:
+        """The positions that the sampled tokens get, in the order of `sampling`."""
+        rows = np.array(self.sampling, dtype=np.int64)
+        ends = np.array(self.starts, dtype=np.int64) + np.array(self.lengths, dtype=np.int64)
+        return ends[rows] - count_later_entries(rows)
 
     def without_bits(self) -> "StepPlan":
         """The plan for ranks other than 0, which need not know what a mask allows."""
@@ -89,7 +104,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What rank 0 reports about a step: one token per sampling row, in the order of the rows."""
+    """What rank 0 reports about a step: one token per entry of `StepPlan.sampling`."""
 
     tokens: list[int]
     # One entry per sampled token and then one per scored token; None if the step wanted none.
@@ -175,14 +190,15 @@ class ContextPiece:
 class ForwardBatch:
     """The tensors of one step on one rank; all of them int32. T tokens, the decode rows first."""
 
-    num_decode: int
-    prefill_tokens: Tensor  # [T - num_decode]
+    num_decode_tokens: int  # D, with drafts
+    prefill_tokens: Tensor  # [T - D]
     positions: Tensor  # [T]
     slot_mapping: Tensor  # [T] this rank's cache row (vLLM's name), -1 where another rank stores it
-    decode_slots: Tensor  # [num_decode] the request slots of the decode rows
+    decode_slots: Tensor  # [D] the request slots of the decode rows' tokens
     # [S + K] tokens whose logits are needed: after S of them a token is sampled, K are for scoring.
     sample_index: Tensor | slice
     sample_slots: Tensor  # [S] the request slots that get a token
+    drafts: Tensor | None = None  # [D], -1 for the token that was sampled last; None: all are that
     decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
     context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
@@ -199,47 +215,47 @@ class ForwardBatch:
         context: Sequence[CacheQueries | ContextPiece] = (),
     ) -> "ForwardBatch":
         """The batch of DCP rank `rank`. `context` comes from `attention/context.py`."""
-        num_decode = plan.num_decode
-        slots = np.array(plan.slots, dtype=np.int64)
-        starts = np.array(plan.starts, dtype=np.int64)
+        num_decode_tokens = plan.num_decode_tokens
         lengths = np.array(plan.lengths, dtype=np.int64)
-        positions = np.repeat(starts, lengths) + ranges(lengths)
+        slots = np.repeat(np.array(plan.slots, dtype=np.int64), lengths)  # by token
+        positions = find_positions(plan)
 
         arrays = {
             "prefill_tokens": np.array(plan.tokens, dtype=np.int64),
             "positions": positions,
-            "slot_mapping": tables.find_cache_rows(
-                np.repeat(slots, lengths), positions, layout, rank
-            ),
-            "decode_slots": slots[:num_decode],
+            "slot_mapping": tables.find_cache_rows(slots, positions, layout, rank),
+            "decode_slots": slots[:num_decode_tokens],
             "sample_index": find_wanted_tokens(plan, np.cumsum(lengths)),
             "sample_slots": np.array([plan.slots[row] for row in plan.sampling], dtype=np.int64),
         }
-        if num_decode > 0:
-            decode_starts = starts[:num_decode]
-            width = layout.num_blocks(int(decode_starts.max()) + 1)
-            arrays["block_table"] = tables.table[slots[:num_decode], :width]
-            arrays["local_lens"] = layout.local_len(decode_starts + 1, rank)
-        chunk_lens = lengths[num_decode:]
+        if num_decode_tokens > 0:
+            decode_positions = positions[:num_decode_tokens]
+            width = layout.num_blocks(int(decode_positions.max()) + 1)
+            arrays["block_table"] = tables.table[slots[:num_decode_tokens], :width]
+            arrays["local_lens"] = layout.local_len(decode_positions + 1, rank)
+        if plan.drafts:
+            arrays["drafts"] = list_drafts(plan)
+        chunk_lens = lengths[plan.num_decode :]
         if len(chunk_lens) > 0:
             arrays["cu_seqlens"] = offsets(chunk_lens)
 
         tensors = upload(arrays, device)
         decode = None
-        if num_decode > 0:
-            narrow = exchanges_narrow(num_decode)
+        if num_decode_tokens > 0:
+            narrow = exchanges_narrow(num_decode_tokens)
             decode = CacheQueries(tensors["block_table"], tensors["local_lens"], narrow)
         prefill = None
         if len(chunk_lens) > 0:
             prefill = Varlen.among_themselves(tensors["cu_seqlens"], chunk_lens.tolist())
         return cls(
-            num_decode=num_decode,
+            num_decode_tokens=num_decode_tokens,
             prefill_tokens=tensors["prefill_tokens"],
             positions=tensors["positions"],
             slot_mapping=tensors["slot_mapping"],
             decode_slots=tensors["decode_slots"],
             sample_index=tensors["sample_index"],
             sample_slots=tensors["sample_slots"],
+            drafts=tensors.get("drafts"),
             decode=decode,
             prefill=prefill,
             context=context,
@@ -252,11 +268,32 @@ def find_wanted_tokens(plan: StepPlan, row_ends: Array) -> Array:
     row_ends[i] is the number of the token after row i's last one.
     """
     sampling = np.array(plan.sampling, dtype=np.int64)
-    sampled_tokens = row_ends[sampling] - 1
+    sampled_tokens = row_ends[sampling] - 1 - count_later_entries(sampling)
     scored = np.array(plan.scored, dtype=np.int64).reshape(-1, 3)
     row, tokens_before_last, _ = scored.T
     scored_tokens = row_ends[row] - 1 - tokens_before_last
     return np.concatenate([sampled_tokens, scored_tokens])
+
+
+def count_later_entries(rows: Array) -> Array:
+    """How many entries of the same row come after each entry of `rows`, which never falls."""
+    return np.searchsorted(rows, rows, side="right") - 1 - np.arange(len(rows))
+
+
+def find_positions(plan: StepPlan) -> Array:
+    """The position of each token of the step."""
+    starts = np.array(plan.starts, dtype=np.int64)
+    lengths = np.array(plan.lengths, dtype=np.int64)
+    return np.repeat(starts, lengths) + ranges(lengths)
+
+
+def list_drafts(plan: StepPlan) -> Array:
+    """The tokens of the decode rows, with -1 for the one that was sampled last."""
+    lengths = np.array(plan.lengths[: plan.num_decode], dtype=np.int64)
+    is_draft = ranges(lengths) > 0
+    tokens = np.full(len(is_draft), -1, dtype=np.int64)
+    tokens[is_draft] = plan.drafts
+    return tokens
 
 
 def upload(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:

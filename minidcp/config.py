@@ -224,6 +224,17 @@ class EngineConfig(Options):
         least=1,
     )
     mixed_steps: bool = option(True, "let one step hold decode rows and prompt chunks")
+    speculative_method: str = choice(
+        "guess the next tokens and check several in one step; ngram: what followed where a "
+        "request's last tokens occurred before, in its prompt or output",
+        "none",
+        "ngram",
+    )
+    num_speculative_tokens: int = option(
+        3, "guesses of a request in one step at most; fewer where they do not pay", least=1
+    )
+    prompt_lookup_min: int = option(2, "tokens that must occur again, at least", least=1)
+    prompt_lookup_max: int = option(4, "tokens that are looked for, at most", least=1)
     engine_timeout: float = option(
         120.0,
         "seconds that a step may take; then a rank counts as stuck: the server's /health answers "
@@ -259,6 +270,11 @@ class EngineConfig(Options):
             f"{self.max_num_seqs}: every running request decodes one token per step",
         )
 
+        require(
+            self.prompt_lookup_min <= self.prompt_lookup_max,
+            f"--prompt-lookup-min {self.prompt_lookup_min}: must be at most --prompt-lookup-max "
+            f"{self.prompt_lookup_max}",
+        )
         require(
             self.tp_size % self.dcp_size == 0,
             f"--dcp-size {self.dcp_size} must divide --tp-size {self.tp_size}; "

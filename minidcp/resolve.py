@@ -3,19 +3,19 @@ machine can do become a `ResolvedConfig`. The engine and the planner (`plan.py`)
 code below the engine sees resolved configurations only. Next: `kv_cache/interleave.py`."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from minidcp.choose_attention import Report, choose_attention
 from minidcp.config import EngineConfig, divisors, flag, require
-from minidcp.kernels.fa3 import COMPILED_DIMS
-from minidcp.machine import Machine, fa3_dims
+from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 
 logger = logging.getLogger("minidcp")
 
-FP8_CAPABILITY = (8, 9)  # the first GPUs with tensor cores for FP8
+# So many requests can have all their drafts, even if --max-num-seqs is not larger than that.
+REQUESTS_WITH_DRAFTS = 16
 
-Report = Callable[[int, str], None]  # a logging level, and what was chosen and why
+FP8_CAPABILITY = (8, 9)  # the first GPUs with tensor cores for FP8
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     mixed_steps: bool
+    num_speculative_tokens: int  # drafts of a request in one step; 0: none
+    prompt_lookup_min: int
+    prompt_lookup_max: int
     engine_timeout: float  # in seconds
     load_format: str  # safetensors, or dummy: random weights
 
@@ -63,6 +66,12 @@ class ResolvedConfig:
         if self.exchange_policy == "by_batch":
             return num_queries >= self.narrow_threshold
         return self.exchange_policy == "narrow"
+
+    @property
+    def max_decode_tokens(self) -> int:
+        """Tokens of the decode rows of a step: a row of each request, and drafts."""
+        some_with_drafts = min(self.max_num_seqs, REQUESTS_WITH_DRAFTS)
+        return max(self.max_num_seqs, some_with_drafts * (1 + self.num_speculative_tokens))
 
     @property
     def replicates_q(self) -> bool:
@@ -113,6 +122,9 @@ def resolve(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=choose_max_num_batched_tokens(config, device),
         mixed_steps=config.mixed_steps,
+        num_speculative_tokens=choose_num_speculative_tokens(config),
+        prompt_lookup_min=config.prompt_lookup_min,
+        prompt_lookup_max=config.prompt_lookup_max,
         engine_timeout=config.engine_timeout,
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
     )
@@ -153,6 +165,10 @@ def choose_max_num_batched_tokens(config: EngineConfig, device: str) -> int:
     return max(default, config.max_num_seqs)
 
 
+def choose_num_speculative_tokens(config: EngineConfig) -> int:
+    return 0 if config.speculative_method == "none" else config.num_speculative_tokens
+
+
 def choose_dtype(config: EngineConfig, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
@@ -183,12 +199,17 @@ def choose_quantization(
 
 
 def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None:
-    if config.dcp_size > 1:
-        return
-    for name in ("dcp_comm_backend", "exchange_policy", "q_proj"):
+    without_effect = {}
+    if config.dcp_size == 1:
+        names = ("dcp_comm_backend", "exchange_policy", "q_proj")
+        without_effect.update(dict.fromkeys(names, "with --dcp-size 1"))
+    if config.speculative_method == "none":
+        names = ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+        without_effect.update(dict.fromkeys(names, "without --speculative-method"))
+    for name, reason in without_effect.items():
         value = getattr(config, name)
         if value != getattr(EngineConfig, name):
-            report(logging.WARNING, f"{flag(name)} {value} has no effect with --dcp-size 1")
+            report(logging.WARNING, f"{flag(name)} {value} has no effect {reason}")
 
 
 def choose_ranks(config: EngineConfig, machine: Machine, device: str) -> str:
@@ -289,88 +310,3 @@ def choose_prefill_strategy(config: EngineConfig, attention_backend: str) -> str
         return config.prefill_strategy
     # The reference back-end gathers the whole context for every absorbed query.
     return "gather_kv" if attention_backend == "reference" else "cheaper"
-
-
-def choose_attention(
-    config: EngineConfig,
-    model: ModelConfig,
-    machine: Machine,
-    device: str,
-    dtype: str,
-    report: Report,
-) -> str:
-    """The back-end that was asked for, if it can run the model here."""
-    backend = config.attention_backend
-    if backend == "auto":
-        return choose_fastest_attention(model, machine, device, dtype, report)
-    if backend == "reference":
-        return backend
-
-    asked = f"--attention-backend {backend}"
-    require(device == "cuda", f"{asked}: needs a CUDA device; use reference")
-    require(dtype == "bfloat16", f"{asked}: needs --dtype bfloat16; reference takes any")
-    if backend == "fa3":
-        obstacle = find_fa3_obstacle(model, machine)
-        require(not obstacle, f"{asked}: {obstacle}; use triton or auto")
-    else:
-        check_triton(model)
-    return backend
-
-
-def choose_fastest_attention(
-    model: ModelConfig, machine: Machine, device: str, dtype: str, report: Report
-) -> str:
-    """FlashAttention-3 where it can run, else our Triton kernels; plain torch on CPUs.
-
-    On a GPU plain torch is so slow that it must be asked for: it raises ValueError where neither
-    of the others can run the model, unless --dtype float32 leaves no choice.
-    """
-    if device == "cpu":
-        return "reference"
-    if dtype != "bfloat16":
-        reason = "FlashAttention-3 and Triton need --dtype bfloat16"
-        report(logging.WARNING, f"attention: reference, because {reason}")
-        return "reference"
-    obstacle = find_fa3_obstacle(model, machine)
-    if not obstacle:
-        return "fa3"
-    report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
-    check_triton(model)
-    return "triton"
-
-
-def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
-    """Why FlashAttention-3 cannot run this model here; empty if it can."""
-    dims = fa3_dims(model)
-    if dims not in COMPILED_DIMS:
-        listed = " or ".join(str(compiled) for compiled in COMPILED_DIMS)
-        compiled = f"kv_lora_rank, rope, qk and v dims {listed}"
-        return f"is compiled for {compiled}, the model has {dims}"
-    major, minor = machine.capability
-    if major != 9:
-        return f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}"
-    if machine.fa3_error:
-        return f"is not installed ({machine.fa3_error})"
-    return ""
-
-
-def check_triton(model: ModelConfig) -> None:
-    """Raises ValueError if our kernels, or torch's FlashAttention-2, cannot run the model."""
-    asked = "--attention-backend triton"
-    latent_dims = (model.kv_lora_rank, model.qk_rope_head_dim)
-    require(
-        all(is_power_of_two(dim) and dim >= 16 for dim in latent_dims),
-        f"{asked}: kv_lora_rank and rope dims {latent_dims} must be powers of two from 16 on; "
-        "use reference",
-    )
-    qk = model.qk_head_dim
-    v = model.v_head_dim
-    require(
-        v <= qk <= 256 and qk % 8 == 0 and v % 8 == 0,
-        f"{asked}: qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first "
-        "not below the second; use reference",
-    )
-
-
-def is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0

@@ -112,7 +112,7 @@ class AsyncEngine:
 
     def validate(self, tokens: list[int], params: SamplingParams) -> None:
         """Raises ValueError, naming the field that is wrong, if the engine would refuse these."""
-        self._require_engine().validate(tokens, params)
+        self._require_engine().limits.check(tokens, params)
 
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         """The grammar of these parameters, if they have one. Hold it while their requests run, so

@@ -149,7 +149,7 @@ def test_one_prompt_beside_a_batch_of_thousands() -> None:
         step = scheduler.schedule()
         assert step is not None
         num_steps += 1
-        for request in scheduler.update(step, [9] * len(step.plan.sampling)):
+        for request, *_ in scheduler.update(step, [9] * len(step.plan.sampling)):
             if request.num_outputs == request.max_tokens:
                 scheduler.finish(request, FinishReason.LENGTH)
     assert sum(request.finish_reason is not None for request in batch) <= 2 * 8

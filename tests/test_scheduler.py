@@ -130,7 +130,7 @@ def test_every_output_equals_its_solo_run(
                 in_flight.append((planned, workers.execute(planned.plan, tokens_per_block)))
             if in_flight and (planned is None or len(in_flight) > 1):
                 step, tokens = in_flight.popleft()
-                for request in scheduler.update(step, tokens):
+                for request, *_ in scheduler.update(step, tokens):
                     if request.finish_reason is None and request.num_outputs == request.max_tokens:
                         scheduler.finish(request, FinishReason.LENGTH)
             check_blocks(blocks, requests)
@@ -238,6 +238,6 @@ def test_scored_prompts_share_a_steps_logits() -> None:
             scored[step.requests[row].request_id].append(
                 step.plan.starts[row] + step.plan.lengths[row] - back
             )
-        for request in scheduler.update(step, [7] * len(step.plan.sampling)):
+        for request, *_ in scheduler.update(step, [7] * len(step.plan.sampling)):
             scheduler.finish(request, FinishReason.LENGTH)
     assert all(positions == list(range(1, 200)) for positions in scored.values())

@@ -130,7 +130,7 @@ def run(scheduler: Scheduler, load: list[Arrival], requests: list[Request]) -> l
             in_flight.append((planned, workers.execute(planned)))
         if in_flight and (planned is None or len(in_flight) > 1):
             step, tokens = in_flight.popleft()
-            for request in scheduler.update(step, tokens):
+            for request, *_ in scheduler.update(step, tokens):
                 if request.finish_reason is None and request.num_outputs == request.max_tokens:
                     scheduler.finish(request, FinishReason.LENGTH)
         check_blocks(blocks, requests)

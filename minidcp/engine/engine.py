@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from minidcp.batch import StepResult
-from minidcp.config import EngineConfig, require, shorten
+from minidcp.config import EngineConfig, require
 from minidcp.engine.detokenizer import Detokenizer
+from minidcp.engine.drafter import make_drafter
 from minidcp.engine.executor import Executor, is_driver, serve_torchrun_rank
 from minidcp.engine.grammar import Grammars, Outcome
+from minidcp.engine.limits import Limits
 from minidcp.engine.listener import EngineStats, StepListener
 from minidcp.engine.scheduler import ScheduledStep, Scheduler
 from minidcp.engine.tokenizer import TextEncoder, load_tokenizer
@@ -32,7 +34,6 @@ from minidcp.request import (
     Request,
     SamplingParams,
     TokenLogprobs,
-    check_token_ids,
 )
 from minidcp.resolve import ResolvedConfig, resolve
 
@@ -82,6 +83,8 @@ class LLMEngine:
             self.executor.close()
             raise
         self.config = replace(resolved, max_model_len=self.max_model_len)
+        has_tokenizer = self.tokenizer is not None
+        self.limits = Limits(self.max_model_len, self.model_config.vocab_size, has_tokenizer)
 
         self.blocks = BlockManager(num_blocks, self.layout.tokens_per_block, resolved.prefix_cache)
         self.scheduler = Scheduler(
@@ -89,6 +92,7 @@ class LLMEngine:
             resolved.max_num_seqs,
             resolved.max_num_batched_tokens,
             resolved.mixed_steps,
+            make_drafter(resolved),
         )
         self.grammars = Grammars(
             self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids
@@ -165,7 +169,7 @@ class LLMEngine:
         """
         require(request_id not in self.requests, f"request_id {request_id!r} is in use")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        self.validate(tokens, params)
+        self.limits.check(tokens, params)
 
         stop_ids = list(params.stop_token_ids)
         if not params.ignore_eos:
@@ -199,46 +203,11 @@ class LLMEngine:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can express
             raise ValueError(f"{field}: is not valid Unicode ({error.reason})") from None
-        self.require_fit(
+        self.limits.require_fit(
             len(text) <= self.max_model_len * self.longest_token,
             f"your {field} has {len(text)} characters, more than so many tokens can hold.",
         )
         return self.encoder.encode(text, special_tokens)
-
-    def require_fit(self, fits: bool, given: str) -> None:
-        """Clients recognise the beginning of this message."""
-        limit = f"This model's maximum context length is {self.max_model_len} tokens."
-        require(fits, f"{limit} However, {given}")
-
-    def validate(self, tokens: list[int], params: SamplingParams) -> None:
-        """Raises ValueError, naming the field, if the model cannot run these tokens like this."""
-        require(len(tokens) > 0, "prompt: is empty; give at least one token")
-        length = len(tokens)
-        max_tokens = params.max_tokens or 1
-        advice = "Shorten the prompt, or set a lower max_tokens."
-        if params.max_tokens is None:
-            advice = "Shorten the prompt."
-        self.require_fit(
-            length + max_tokens <= self.max_model_len,
-            f"you requested {length + max_tokens} tokens ({length} in the prompt, {max_tokens} in "
-            f"the completion). {advice}",
-        )
-
-        vocab_size = self.model_config.vocab_size
-        check_token_ids(tokens, vocab_size)
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(params, name) or 0
-            require(count <= vocab_size, f"{name} {count}: the vocabulary has {vocab_size} tokens")
-        for name in ("logit_bias", "stop_token_ids"):
-            largest = max(getattr(params, name), default=0)
-            require(
-                largest < vocab_size,
-                f"{name} {shorten(largest)}: the vocabulary has {vocab_size} tokens",
-            )
-        require(
-            not params.stop or self.tokenizer is not None,
-            f"stop {params.stop!r}: the checkpoint has no tokenizer; use stop_token_ids",
-        )
 
     def abort(self, *request_ids: str) -> None:
         """Forget requests and free what they hold.
@@ -308,23 +277,30 @@ class LLMEngine:
 
     def take_in(self, step: ScheduledStep, result: StepResult) -> list[OutputDelta]:
         """Hand out a step's tokens, and what comes with them, to its requests."""
-        requests = self.scheduler.update(step, result.tokens)
-        logprobs = result.logprobs or [None] * len(requests)
-        num_sampled = len(requests)
+        results = self.scheduler.update(step, result.tokens)
+        num_sampled = len(result.tokens)
+        logprobs = result.logprobs or [None] * num_sampled
         self.note_prompt_logprobs(step, logprobs[num_sampled:])
 
         deltas = []
-        for request, token, entry in zip(
-            requests, result.tokens, logprobs[:num_sampled], strict=True
-        ):
-            if request.finish_reason is None:  # else it ended while this step was in flight
-                deltas.append(self.advance(request, token, entry))
+        for request, first, end, num_drafts in results:
+            self.stats.note_drafts(num_drafts, end - first - 1)
+            num_outputs = request.num_outputs - (end - first)
+            for index in range(first, end):
+                if request.finish_reason is not None:
+                    break  # it ended, perhaps while this step was in flight
+                num_outputs += 1
+                token = result.tokens[index]
+                deltas.append(self.advance(request, token, logprobs[index], num_outputs))
 
         if self.listener is not None:
             self.listener.on_finished(step, result)
         self.stats.steps += 1
         self.stats.step_seconds += result.seconds
         self.last_step_seconds = result.seconds
+        drafter = self.scheduler.drafter
+        if drafter is not None and step.plan.num_decode == len(step.plan.slots):
+            drafter.times.note(step.plan.num_decode_tokens, result.seconds)
         self.stats.received_bytes = result.received_bytes
         self.stats.prompt_tokens += len(step.plan.tokens)
         self.stats.generated_tokens += len(deltas)
@@ -340,10 +316,14 @@ class LLMEngine:
             position = plan.starts[row] + plan.lengths[row] - tokens_before_last
             step.requests[row].prompt_logprobs[position] = entry
 
-    def advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> OutputDelta:
-        """Add a sampled token to its request's text, and finish the request if that ends it."""
+    def advance(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, num_outputs: int
+    ) -> OutputDelta:
+        """Add a sampled token to its request's text, and finish the request if that ends it.
+
+        It is output number `num_outputs`, counted from 1.
+        """
         _, detokenizer = self.requests[request.request_id]
-        num_outputs = request.num_outputs
         may_stop = request.params.may_stop_after(num_outputs)
         is_stop_token = may_stop and token in request.stop_ids
         is_at_limit = num_outputs >= request.max_tokens

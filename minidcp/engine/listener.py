@@ -1,7 +1,7 @@
 """What the engine says about its steps: counters, and calls to whoever wants to hear of each one.
 The server makes its metrics of the calls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from minidcp.batch import StepResult
@@ -17,6 +17,19 @@ class EngineStats:
     generated_tokens: int = 0
     step_seconds: float = 0.0  # that rank 0 spent in steps
     received_bytes: int = 0  # by rank 0 from other ranks
+    drafts: int = 0  # proposed tokens that a step has checked
+    accepted_drafts: int = 0
+    # How often the first, the second, … draft of a row was accepted.
+    accepted_by_place: list[int] = field(default_factory=list)
+
+    def note_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        """One row of a step had so many drafts, of which so many were right."""
+        self.drafts += num_drafts
+        self.accepted_drafts += num_accepted
+        missing = num_drafts - len(self.accepted_by_place)
+        self.accepted_by_place += [0] * missing
+        for place in range(num_accepted):
+            self.accepted_by_place[place] += 1
 
 
 class StepListener(Protocol):

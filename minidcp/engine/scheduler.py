@@ -3,9 +3,12 @@ a step. The youngest request is preempted when blocks run out. Text is in `engin
 `executor.py`, tensors in `worker/`. Next: `executor.py`."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minidcp.batch import MAX_SCORED_TOKENS, Admission, ScoredToken, StepPlan
+from minidcp.engine.drafter import Drafter, count_accepted
 from minidcp.engine.waiting_queue import WaitingQueue
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
@@ -24,19 +27,35 @@ class ScheduledStep:
     admitted: list[Request] = field(default_factory=list)  # those that start running in this step
 
 
+class NewTokens(NamedTuple):
+    """What one row of a step gave its request: sampled tokens [first, end)."""
+
+    request: Request
+    first: int
+    end: int
+    num_drafts: int
+
+
 class Scheduler:
     """Plans steps before the results of earlier steps are known.
 
     The caller plans step n + 1 while step n runs, and hands in the tokens of step n afterwards. So
     the next token of a request may be sampled, or about to be, and still unknown here. This is safe
     because workers execute plans in order: when a later plan overwrites something, the earlier
-    plans have already read it.
+    plans have already read it. Only behind drafts it waits: how many of them count must be known.
     """
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, budget: int, mixed_steps: bool = True
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        budget: int,
+        mixed_steps: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self.blocks = blocks
+        self.drafter = drafter
+        self.num_drafts_in_flight = 0
         self.budget = budget  # tokens of a step at most
         self.mixed_steps = mixed_steps  # whether a step may hold both decode rows and prompt chunks
         self.decoded_last = False
@@ -54,6 +73,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step. None: nothing can be planned before a running step's tokens are known."""
+        if self.num_drafts_in_flight > 0:
+            return None
         step = ScheduledStep()
         if self.mixed_steps:
             self.add_decodes(step)
@@ -68,19 +89,26 @@ class Scheduler:
                 self.add_prefills(step)
 
         self.decoded_last = step.plan.num_decode > 0
+        self.num_drafts_in_flight += len(step.plan.drafts)
         return step if step.requests else None
 
     def add_decodes(self, step: ScheduledStep) -> None:
-        for request in list(self.running):
+        decoding = [request for request in self.running if self.can_decode(request)]
+        proposals = {}
+        if self.drafter is not None:
+            proposals = self.drafter.propose(decoding)
+        for request in decoding:
             if request.slot < 0:  # preempted in this very loop
                 continue
-            if self.can_decode(request) and self.make_room(request, step):
-                self.add_row(step, request, 1)
+            if self.make_room(request, step):
+                drafts = proposals.get(request.request_id, [])
+                drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
+                self.add_row(step, request, 1, drafts)
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: ScheduledStep) -> None:
         """Go on with the prompts of running requests, then admit waiting ones in their order."""
-        budget = self.budget - step.plan.num_decode
+        budget = self.budget - step.plan.num_decode_tokens
         for request in self.running:
             if budget > 0 and request.is_prefilling and self.may_score(request, step):
                 budget -= self.add_chunk(step, request, budget)
@@ -119,6 +147,26 @@ class Scheduler:
 
         self.append_blocks(request, blocks, step)
         return True
+
+    def make_room_for_drafts(self, request: Request, count: int, step: ScheduledStep) -> int:
+        """Make room behind the next token, as far as blocks are free; returns for how many tokens.
+
+        Nobody is preempted for drafts.
+        """
+        room = len(request.blocks) * self.blocks.tokens_per_block - request.num_computed - 1
+        if room < count:
+            num_blocks = -(-(count - room) // self.blocks.tokens_per_block)
+            blocks = self.blocks.allocate(num_blocks)
+            if blocks is None:
+                return room
+            self.append_blocks(request, blocks, step)
+        return count
+
+    def give_back_room(self, request: Request) -> None:
+        """Give back the blocks that were taken for drafts alone."""
+        num_needed = -(-request.num_computed // self.blocks.tokens_per_block)
+        self.blocks.release(request.blocks[num_needed:])
+        del request.blocks[num_needed:]
 
     def append_blocks(self, request: Request, blocks: list[int], step: ScheduledStep) -> None:
         """Append blocks to the request's table, here and (through the plan) on every rank."""
@@ -221,37 +269,64 @@ class Scheduler:
             tokens_before_last = end - position  # counted from the token before `position`
             step.plan.scored.append(ScoredToken(row, tokens_before_last, request.tokens[position]))
 
-    def add_row(self, step: ScheduledStep, request: Request, length: int) -> None:
-        """Add a row for the request's next `length` tokens."""
+    def add_row(
+        self, step: ScheduledStep, request: Request, length: int, drafts: Sequence[int] = ()
+    ) -> None:
+        """Add a row for the request's next `length` tokens, and drafts behind them."""
         step.plan.slots.append(request.slot)
         step.plan.starts.append(request.num_computed)
-        step.plan.lengths.append(length)
+        step.plan.lengths.append(length + len(drafts))
+        step.plan.drafts += drafts
         step.requests.append(request)
-        request.num_computed += length
+        request.num_computed += length + len(drafts)
 
         if request.num_computed >= len(request.tokens):  # with its last token: sample the next one
             if request.mask is not None:
                 step.plan.masks[len(step.plan.sampling)] = request.mask
                 request.mask = None
-            step.plan.sampling.append(len(step.requests) - 1)
+            step.plan.sampling += [len(step.requests) - 1] * (1 + len(drafts))
             request.num_in_flight += 1
 
-    def update(self, step: ScheduledStep, tokens: list[int]) -> list[Request]:
-        """Hand in the tokens that a step sampled. Returns the request of each token, in order.
+    def update(self, step: ScheduledStep, tokens: list[int]) -> list[NewTokens]:
+        """Hand in the tokens that a step sampled. Returns which of them each request gets.
 
-        A request may have finished while the step ran. It is returned too, but the token is one too
-        many, and the caller must skip it.
+        A request may have finished while the step ran. It is returned too, but the tokens are too
+        many, and the caller must skip them.
         """
-        requests = [step.requests[row] for row in step.plan.sampling]
-        for request, token in zip(requests, tokens, strict=True):
-            request.num_in_flight -= 1
-            if request.finish_reason is None:
-                request.tokens.append(token)
+        results = []
+        first = 0
+        num_drafts_before = 0
+        for row in dict.fromkeys(step.plan.sampling):
+            request = step.requests[row]
+            num_drafts = 0
+            if row < step.plan.num_decode:
+                num_drafts = step.plan.lengths[row] - 1
+            drafts = step.plan.drafts[num_drafts_before : num_drafts_before + num_drafts]
+            num_accepted = count_accepted(tokens[first : first + num_drafts], drafts)
+            self.take_tokens(request, tokens[first : first + 1 + num_accepted], num_drafts)
+            results.append(NewTokens(request, first, first + 1 + num_accepted, num_drafts))
+            first += 1 + num_drafts
+            num_drafts_before += num_drafts
+        assert first == len(tokens)
+        self.num_drafts_in_flight -= len(step.plan.drafts)
 
         for request in step.requests:
             if request.slot >= 0:
                 self.publish(request)
-        return requests
+        return results
+
+    def take_tokens(self, request: Request, tokens: list[int], num_drafts: int) -> None:
+        """Append the tokens that count. What was computed for other drafts is as if it were not."""
+        request.num_in_flight -= 1
+        if request.finish_reason is not None:
+            return
+        request.tokens += tokens
+        num_accepted = len(tokens) - 1
+        if self.drafter is not None:
+            self.drafter.note(request, num_drafts, num_accepted)
+        if request.slot >= 0 and num_drafts > num_accepted:
+            request.num_computed -= num_drafts - num_accepted
+            self.give_back_room(request)
 
     def publish(self, request: Request) -> None:
         """Offer its blocks that are full of known tokens to the prefix cache.
@@ -282,6 +357,8 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give back what it holds."""
+        if self.drafter is not None:
+            self.drafter.drop(request)
         if request.slot >= 0:
             self.stop_running(request)
         elif request.finish_reason is None:

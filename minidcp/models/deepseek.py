@@ -110,13 +110,13 @@ class MLAAttention:
 
         outs = []
         if batch.decode is not None:
-            rows = slice(0, batch.num_decode)
+            rows = slice(0, batch.num_decode_tokens)
             q = self.project_decode_q(q_input[rows], batch.decode)
             self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
             out, _ = self.attend_cache(q, kv, batch.decode)
             outs.append(out)
         if batch.prefill is not None:
-            rows = slice(batch.num_decode, None)
+            rows = slice(batch.num_decode_tokens, None)
             q = self.project_prefill_q(q_input[rows], batch)
             # All rows are stored before any reads the cache, because equal prompts share blocks
             # that this very step computes.

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidcp.batch import Array, BlockTables, CacheQueries, ForwardBatch, StepPlan, upload
+from minidcp.batch import (
+    Array,
+    BlockTables,
+    CacheQueries,
+    ForwardBatch,
+    StepPlan,
+    find_positions,
+    list_drafts,
+    upload,
+)
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.parallel.state import ParallelState
 from minidcp.resolve import ResolvedConfig
@@ -42,14 +51,18 @@ class CapturedStep:
 
 
 class GraphInputs:
-    """The tensors that all graphs read. The graph of size B reads the first B rows."""
+    """The tensors that all graphs read. The graph of size B reads the first B rows.
 
-    def __init__(self, tables: BlockTables, device: torch.device) -> None:
-        max_num_seqs, width = tables.table.shape
-        # The first four fields are views of one tensor, so that one copy fills them.
-        self.fields = torch.zeros(4, max_num_seqs, dtype=torch.int32, device=device)
-        self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields
-        self.block_table = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=device)
+    A row is a token of a decode row of the plan. `drafts` is there only if there can be any.
+    """
+
+    def __init__(self, rows: int, width: int, has_drafts: bool, device: torch.device) -> None:
+        # The first fields are views of one tensor, so that one copy fills them.
+        num_fields = 5 if has_drafts else 4
+        self.fields = torch.zeros(num_fields, rows, dtype=torch.int32, device=device)
+        self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields[:4]
+        self.drafts = self.fields[4] if has_drafts else None
+        self.block_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
 
         self.slot_mapping.fill_(-1)
 
@@ -59,24 +72,26 @@ class GraphInputs:
         decode_slots = self.decode_slots[:size]
         decode = CacheQueries(self.block_table[:size], self.local_lens[:size], narrow)
         return ForwardBatch(
-            num_decode=size,
+            num_decode_tokens=size,
             prefill_tokens=positions[:0],
             positions=positions,
             slot_mapping=self.slot_mapping[:size],
             decode_slots=decode_slots,
             sample_index=slice(None),
             sample_slots=decode_slots,
+            drafts=None if self.drafts is None else self.drafts[:size],
             decode=decode,
         )
 
     def fill(self, fields: Sequence[Array], block_table: Array, size: int) -> None:
-        """Copy positions, slot_mapping, decode_slots and local_lens of n rows, padded to `size`.
+        """Copy positions, slot_mapping, decode_slots, local_lens, and drafts where there can be
+        any, of n rows, padded to `size`.
 
         block_table is [n, W]. It takes two copies on the device, which lie between the graphs of
         two steps.
         """
         num_rows, width = block_table.shape
-        padded = np.zeros((4, size), dtype=np.int64)
+        padded = np.zeros((len(fields), size), dtype=np.int64)
         padded[1, num_rows:] = -1  # slot_mapping
         padded[:, :num_rows] = fields
         tensors = upload({"fields": padded, "block_table": block_table}, self.fields.device)
@@ -85,7 +100,7 @@ class GraphInputs:
 
 
 class DecodeGraphs:
-    """Graphs of `forward` for up to `config.max_num_seqs` decode rows: from a batch to tokens."""
+    """Graphs of `forward` for up to `config.max_decode_tokens` rows: from a batch to tokens."""
 
     def __init__(
         self,
@@ -99,8 +114,10 @@ class DecodeGraphs:
         self.state = state
         self.tables = tables
         self.device = device
-        self.sizes = ladder(config.max_num_seqs)
-        self.inputs = GraphInputs(tables, device)
+        self.sizes = ladder(config.max_decode_tokens)
+        width = tables.table.shape[1]
+        has_drafts = config.num_speculative_tokens > 0
+        self.inputs = GraphInputs(config.max_decode_tokens, width, has_drafts, device)
 
         self.steps: dict[int, CapturedStep] = {}
         pool: Any = None  # the memory that all graphs share
@@ -121,25 +138,28 @@ class DecodeGraphs:
         return CapturedStep(graph, logits, tokens, received_bytes)
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Run a pure decode step: logits [num_decode, V / tp] and their best tokens [num_decode].
+        """Run a pure decode step of D tokens: logits [D, V / tp] and their best tokens [D].
 
         Both are valid until the next replay.
         """
-        num_decode = plan.num_decode
-        size = self.sizes[bisect.bisect_left(self.sizes, num_decode)]
+        num_tokens = plan.num_decode_tokens
+        size = self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
         self.fill_inputs(plan, size)
         step = self.steps[size]
         step.graph.replay()
         # The groups do not see what a graph receives. Note it with one of them.
         self.state.tp.received_bytes += step.received_bytes
-        return step.logits[:num_decode], step.tokens[:num_decode]
+        return step.logits[:num_tokens], step.tokens[:num_tokens]
 
     def fill_inputs(self, plan: StepPlan, size: int) -> None:
         rank = self.state.dcp.rank
-        starts = np.array(plan.starts, dtype=np.int64)
-        slots = np.array(plan.slots, dtype=np.int64)
-        slot_mapping = self.tables.find_cache_rows(slots, starts, self.layout, rank)
-        local_lens = self.layout.local_len(starts + 1, rank)
-        width = self.layout.num_blocks(int(starts.max()) + 1)
+        positions = find_positions(plan)
+        slots = np.repeat(np.array(plan.slots, dtype=np.int64), plan.lengths)
+        slot_mapping = self.tables.find_cache_rows(slots, positions, self.layout, rank)
+        local_lens = self.layout.local_len(positions + 1, rank)
+        fields = [positions, slot_mapping, slots, local_lens]
+        if self.inputs.drafts is not None:
+            fields.append(list_drafts(plan))
+        width = self.layout.num_blocks(int(positions.max()) + 1)
         block_table = self.tables.table[slots, :width]
-        self.inputs.fill((starts, slot_mapping, slots, local_lens), block_table, size)
+        self.inputs.fill(fields, block_table, size)

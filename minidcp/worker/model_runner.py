@@ -23,6 +23,7 @@ from minidcp.models.weights import RandomSource, RecordingSource, Weights, Weigh
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
 from minidcp.resolve import ResolvedConfig
 from minidcp.worker.cuda_graph import DecodeGraphs
+from minidcp.worker.drafts import judge
 from minidcp.worker.sampler import Sampled, Sampler
 
 logger = logging.getLogger("minidcp")
@@ -103,7 +104,8 @@ class ModelRunner:
         width = self.interleave.num_blocks(config.max_model_len)
         self.tables = BlockTables(config.max_num_seqs, width)
         # The token that was sampled last, by request slot: the next decode row's input.
-        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        # The last place is for tokens that do not count.
+        self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
         self.sampler = Sampler()
         self.cache: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
@@ -297,6 +299,8 @@ class ModelRunner:
         assert self.cache is not None
         self.state.begin_step()
         token_ids = self.last_tokens[batch.decode_slots]
+        if batch.drafts is not None:
+            token_ids = torch.where(batch.drafts < 0, token_ids, batch.drafts)
         if len(batch.prefill_tokens) > 0:
             token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
         logits = self.model(token_ids, self.cache, batch)
@@ -322,12 +326,15 @@ class ModelRunner:
         is_pure_decode = plan.num_decode == len(plan.slots)
         if self.graphs is not None and is_pure_decode:
             logits, best = self.graphs.replay(plan)
-            sample_slots = self.graphs.inputs.decode_slots[: plan.num_decode]
+            sample_slots = self.graphs.inputs.decode_slots[: plan.num_decode_tokens]
         else:
             batch = self.build_batch(plan)
             logits, best = self.forward(batch)
             sample_slots = batch.sample_slots
         sampled, tokens = self.sample(plan, logits, best)
+        if plan.drafts:
+            nowhere = len(self.last_tokens) - 1
+            sample_slots = torch.where(judge(tokens, plan).is_last, sample_slots, nowhere)
         if plan.sampling:
             self.last_tokens[sample_slots] = tokens
         return PendingResult(sampled, begin, self.state.received_bytes)

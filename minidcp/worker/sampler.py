@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minidcp.batch import Admission, StepPlan
 from minidcp.request import SamplingParams, TokenLogprobs
+from minidcp.worker.drafts import judge
 
 
 @dataclass(frozen=True)
@@ -110,28 +111,40 @@ class Sampler:
             logits = mask_forbidden(logits, plan.masks)
             best = logits[: len(best)].argmax(-1)
         admissions = self.get_admissions(plan)
-        positions = [plan.starts[row] + plan.lengths[row] for row in plan.sampling]
+        positions: list[int] = plan.sampled_positions.tolist()
 
         adjusted = logits[: len(admissions)]
         if any(a.params.adjusts_logits for a in admissions):
-            adjusted = self.adjust_rows(adjusted, admissions, positions)
+            adjusted = self.adjust_rows(adjusted, admissions, positions, plan)
             best = adjusted.argmax(-1)
         tokens = choose_tokens(adjusted, best, admissions, positions)
-        self.count_tokens(tokens, admissions)
+        self.count_tokens(tokens, admissions, plan)
         return self.collect_logprobs(logits, tokens, plan)
 
     def adjust_rows(
-        self, logits: Tensor, admissions: list[Admission], positions: list[int]
+        self,
+        logits: Tensor,
+        admissions: list[Admission],
+        positions: list[int],
+        plan: StepPlan,
     ) -> Tensor:
         """A copy of the logits [S, vocab], adjusted where a request asks for it."""
         adjusted = logits.clone()  # log-probabilities are taken from the logits as they were
-        for row, admission in enumerate(admissions):
+        preceding = list_preceding_drafts(plan)
+        for index, admission in enumerate(admissions):
             if admission.params.adjusts_logits:
-                adjusted[row] = self.adjust(logits[row], admission, positions[row])
+                adjusted[index] = self.adjust(
+                    logits[index], admission, positions[index], preceding[index]
+                )
         return adjusted
 
-    def adjust(self, logits: Tensor, admission: Admission, position: int) -> Tensor:
-        """Logits [vocab] of the token at `position` with penalties, biases and bans."""
+    def adjust(
+        self, logits: Tensor, admission: Admission, position: int, drafts: Sequence[int] = ()
+    ) -> Tensor:
+        """Logits [vocab] of the token at `position` with penalties, biases and bans.
+
+        `drafts` are taken to be the last tokens before it.
+        """
         params = admission.params
         device = logits.device
 
@@ -139,7 +152,12 @@ class Sampler:
             slot = admission.slot
             if slot not in self.counts:
                 self.counts[slot] = count_history(admission, len(logits), device)
-            logits = penalise(logits, self.counts[slot], params)
+            counts = self.counts[slot]
+            if drafts:
+                counts = counts.clone()
+                ids = ints_to_device(drafts, device)
+                counts[1].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+            logits = penalise(logits, counts, params)
 
         if params.logit_bias:
             ids = ints_to_device(list(params.logit_bias), device)
@@ -152,13 +170,17 @@ class Sampler:
             logits = logits.index_fill(0, banned, -torch.inf)
         return logits
 
-    def count_tokens(self, tokens: Tensor, admissions: list[Admission]) -> None:
+    def count_tokens(self, tokens: Tensor, admissions: list[Admission], plan: StepPlan) -> None:
         """Count sampled tokens [S] as output, where penalties depend on it."""
-        for row, admission in enumerate(admissions):
+        if not any(admission.params.has_penalties for admission in admissions):
+            return
+        ones = torch.ones(len(tokens), dtype=torch.int32, device=tokens.device)
+        if plan.drafts:
+            ones = judge(tokens, plan).counts.int()
+        for index, admission in enumerate(admissions):
             if admission.params.has_penalties:
-                token = tokens[row : row + 1]  # stays on the device: the host need not wait for it
-                output_counts = self.counts[admission.slot][1]
-                output_counts[token] += 1
+                place = slice(index, index + 1)  # stays on the device: the host need not wait
+                self.counts[admission.slot][1].index_add_(0, tokens[place], ones[place])
 
     def collect_logprobs(self, logits: Tensor, tokens: Tensor, plan: StepPlan) -> Sampled:
         """Append the scored tokens to the sampled ones, and take the wanted log-probabilities."""
@@ -185,6 +207,18 @@ class Sampler:
             assert params.prompt_logprobs is not None  # else the scheduler scores none
             wanted.append(Wanted(index, params.prompt_logprobs))
         return wanted
+
+
+def list_preceding_drafts(plan: StepPlan) -> list[Sequence[int]]:
+    """For each entry of `sampling`, the drafts of its row before it."""
+    preceding: list[Sequence[int]] = []
+    begin = 0
+    for row in dict.fromkeys(plan.sampling):
+        num_drafts = plan.lengths[row] - 1 if row < plan.num_decode else 0
+        drafts = plan.drafts[begin : begin + num_drafts]
+        preceding += [drafts[:count] for count in range(num_drafts + 1)]
+        begin += num_drafts
+    return preceding
 
 
 def mask_forbidden(logits: Tensor, masks: dict[int, bytes]) -> Tensor:

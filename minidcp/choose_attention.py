@@ -1,0 +1,97 @@
+"""The choice of an attention back-end, a part of `resolve.py`: what was asked for, if it can run
+the model here, else the fastest one that can."""
+
+import logging
+from collections.abc import Callable
+
+from minidcp.config import EngineConfig, require
+from minidcp.kernels.fa3 import COMPILED_DIMS
+from minidcp.machine import Machine, fa3_dims
+from minidcp.model_config import ModelConfig
+
+Report = Callable[[int, str], None]  # a logging level, and what was chosen and why
+
+
+def choose_attention(
+    config: EngineConfig,
+    model: ModelConfig,
+    machine: Machine,
+    device: str,
+    dtype: str,
+    report: Report,
+) -> str:
+    """The back-end that was asked for, if it can run the model here."""
+    backend = config.attention_backend
+    if backend == "auto":
+        return choose_fastest_attention(model, machine, device, dtype, report)
+    if backend == "reference":
+        return backend
+
+    asked = f"--attention-backend {backend}"
+    require(device == "cuda", f"{asked}: needs a CUDA device; use reference")
+    require(dtype == "bfloat16", f"{asked}: needs --dtype bfloat16; reference takes any")
+    if backend == "fa3":
+        obstacle = find_fa3_obstacle(model, machine)
+        require(not obstacle, f"{asked}: {obstacle}; use triton or auto")
+    else:
+        check_triton(model)
+    return backend
+
+
+def choose_fastest_attention(
+    model: ModelConfig, machine: Machine, device: str, dtype: str, report: Report
+) -> str:
+    """FlashAttention-3 where it can run, else our Triton kernels; plain torch on CPUs.
+
+    On a GPU plain torch is so slow that it must be asked for: it raises ValueError where neither
+    of the others can run the model, unless --dtype float32 leaves no choice.
+    """
+    if device == "cpu":
+        return "reference"
+    if dtype != "bfloat16":
+        reason = "FlashAttention-3 and Triton need --dtype bfloat16"
+        report(logging.WARNING, f"attention: reference, because {reason}")
+        return "reference"
+    obstacle = find_fa3_obstacle(model, machine)
+    if not obstacle:
+        return "fa3"
+    report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
+    check_triton(model)
+    return "triton"
+
+
+def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
+    """Why FlashAttention-3 cannot run this model here; empty if it can."""
+    dims = fa3_dims(model)
+    if dims not in COMPILED_DIMS:
+        listed = " or ".join(str(compiled) for compiled in COMPILED_DIMS)
+        compiled = f"kv_lora_rank, rope, qk and v dims {listed}"
+        return f"is compiled for {compiled}, the model has {dims}"
+    major, minor = machine.capability
+    if major != 9:
+        return f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}"
+    if machine.fa3_error:
+        return f"is not installed ({machine.fa3_error})"
+    return ""
+
+
+def check_triton(model: ModelConfig) -> None:
+    """Raises ValueError if our kernels, or torch's FlashAttention-2, cannot run the model."""
+    asked = "--attention-backend triton"
+    latent_dims = (model.kv_lora_rank, model.qk_rope_head_dim)
+    require(
+        all(is_power_of_two(dim) and dim >= 16 for dim in latent_dims),
+        f"{asked}: kv_lora_rank and rope dims {latent_dims} must be powers of two from 16 on; "
+        "use reference",
+    )
+    qk = model.qk_head_dim
+    v = model.v_head_dim
+    require(
+        v <= qk <= 256 and qk % 8 == 0 and v % 8 == 0,
+        f"{asked}: qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first "
+        "not below the second; use reference",
+    )
+
+
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0

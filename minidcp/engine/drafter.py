@@ -1,0 +1,214 @@
+"""Drafts: proposals for the next tokens of a request, which the next step checks (speculative
+decoding). They are looked up in the request's own text (prompt lookup): where its last few tokens
+occurred before, what came after them may come again. How many are worth their time is learnt: from
+how many were right, and from how long steps take. Next: `engine.py`."""
+
+import bisect
+from dataclasses import dataclass, field
+
+from minidcp.request import Request
+from minidcp.resolve import ResolvedConfig
+
+TOKENS_INDEXED = 4096  # of one request in one step at most, so that no step waits for a long prompt
+PRIOR = 0.5  # how likely a draft is right, before anything is known
+PRIOR_WEIGHT = 2.0  # as many drafts as this
+FORGET = 0.98  # what is known counts so much less a token later
+SMOOTHING = 0.2  # how much a step counts for the time of steps of its size
+
+
+class NgramIndex:
+    """Where each n-gram of a growing text was last continued.
+
+    Each token costs a look-up for each n, however long the text is.
+    """
+
+    def __init__(self, shortest: int, longest: int) -> None:
+        self.lengths = range(longest, shortest - 1, -1)
+        self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: where the next token is
+        self.num_indexed = 0
+
+    def extend(self, tokens: list[int], most: int = TOKENS_INDEXED) -> None:
+        """Index the tokens that are new, `most` at most."""
+        end = min(len(tokens), self.num_indexed + most)
+        for position in range(self.num_indexed, end):
+            for length in self.lengths:
+                if length <= position:
+                    self.continuations[tuple(tokens[position - length : position])] = position
+        self.num_indexed = end
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that may follow: those behind the longest n-gram that occurred."""
+        if self.num_indexed < len(tokens):
+            return []  # a long prompt, of which the rest is still to be indexed
+        for length in self.lengths:
+            if length > len(tokens):
+                continue
+            position = self.continuations.get(tuple(tokens[len(tokens) - length :]))
+            if position is not None:
+                return repeat_from(tokens, position, count)
+        return []
+
+
+def repeat_from(tokens: list[int], position: int, count: int) -> list[int]:
+    """`count` tokens from a position on, going on in a circle where the text ends."""
+    period = len(tokens) - position
+    return [tokens[position + i % period] for i in range(count)]
+
+
+def count_accepted(tokens: list[int], drafts: list[int]) -> int:
+    """How many drafts are what was sampled in their places, up to the first that is not.
+
+    tokens: those sampled after a row's first token and after each of its drafts.
+    """
+    for index, draft in enumerate(drafts):
+        if draft != tokens[index]:
+            return index
+    return len(drafts)
+
+
+@dataclass
+class RequestDrafts:
+    """What is known about the drafts of one request."""
+
+    index: NgramIndex
+    right: float = PRIOR * PRIOR_WEIGHT
+    tried: float = PRIOR_WEIGHT
+
+    @property
+    def rate(self) -> float:
+        """How likely a draft is right if those before it are."""
+        return self.right / self.tried
+
+    def note(self, num_drafts: int, num_accepted: int) -> None:
+        """Drafts behind the first wrong one tell nothing."""
+        self.right += num_accepted
+        self.tried += min(num_drafts, num_accepted + 1)
+
+    def forget(self) -> None:
+        """Move towards the prior, so that a text that begins to repeat itself is noticed."""
+        self.right = FORGET * self.right + (1 - FORGET) * PRIOR * PRIOR_WEIGHT
+        self.tried = FORGET * self.tried + (1 - FORGET) * PRIOR_WEIGHT
+
+
+class StepTimes:
+    """Seconds of decode steps by their number of tokens, as measured."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []  # rising
+        self.seconds: dict[int, float] = {}
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        known = self.seconds.get(num_tokens)
+        if known is None:
+            bisect.insort(self.sizes, num_tokens)
+            known = seconds
+        self.seconds[num_tokens] = known + SMOOTHING * (seconds - known)
+
+    def estimate(self, num_tokens: int) -> float:
+        """Between two known sizes on a line. Beyond the largest no more than that one takes: so
+        larger steps are tried, and then known."""
+        if not self.sizes:
+            return 1.0
+        place = bisect.bisect_left(self.sizes, num_tokens)
+        if place == len(self.sizes):
+            return self.seconds[self.sizes[-1]]
+        above = self.sizes[place]
+        if above == num_tokens or place == 0:
+            return self.seconds[above]
+        below = self.sizes[place - 1]
+        share = (num_tokens - below) / (above - below)
+        return self.seconds[below] + share * (self.seconds[above] - self.seconds[below])
+
+
+@dataclass
+class Drafter:
+    """Proposes drafts for requests that decode.
+
+    Attributes:
+        most: drafts of a request in one step at most.
+        shortest, longest: of the n-grams that are looked up.
+        max_tokens: of the decode rows of a step, drafts included.
+    """
+
+    most: int
+    shortest: int
+    longest: int
+    max_tokens: int
+    times: StepTimes = field(default_factory=StepTimes)
+    requests: dict[str, RequestDrafts] = field(default_factory=dict)  # by request id
+
+    def propose(self, decoding: list[Request]) -> dict[str, list[int]]:
+        """Drafts for some of the requests that are about to decode, by request id."""
+        proposals = {}
+        for request in decoding:
+            drafts = self.look_up(request)
+            if drafts:
+                proposals[request.request_id] = drafts
+        if not proposals:
+            return {}
+        counts = self.choose_counts(len(decoding), proposals)
+        return {name: drafts[: counts[name]] for name, drafts in proposals.items() if counts[name]}
+
+    def look_up(self, request: Request) -> list[int]:
+        """What may follow the request's next token, whether that is known yet or not."""
+        if request.params.structured_outputs is not None:
+            return []  # only the next token's mask is known
+        known = self.requests.get(request.request_id)
+        if known is None:
+            known = RequestDrafts(NgramIndex(self.shortest, self.longest))
+            self.requests[request.request_id] = known
+        known.index.extend(request.tokens)
+
+        num_unknown = request.num_in_flight
+        num_outputs = request.num_outputs + num_unknown
+        most = min(self.most, request.max_tokens - num_outputs - 1)
+        if most <= 0:
+            return []
+        return known.index.propose(request.tokens, num_unknown + most)[num_unknown:]
+
+    def choose_counts(self, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
+        """How many of each request's drafts give the most tokens a second, by request id.
+
+        A draft counts for as many tokens as it is likely to be right, with all before it.
+        """
+        gains = []
+        for name, drafts in proposals.items():
+            rate = self.requests[name].rate
+            gains += [(rate ** (i + 1), name) for i in range(len(drafts))]
+        gains.sort(reverse=True)
+
+        expected = float(num_rows)
+        best_rate = expected / self.times.estimate(num_rows)
+        best_count = 0
+        for count, (gain, _) in enumerate(gains[: self.max_tokens - num_rows], start=1):
+            expected += gain
+            rate = expected / self.times.estimate(num_rows + count)
+            if rate > best_rate:
+                best_rate = rate
+                best_count = count
+
+        counts = dict.fromkeys(proposals, 0)
+        for _, name in gains[:best_count]:
+            counts[name] += 1
+        return counts
+
+    def note(self, request: Request, num_drafts: int, num_accepted: int) -> None:
+        known = self.requests.get(request.request_id)
+        if known is not None:
+            known.forget()
+            known.note(num_drafts, num_accepted)
+
+    def drop(self, request: Request) -> None:
+        self.requests.pop(request.request_id, None)
+
+
+def make_drafter(config: ResolvedConfig) -> Drafter | None:
+    """None if nothing is to be drafted."""
+    if config.num_speculative_tokens == 0:
+        return None
+    return Drafter(
+        most=config.num_speculative_tokens,
+        shortest=config.prompt_lookup_min,
+        longest=config.prompt_lookup_max,
+        max_tokens=config.max_decode_tokens,
+    )
