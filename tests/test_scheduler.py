@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minidcp import EngineConfig, SamplingParams
 from minidcp.batch import MAX_SCORED_TOKENS
+from minidcp.engine.drafter import Drafter
 from minidcp.engine.engine import LLMEngine
 from minidcp.engine.scheduler import GROWTH, ScheduledStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
@@ -27,6 +28,34 @@ def check_blocks(blocks: BlockManager, requests: list[Request]) -> None:
         assert blocks.live[block] == held.count(block)
 
 
+REFUSED = 10**6  # what a refused draft leaves in the cache
+
+
+class Guesser(Drafter):
+    """Drafts random numbers of tokens, right ones mostly."""
+
+    def __init__(self, seed: int, most: int, max_tokens: int) -> None:
+        super().__init__(most, 1, 1, max_tokens)
+        self.random = random.Random(seed)
+
+    def propose(self, decoding: list[Request]) -> dict[str, list[int]]:
+        proposals = {}
+        room = self.max_tokens - len(decoding)
+        for request in decoding:
+            num_unknown = request.num_in_flight
+            left = request.max_tokens - request.num_outputs - num_unknown - 1
+            count = self.random.randint(0, max(0, min(self.most, left, room)))
+            room -= count
+            # What the model will say is known here, even behind what is in flight.
+            drafts = solo(request.tokens, num_unknown + count)[num_unknown:]
+            for place in range(count):
+                if self.random.random() < 0.3:
+                    drafts[place] += 1
+            if drafts:
+                proposals[request.request_id] = drafts
+        return proposals
+
+
 class FakeWorkers:
     """Executes plans with dictionaries: a rank must be able to do this from the plans alone."""
 
@@ -39,24 +68,38 @@ class FakeWorkers:
         for slot, index, block in plan.new_blocks:
             self.tables[slot, index] = block
         tokens = deque(plan.tokens)
+        drafts = deque(plan.drafts)
         outputs = []
+
+        def place(slot: int, position: int) -> tuple[int, int]:
+            block = self.tables[slot, position // tokens_per_block]
+            return block, position % tokens_per_block
+
         for row, (slot, start, length) in enumerate(
             zip(plan.slots, plan.starts, plan.lengths, strict=True)
         ):
-            assert row >= plan.num_decode or length == 1
+            is_decoding = row < plan.num_decode
             for pos in range(start, start + length):
-                token = self.last[slot] if row < plan.num_decode else tokens.popleft()
-                block = self.tables[slot, pos // tokens_per_block]
-                self.cache[block, pos % tokens_per_block] = token
-            if row in plan.sampling:
-                # "The model": a token that depends on all tokens that the block table points to.
-                context = [
-                    self.cache[self.tables[slot, p // tokens_per_block], p % tokens_per_block]
-                    for p in range(start + length)
-                ]
-                self.last[slot] = next_token(context)
-                outputs.append(self.last[slot])
-        assert not tokens
+                if not is_decoding:
+                    self.cache[place(slot, pos)] = tokens.popleft()
+                else:
+                    token = self.last[slot] if pos == start else drafts.popleft()
+                    self.cache[place(slot, pos)] = token
+
+            # "The model": a token that depends on all tokens that the block table points to.
+            num_sampled = plan.sampling.count(row)
+            assert num_sampled == (length if is_decoding else num_sampled) and num_sampled < 99
+            counts = True
+            for end in range(start + length - num_sampled + 1, start + length + 1):
+                token = next_token([self.cache[place(slot, p)] for p in range(end)])
+                outputs.append(token)
+                if counts:
+                    self.last[slot] = token
+                else:
+                    self.cache[place(slot, end - 1)] = REFUSED  # nobody may read it
+                counts = counts and end < start + length
+                counts = counts and self.cache[place(slot, end)] == token
+        assert not tokens and not drafts
         return outputs
 
 
@@ -93,6 +136,7 @@ def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
     st.integers(4, 12),
     st.booleans(),
     st.integers(0, 12),
+    st.integers(0, 4),
 )
 def test_every_output_equals_its_solo_run(
     load: list[tuple[int, int, int, int | None]],
@@ -103,13 +147,17 @@ def test_every_output_equals_its_solo_run(
     max_num_batched_tokens: int,
     mixed_steps: bool,
     growth: int,
+    most_drafts: int,
 ) -> None:
-    """Random arrivals, lengths, prefixes and aborts, with too few blocks and late results."""
+    """Random arrivals, lengths, prefixes, aborts and drafts; too few blocks and late results."""
     with mock.patch("minidcp.engine.scheduler.GROWTH", growth):
         blocks = BlockManager(
             -(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache
         )
-        scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps)
+        drafter = None
+        if most_drafts > 0:
+            drafter = Guesser(growth, most_drafts, max_num_batched_tokens)
+        scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps, drafter)
         workers = FakeWorkers()
         # Many prompts have a common prefix.
         requests = [

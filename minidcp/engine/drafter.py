@@ -210,5 +210,5 @@ def make_drafter(config: ResolvedConfig) -> Drafter | None:
         most=config.num_speculative_tokens,
         shortest=config.prompt_lookup_min,
         longest=config.prompt_lookup_max,
-        max_tokens=config.max_decode_tokens,
+        max_tokens=min(config.max_decode_tokens, config.max_num_batched_tokens),
     )
