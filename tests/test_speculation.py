@@ -370,6 +370,24 @@ def test_times_are_learnt() -> None:
     assert times.estimate(8) == pytest.approx(4.0, rel=0.01)
 
 
+def test_waiting_for_drafts_is_counted() -> None:
+    times = StepTimes()
+    times.note_end(10.0, 0.01, has_drafts=True)
+    times.note_end(10.015, 0.01, has_drafts=False)  # nothing ran for 5 ms
+    assert 0.0 < times.wait <= 0.005
+    waited = times.wait
+    times.note_end(20.0, 0.01, has_drafts=True)  # there was nothing to do before it
+    assert times.wait == waited
+    for _ in range(50):
+        times.note_end(times.last_end + 0.015, 0.01, has_drafts=True)
+    assert times.wait == pytest.approx(0.005, rel=0.01)
+
+    drafter = make_drafter([0.3], {1: 1.0, 2: 1.2})
+    assert drafter.choose_counts(1, {"0": [0]}) == {"0": 1}
+    drafter.times.wait = 0.2
+    assert drafter.choose_counts(1, {"0": [0]}) == {"0": 0}
+
+
 def test_nothing_changes_without_it(v2: Oracle) -> None:
     _, llm = run(str(v2.path), v2.prompts[:2], SamplingParams(max_tokens=4))
     assert llm.engine.scheduler.drafter is None

@@ -4,8 +4,10 @@ occurred before, what came after them may come again. How many are worth their t
 how many were right, and from how long steps take. Next: `engine.py`."""
 
 import bisect
+import time
 from dataclasses import dataclass, field
 
+from minidcp.batch import StepPlan
 from minidcp.request import Request
 from minidcp.resolve import ResolvedConfig
 
@@ -91,11 +93,28 @@ class RequestDrafts:
 
 
 class StepTimes:
-    """Seconds of decode steps by their number of tokens, as measured."""
+    """Seconds of decode steps by their number of tokens, as measured.
+
+    Attributes:
+        wait: seconds for which nothing runs after a step with drafts, because no step is planned
+            while their result is not known.
+    """
 
     def __init__(self) -> None:
         self.sizes: list[int] = []  # rising
         self.seconds: dict[int, float] = {}
+        self.wait = 0.0
+        self.last_end = 0.0
+        self.last_had_drafts = False
+
+    def note_end(self, now: float, seconds: float, has_drafts: bool) -> None:
+        """A step of so many seconds has ended."""
+        if self.last_had_drafts:
+            wait = max(0.0, now - self.last_end - seconds)
+            # Not the time in which there was nothing to do.
+            self.wait += SMOOTHING * (min(wait, seconds) - self.wait)
+        self.last_end = now
+        self.last_had_drafts = has_drafts
 
     def note(self, num_tokens: int, seconds: float) -> None:
         known = self.seconds.get(num_tokens)
@@ -182,7 +201,7 @@ class Drafter:
         best_count = 0
         for count, (gain, _) in enumerate(gains[: self.max_tokens - num_rows], start=1):
             expected += gain
-            rate = expected / self.times.estimate(num_rows + count)
+            rate = expected / (self.times.estimate(num_rows + count) + self.times.wait)
             if rate > best_rate:
                 best_rate = rate
                 best_count = count
@@ -197,6 +216,12 @@ class Drafter:
         if known is not None:
             known.forget()
             known.note(num_drafts, num_accepted)
+
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        """A step has ended, that took so long."""
+        self.times.note_end(time.perf_counter(), seconds, has_drafts=bool(plan.drafts))
+        if plan.num_decode == len(plan.slots):
+            self.times.note(plan.num_decode_tokens, seconds)
 
     def drop(self, request: Request) -> None:
         self.requests.pop(request.request_id, None)

@@ -299,8 +299,8 @@ class LLMEngine:
         self.stats.step_seconds += result.seconds
         self.last_step_seconds = result.seconds
         drafter = self.scheduler.drafter
-        if drafter is not None and step.plan.num_decode == len(step.plan.slots):
-            drafter.times.note(step.plan.num_decode_tokens, result.seconds)
+        if drafter is not None:
+            drafter.note_step(step.plan, result.seconds)
         self.stats.received_bytes = result.received_bytes
         self.stats.prompt_tokens += len(step.plan.tokens)
         self.stats.generated_tokens += len(deltas)
