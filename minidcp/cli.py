@@ -20,6 +20,23 @@ from minidcp.llm import LLM
 from minidcp.plan import Deployment, find_gpu
 from minidcp.plan_report import describe, draw
 from minidcp.request import SamplingParams
+from minidcp.speculative_config import EXAMPLE, read_speculative_config
+
+logger = logging.getLogger("minidcp")
+
+
+class StoreAndNote(argparse.Action):
+    """Stores a value as usual, and notes that it was typed: it may be equal to the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = getattr(namespace, "given", {}) | {self.dest: values}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
@@ -34,6 +51,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
             kwargs["nargs"] = "+"
         else:
             kwargs["type"] = value_type
+            kwargs["action"] = StoreAndNote
         # The choices of numbers are left to EngineConfig to check.
         if value_type is str and field.metadata["choices"]:
             kwargs["choices"] = field.metadata["choices"]
@@ -65,6 +83,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add_constant_flag(parser, "--disable-radix-cache", dest="prefix_cache", value=False)
     add_constant_flag(
         parser, "--disable-cuda-graph", "--enforce-eager", dest="cuda_graph", value=False
+    )
+    parser.add_argument(
+        "--speculative-config",
+        "-sc",
+        metavar="JSON",
+        help="--speculative-method (as method), --num-speculative-tokens, --prompt-lookup-min and "
+        f"--prompt-lookup-max as one JSON object, such as '{EXAMPLE}'",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -100,6 +125,9 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}",
     )
     values = read_options(args, EngineConfig)
+    if args.speculative_config is not None:
+        given = getattr(args, "given", {})
+        values.update(read_speculative_config(args.speculative_config, given))
     values.update(changes)
     return EngineConfig(models.pop(), **values)
 

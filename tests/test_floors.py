@@ -13,6 +13,7 @@ FILES = sorted([*ROOT.glob("minidcp/**/*.py"), *ROOT.glob("server/**/*.py")])
 FLOORS = [
     (
         "config",
+        "speculative_config",
         "console",
         "model_config",
         "generation_config",
