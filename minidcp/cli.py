@@ -168,15 +168,28 @@ def generate(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         outputs = llm.generate(args.prompt, params, use_tqdm=True)
         seconds = time.perf_counter() - start
+        drafts = describe_drafts(llm)
 
     num_tokens = 0
     for output in outputs:
         completion = output.outputs[0]
         num_tokens += len(completion.token_ids)
         print(f"{output.prompt}{completion.text}")
-    tokens_per_s = num_tokens / seconds
-    print(f"{num_tokens} tokens in {seconds:.2f} s: {tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    rate = f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s"
+    print(rate + drafts, file=sys.stderr)
     return 0
+
+
+def describe_drafts(llm: LLM) -> str:
+    """How good the guesses were, to go on after the rate. Empty without speculative decoding."""
+    stats = llm.engine.stats
+    if llm.engine.config.num_speculative_tokens == 0:
+        return ""
+    if stats.drafts == 0:
+        return "; drafts: none"
+    per_row = stats.accepted_drafts / stats.rows_with_drafts
+    counts = f"{stats.accepted_drafts} of {stats.drafts} accepted"
+    return f"; drafts: {counts}, {per_row:.2f} per request and step that had some"
 
 
 def plan(args: argparse.Namespace) -> int:
