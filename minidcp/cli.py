@@ -200,7 +200,7 @@ def plan(args: argparse.Namespace) -> int:
 
     gpu = find_gpu(args.gpu)
     configs = [engine_config(args, dcp_size=dcp_size) for dcp_size in dcp_sizes]
-    deployments = [Deployment(config, gpu, args.context) for config in configs]
+    deployments = [Deployment(config, gpu, args.context, args.acceptance) for config in configs]
     steps = []
     for deployment in deployments:
         for level in concurrency:
@@ -210,6 +210,14 @@ def plan(args: argparse.Namespace) -> int:
     weights = chosen.dtype if chosen.quantization == "none" else chosen.quantization
     model = f"{configs[0].model} in {weights}"
     title = f"{model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
+    if args.acceptance is not None:
+        title += f", up to {chosen.num_speculative_tokens} drafts, acceptance {args.acceptance}"
+    elif chosen.num_speculative_tokens > 0:
+        logger.warning(
+            "--speculative-method %s: estimated without drafts, because how many are right is "
+            "not known; --acceptance 0.6 would count them, each right with probability 0.6",
+            configs[0].speculative_method,
+        )
     if args.plot:
         draw(title, steps, args.plot)
     if args.json:
@@ -310,6 +318,13 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--concurrency",
         default="1..512",
         help="requests at once: a list such as 1,8,64, or a range of powers of two such as 1..512",
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        metavar="P",
+        help="with --speculative-method: how likely a guess is right if those before it are, from "
+        "0 to 1; default: guesses are not counted",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
