@@ -20,6 +20,23 @@ from minidcp.llm import LLM
 from minidcp.plan import Deployment, find_gpu
 from minidcp.plan_report import describe, draw
 from minidcp.request import SamplingParams
+from minidcp.speculative_config import EXAMPLE, read_speculative_config
+
+logger = logging.getLogger("minidcp")
+
+
+class StoreAndNote(argparse.Action):
+    """Stores a value as usual, and notes that it was typed: it may be equal to the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = getattr(namespace, "given", {}) | {self.dest: values}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
@@ -34,6 +51,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
             kwargs["nargs"] = "+"
         else:
             kwargs["type"] = value_type
+            kwargs["action"] = StoreAndNote
         # The choices of numbers are left to EngineConfig to check.
         if value_type is str and field.metadata["choices"]:
             kwargs["choices"] = field.metadata["choices"]
@@ -65,6 +83,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add_constant_flag(parser, "--disable-radix-cache", dest="prefix_cache", value=False)
     add_constant_flag(
         parser, "--disable-cuda-graph", "--enforce-eager", dest="cuda_graph", value=False
+    )
+    parser.add_argument(
+        "--speculative-config",
+        "-sc",
+        metavar="JSON",
+        help="--speculative-method (as method), --num-speculative-tokens, --prompt-lookup-min and "
+        f"--prompt-lookup-max as one JSON object, such as '{EXAMPLE}'",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -100,6 +125,9 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         f"--model-path {args.model_flag!r}: MODEL is given twice, also as {args.model!r}",
     )
     values = read_options(args, EngineConfig)
+    if args.speculative_config is not None:
+        given = getattr(args, "given", {})
+        values.update(read_speculative_config(args.speculative_config, given))
     values.update(changes)
     return EngineConfig(models.pop(), **values)
 
@@ -140,15 +168,28 @@ def generate(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         outputs = llm.generate(args.prompt, params, use_tqdm=True)
         seconds = time.perf_counter() - start
+        drafts = describe_drafts(llm)
 
     num_tokens = 0
     for output in outputs:
         completion = output.outputs[0]
         num_tokens += len(completion.token_ids)
         print(f"{output.prompt}{completion.text}")
-    tokens_per_s = num_tokens / seconds
-    print(f"{num_tokens} tokens in {seconds:.2f} s: {tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    rate = f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s"
+    print(rate + drafts, file=sys.stderr)
     return 0
+
+
+def describe_drafts(llm: LLM) -> str:
+    """How good the guesses were, to go on after the rate. Empty without speculative decoding."""
+    stats = llm.engine.stats
+    if llm.engine.config.num_speculative_tokens == 0:
+        return ""
+    if stats.drafts == 0:
+        return "; drafts: none"
+    per_row = stats.accepted_drafts / stats.rows_with_drafts
+    counts = f"{stats.accepted_drafts} of {stats.drafts} accepted"
+    return f"; drafts: {counts}, {per_row:.2f} per request and step that had some"
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -159,7 +200,7 @@ def plan(args: argparse.Namespace) -> int:
 
     gpu = find_gpu(args.gpu)
     configs = [engine_config(args, dcp_size=dcp_size) for dcp_size in dcp_sizes]
-    deployments = [Deployment(config, gpu, args.context) for config in configs]
+    deployments = [Deployment(config, gpu, args.context, args.acceptance) for config in configs]
     steps = []
     for deployment in deployments:
         for level in concurrency:
@@ -169,6 +210,14 @@ def plan(args: argparse.Namespace) -> int:
     weights = chosen.dtype if chosen.quantization == "none" else chosen.quantization
     model = f"{configs[0].model} in {weights}"
     title = f"{model}, tp {args.tp_size}, {args.gpu}, {args.context:,} tokens per request"
+    if args.acceptance is not None:
+        title += f", up to {chosen.num_speculative_tokens} drafts, acceptance {args.acceptance}"
+    elif chosen.num_speculative_tokens > 0:
+        logger.warning(
+            "--speculative-method %s: estimated without drafts, because how many are right is "
+            "not known; --acceptance 0.6 would count them, each right with probability 0.6",
+            configs[0].speculative_method,
+        )
     if args.plot:
         draw(title, steps, args.plot)
     if args.json:
@@ -269,6 +318,13 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--concurrency",
         default="1..512",
         help="requests at once: a list such as 1,8,64, or a range of powers of two such as 1..512",
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        metavar="P",
+        help="with --speculative-method: how likely a guess is right if those before it are, from "
+        "0 to 1; default: guesses are not counted",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(

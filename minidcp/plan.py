@@ -16,6 +16,7 @@ from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
+from minidcp.plan_drafts import check_acceptance, count_drafts, expect_accepted
 from minidcp.plan_weights import count_weights
 from minidcp.resolve import FP8_CAPABILITY, ResolvedConfig, resolve
 from minidcp.worker.model_runner import GRAPH_BYTES
@@ -65,10 +66,17 @@ class Traffic(NamedTuple):
 class Deployment:
     """One rank of a deployment whose requests are `context` tokens long on average.
 
-    `gpu` has the numbers that `hardware.GPUS` lists. Raises ValueError, saying why, if the weights
-    or one such request do not fit."""
+    `gpu` has the numbers that `hardware.GPUS` lists. `acceptance` is how likely a draft is right if
+    those before it are; without it no drafts are counted. Raises ValueError, saying why, if the
+    weights or one such request do not fit."""
 
-    def __init__(self, config: EngineConfig, gpu: dict[str, float], context: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        gpu: dict[str, float],
+        context: int,
+        acceptance: float | None = None,
+    ) -> None:
         path = find_model(config.model, ("config.json",))
         self.model_config = ModelConfig.from_hf(path)
         config = replace(config, model=str(path))
@@ -77,7 +85,9 @@ class Deployment:
         self.itemsize = get_itemsize(self.config)
         self.gpu = gpu
         self.context = context
+        self.acceptance = acceptance
         self.check_context()
+        check_acceptance(acceptance, self.config)
 
         self.weights = count_weights(self.config, self.model_config)
         self.weight_bytes = self.weights.num_bytes + self.rotary_bytes
@@ -149,7 +159,16 @@ class Deployment:
     def time_step(self, concurrency: int) -> dict[str, Any]:
         """Estimate a decode step while clients keep `concurrency` requests open. Requests that do
         not fit wait and are not part of the step."""
-        rows = min(concurrency, self.memory["most_requests"])
+        requests = min(concurrency, self.memory["most_requests"])
+        num_drafts = 0
+        num_accepted = 0.0
+        drafts: dict[str, float] = {}
+        if self.acceptance is not None:
+            num_drafts = count_drafts(requests, self.config)
+            num_accepted = expect_accepted(requests, num_drafts, self.acceptance)
+            drafts = {"drafts": num_drafts, "tokens_per_step": requests + num_accepted}
+
+        rows = requests + num_drafts  # each draft is a row of its own to the kernels
         traffic = self.count_received(rows)
         floors = {
             "attention": self.bound_attention(rows),
@@ -169,12 +188,13 @@ class Deployment:
         return {
             "dcp_size": self.config.dcp_size,
             "concurrency": concurrency,
-            "running": rows,
+            "running": requests,
+            **drafts,
             "received_bytes": traffic.received_bytes,
             "parts_ms": parts_ms,
             "step_ms": step_ms,
             "floor_ms": 1e3 * sum(floor.seconds for floor in floors.values()),
-            "tokens_per_s": 1e3 * rows / step_ms,
+            "tokens_per_s": 1e3 * (requests + num_accepted) / step_ms,
         }
 
     def bound_time(self, bytes_read: float, products: float) -> float:
@@ -182,7 +202,8 @@ class Deployment:
         return max(bytes_read / self.gpu["bandwidth"], 2 * products / self.gpu["flops"])
 
     def bound_attention(self, rows: int) -> Floor:
-        """Absorbed attention of all heads of the DCP group over this rank's shard of the cache."""
+        """Absorbed attention of all heads of the DCP group over this rank's shard of the cache. A
+        request's drafts read its shard again, each for itself."""
         layers = self.model_config.num_hidden_layers
         latent_dim = self.model_config.latent_dim
         tokens_read = layers * rows * self.context / self.config.dcp_size
@@ -223,7 +244,7 @@ class Deployment:
         return Floor(seconds, self.model_config.num_hidden_layers)
 
     def count_received(self, rows: int) -> Traffic:
-        """What this rank receives in a decode step of `rows` requests: two all-reduces per layer
+        """What this rank receives in a decode step of `rows` tokens: two all-reduces per layer
         over the TP group, and the q gather and the exchange of outputs over the DCP group."""
         all_reduce_bytes = self.count_all_reduce_bytes(rows)
         dcp_bytes = self.count_dcp_bytes(rows)

@@ -22,6 +22,11 @@ def describe(title: str, deployments: list[Deployment], steps: list[dict[str, An
             row[f"{part}_ms"] = ms
         rows.append(row)
     paragraphs.append(write_table(rows))
+    if deployments[0].acceptance is not None:
+        paragraphs.append(
+            "All drafts that a step has room for are counted. The engine proposes fewer where it "
+            "measures that more do not pay, and none where a text does not repeat itself."
+        )
     return "\n\n".join(paragraphs)
 
 

@@ -197,6 +197,12 @@ class EngineCollector(Collector):
             "vllm:prefix_cache_hits": scheduler.num_cached_tokens,
             "minidcp:exchange_bytes": stats.received_bytes,
         }
+        if self.engine.config.num_speculative_tokens > 0:  # vLLM has them only then
+            counters["vllm:spec_decode_num_drafts"] = stats.rows_with_drafts
+            counters["vllm:spec_decode_num_draft_tokens"] = stats.drafts
+            counters["vllm:spec_decode_num_accepted_tokens"] = stats.accepted_drafts
+            yield self.collect_accepted_by_place()
+
         label_names = list(self.metrics.labels)
         label_values = list(self.metrics.labels.values())
         for name, value in gauges.items():
@@ -208,11 +214,40 @@ class EngineCollector(Collector):
             counter.add_metric(label_values, value)
             yield counter
 
+    def collect_accepted_by_place(self) -> Metric:
+        """How often a row's first, second, … draft was right, for every place that there can be."""
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        counter = CounterMetricFamily(
+            name, describe(name), labels=[*self.metrics.labels, "position"]
+        )
+        for place, count in enumerate(list_accepted(self.engine)):
+            counter.add_metric([*self.metrics.labels.values(), str(place)], count)
+        return counter
+
 
 def describe(name: str) -> str:
     """Help for a metric from its name: "vllm:num_preemptions" -> "num preemptions"."""
     _, name_in_namespace = name.split(":")
     return name_in_namespace.replace("_", " ")
+
+
+def list_accepted(engine: LLMEngine) -> list[int]:
+    """How often the draft in each place was accepted, with 0 for places that none had so far."""
+    counts = list(engine.stats.accepted_by_place)
+    return counts + [0] * (engine.config.num_speculative_tokens - len(counts))
+
+
+def describe_drafts(engine: LLMEngine) -> dict[str, Any] | None:
+    """What became of the drafts since the start. None if speculative decoding is off."""
+    if engine.config.num_speculative_tokens == 0:
+        return None
+    stats = engine.stats
+    return {
+        "rows": stats.rows_with_drafts,
+        "proposed": stats.drafts,
+        "accepted": stats.accepted_drafts,
+        "accepted_by_place": list_accepted(engine),
+    }
 
 
 def describe_load(
@@ -234,6 +269,7 @@ def describe_load(
         "prompt_tokens": metrics.num_prompt_tokens,
         "generated_tokens": engine.stats.generated_tokens,
         "cached_tokens": scheduler.num_cached_tokens,
+        "drafts": describe_drafts(engine),
         "kv_blocks": {
             "total": num_blocks,
             "live": num_blocks - num_cached - num_free,

@@ -272,8 +272,9 @@ def local(demo: Path) -> Iterator[Local]:
 
 
 @contextmanager
-def run_local(demo: Path, options: ServeConfig) -> Iterator[Local]:
-    engine = LLMEngine(EngineConfig(str(demo), device="cpu", ranks="threads", max_num_seqs=2))
+def run_local(demo: Path, options: ServeConfig, **engine_options: Any) -> Iterator[Local]:
+    engine_options = dict(device="cpu", ranks="threads", max_num_seqs=2) | engine_options
+    engine = LLMEngine(EngineConfig(str(demo), **engine_options))
 
     def make(listener: StepListener) -> LLMEngine:
         engine.listener = listener

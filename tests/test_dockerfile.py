@@ -42,6 +42,10 @@ COUNTERS = {
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
     "minidcp:exchange_bytes_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
 }
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds",

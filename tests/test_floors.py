@@ -13,6 +13,7 @@ FILES = sorted([*ROOT.glob("minidcp/**/*.py"), *ROOT.glob("server/**/*.py")])
 FLOORS = [
     (
         "config",
+        "speculative_config",
         "console",
         "model_config",
         "generation_config",
@@ -31,7 +32,7 @@ FLOORS = [
     ("models",),
     ("worker",),
     ("engine",),
-    ("llm", "plan", "plan_report", "plan_weights"),
+    ("llm", "plan", "plan_drafts", "plan_report", "plan_weights"),
     ("__init__",),
     ("server",),
     ("cli", "__main__"),

@@ -83,6 +83,7 @@ class Script:
             "prompt_tokens": 1234,
             "generated_tokens": 4567,
             "cached_tokens": 100,
+            "drafts": None,
             "kv_blocks": {"total": 40, "live": 10, "cached": 6, "free": 24},
             "kv_tokens": {"capacity": [640] * 8, "used": [160, 160, 160, 159, 159, 159, 159, 159]},
             "latency": {
@@ -298,6 +299,19 @@ def test_numbers_are_those_of_the_server(page: Page, script: Script) -> None:
     assert "num blocks\n40\nasked: default" in page.text("config")
     assert "tp size\n8\nexchange policy" in page.text("config")
     assert "1,234 prompt tokens, 100 of them" in page.text("totals")
+    assert "guessed" not in page.text("totals")
+
+
+def test_drafts_are_shown_with_the_share_that_was_accepted(page: Page, script: Script) -> None:
+    script.load["drafts"] = {"proposed": 4800, "accepted": 3120}
+    script.load["config"]["num_speculative_tokens"] = 3
+    script.load["setup"]["graph_sizes"] = [1, 2, 4, 8]
+    page.poll()
+    page.wait(
+        lambda: "4,800 tokens were guessed, 3,120 of them rightly (65 %)." in page.text("totals"),
+        "the drafts",
+    )
+    assert "CUDA graphs\n4, for up to 8 tokens" in page.text("setup")
 
 
 def test_what_runs(page: Page, script: Script) -> None:

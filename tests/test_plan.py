@@ -337,6 +337,18 @@ def test_a_gpu_in_numbers() -> None:
             "--gpu h100 --tp-size 8 --num-blocks 3",
             "--context 4096: the KV cache holds 48 tokens; raise --dcp-size",
         ),
+        (
+            "--gpu h100 --tp-size 8 --acceptance 0.6",
+            "--acceptance 0.6: there are no drafts to accept; add --speculative-method ngram",
+        ),
+        (
+            "--gpu h100 --tp-size 8 --speculative-method ngram --acceptance 60",
+            "--acceptance 60.0: must be a probability, from 0 to 1",
+        ),
+        (
+            "--gpu h100 --tp-size 8 --speculative-method ngram --acceptance nan",
+            "--acceptance nan: must be a probability, from 0 to 1",
+        ),
         ("--gpu h100 --tp-size 8 --plot plan.pdf", "--plot 'plan.pdf': must end in .png or .svg"),
         (
             "--gpu h100 --tp-size 8 --plot /nowhere/plan.png",
@@ -355,6 +367,55 @@ def test_no_more_run_than_max_num_seqs(capsys: pytest.CaptureFixture[str]) -> No
     )
     assert result["memory"][0]["most_requests"] == 64
     assert [step["running"] for step in result["steps"]] == [32, 64]
+
+
+SPECULATIVE = "--speculative-method ngram --num-speculative-tokens"
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_tokens_of_a_step_with_drafts(
+    shallow: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equation 1 of arXiv:2211.17192."""
+    flags = f"{SPECULATIVE} {most} --acceptance 0.6 --concurrency 1,8"
+    result = run(capsys, f"{shallow} --gpu h200 {flags}")
+    expected = (1 - 0.6 ** (most + 1)) / (1 - 0.6)
+    for step, requests in zip(result["steps"], [1, 8], strict=True):
+        assert step["running"] == requests
+        assert step["tokens_per_step"] == pytest.approx(requests * expected)
+        rate = 1e3 * step["tokens_per_step"] / step["step_ms"]
+        assert step["tokens_per_s"] == pytest.approx(rate)
+
+
+def test_a_draft_costs_as_much_as_a_request(
+    shallow: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{shallow} --gpu h200 --tp-size 8 --dcp-size 8 --concurrency"
+    (with_drafts,) = run(capsys, f"{flags} 2 {SPECULATIVE} 3 --acceptance 0.5")["steps"]
+    (without,) = run(capsys, f"{flags} 8")["steps"]
+    for name in ("parts_ms", "floor_ms", "received_bytes"):
+        assert with_drafts[name] == without[name]
+
+
+def test_a_full_step_has_room_for_few_drafts(
+    shallow: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the engine, where --max-num-seqs requests still decode together."""
+    flags = f"{SPECULATIVE} 3 --acceptance 0.5 --max-num-seqs 256 --concurrency 64,96,256"
+    steps = run(capsys, f"{shallow} --gpu h200 {flags}")["steps"]
+    assert [step["drafts"] for step in steps] == [192, 160, 0]
+    # 96 first drafts and 64 second ones.
+    assert steps[1]["tokens_per_step"] == 96 + 96 * 0.5 + 64 * 0.25
+
+
+def test_without_an_acceptance_no_drafts_are_counted(
+    shallow: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = f"{shallow} --gpu h200 --concurrency 8"
+    assert run(capsys, f"{flags} {SPECULATIVE} 3")["steps"] == run(capsys, flags)["steps"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--speculative-method ngram: estimated without drafts")
+    assert "--acceptance 0.6" in record.getMessage()
 
 
 def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,12 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert after["vllm:num_preemptions_total"] == 0 == after["vllm:kv_cache_usage_perc"]
 
 
+def test_drafts_are_not_mentioned_without_speculative_decoding(api: Api) -> None:
+    """vLLM has these metrics only with it, too."""
+    assert not [name for name in read_metrics(api) if "spec_decode" in name]
+    assert api.http.get("/load").json()["drafts"] is None
+
+
 def test_load_and_page(api: Api, server: Server) -> None:
     assert "KV cache by rank" in api.http.get("/").text
     assert len(set(api.http.get("/load").json()["kv_tokens"]["capacity"])) == 1

@@ -17,6 +17,7 @@ class EngineStats:
     generated_tokens: int = 0
     step_seconds: float = 0.0  # that rank 0 spent in steps
     received_bytes: int = 0  # by rank 0 from other ranks
+    rows_with_drafts: int = 0  # in every step, one for each request that had some
     drafts: int = 0  # proposed tokens that a step has checked
     accepted_drafts: int = 0
     # How often the first, the second, … draft of a row was accepted.
@@ -24,6 +25,8 @@ class EngineStats:
 
     def note_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """One row of a step had so many drafts, of which so many were right."""
+        if num_drafts > 0:
+            self.rows_with_drafts += 1
         self.drafts += num_drafts
         self.accepted_drafts += num_accepted
         missing = num_drafts - len(self.accepted_by_place)
