@@ -159,5 +159,5 @@ def fits(shape: Shape, blocking: Blocking, tile: Tile, gated: bool) -> bool:
     if shape.fp8 and gated and tile.bn != BLOCK:
         return False
     rows_per_stage = blocking.bm + tile.bn * (2 if gated else 1)
-    # FP8_BK bf16 values take as many bytes as the FP8 values that they stand for.
-    return tile.stages * tile.bk * rows_per_stage * 2 <= MAX_SHARED_MEMORY
+    itemsize = 1 if shape.fp8 else 2
+    return tile.stages * tile.bk * rows_per_stage * itemsize <= MAX_SHARED_MEMORY

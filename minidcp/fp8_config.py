@@ -16,7 +16,8 @@ FP8_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 FP8_OTHER_KEYS = (
     "weight_block_size",
-    # Which weights are quantised is seen from their dtype.
+    # Which weights are quantised is seen from their dtype. Where products are in FP8, the other
+    # matrices are quantised too, with a warning.
     "modules_to_not_convert",
     "modules_to_convert",
     "dequantize",

@@ -307,7 +307,11 @@ def resolve_for_gpus(
 
 
 def get_capability(gpu: dict[str, float]) -> tuple[int, int]:
-    major, minor = divmod(round(10 * gpu["capability"]), 10)
+    """9.0 is sm_90, and so is 90."""
+    capability = gpu["capability"]
+    if capability < 20:
+        capability *= 10
+    major, minor = divmod(round(capability), 10)
     return major, minor
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.hardware import FP8_SPEEDUP
-from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Tensor, Weight, find_block
+from minidcp.kernels.fp8 import BLOCK, Weight
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek import DeepseekForCausalLM
-from minidcp.models.weights import Shard, Weights
+from minidcp.models.weights import Shard, Weights, make_empty_fp8
 from minidcp.parallel.state import build_thread_states
 from minidcp.resolve import ResolvedConfig
 
@@ -97,12 +97,8 @@ class CountingSource:
     def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
         if not self.fp8:
             return self.read(name, shape, shard)
-        rows, columns = shard.shape(shape)
-        block = find_block(columns, self.block)
-        values = torch.empty(rows, columns, dtype=E4M3, device="meta")
-        scales = torch.empty(columns // block, rows, dtype=torch.float32, device="meta")
-        part = Fp8Tensor(values, scales, block)
-        self.counts.add(name, WeightCount(part.nbytes, values.numel() / FP8_SPEEDUP))
+        part = make_empty_fp8(shard.shape(shape), self.block)
+        self.counts.add(name, WeightCount(part.nbytes, part.values.numel() / FP8_SPEEDUP))
         return part
 
 

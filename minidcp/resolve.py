@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from minidcp.choose_attention import Report, choose_attention
 from minidcp.config import EngineConfig, divisors, flag, require
+from minidcp.kernels.fp8 import BLOCK, MIN_BLOCK, find_block
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 
@@ -183,9 +184,13 @@ def choose_quantization(
     asked = config.quantization
     major, minor = machine.capability
     obstacle = ""
-    if device == "cuda" and machine.capability < FP8_CAPABILITY:
-        obstacle = f"this GPU (sm_{major}{minor}) cannot multiply FP8"
+    if device == "cuda":
+        obstacle = find_narrow_blocks(config, model)
+        if machine.capability < FP8_CAPABILITY:
+            obstacle = f"this GPU (sm_{major}{minor}) cannot multiply FP8"
     require(asked != "fp8" or not obstacle, f"--quantization fp8: {obstacle}; use none")
+    if asked == "fp8" and device == "cpu":
+        report(logging.WARNING, "--quantization fp8 is slower than none on CPUs: it is for tests")
     if asked != "auto":
         return asked
     if model.fp8_block is None:
@@ -196,6 +201,26 @@ def choose_quantization(
         return "fp8"
     report(logging.INFO, f"quantization: none, because {obstacle}; FP8 weights are dequantised")
     return "none"
+
+
+def find_narrow_blocks(config: EngineConfig, model: ModelConfig) -> str:
+    """Why tensor cores cannot multiply the model's matrices in FP8; empty if they can."""
+    _, stored_block = model.fp8_block or (BLOCK, BLOCK)
+    widths = {
+        "hidden_size": model.hidden_size,
+        "q_lora_rank": model.q_lora_rank or model.hidden_size,
+        "num_attention_heads × v_head_dim / tp": (
+            model.num_attention_heads * model.v_head_dim // config.tp_size
+        ),
+    }
+    for name, width in widths.items():
+        block = find_block(width, stored_block)
+        if block < MIN_BLOCK:
+            return (
+                f"{name} {width} is in blocks of {block} that share a scale, and tensor cores "
+                f"multiply {MIN_BLOCK} at once"
+            )
+    return ""
 
 
 def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None:

@@ -40,6 +40,12 @@ def split_blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantised, scales
 
 
+def dequantize_blocks(tensor: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    rows, columns = tensor.shape
+    scales = scales.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
+    return tensor.float() * scales[:rows, :columns]
+
+
 def edit_config(path: Path, **changes: Any) -> None:
     file = path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -75,9 +81,7 @@ def model(checkpoint: Path) -> DeepseekV3ForCausalLM:
     for name, tensor in tensors.items():
         scales = tensors.get(f"{name}_scale_inv")
         if scales is not None:
-            rows, columns = tensor.shape
-            scales = scales.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
-            weights[name] = tensor.float() * scales[:rows, :columns]
+            weights[name] = dequantize_blocks(tensor, scales)
         elif not name.endswith("_scale_inv"):
             weights[name] = tensor
     path = checkpoint.parent / "dequantised"
@@ -199,9 +203,50 @@ def test_shares_stay_in_fp8(
         assert isinstance(part, Fp8Tensor)
         parts.append(part.dequantize())
     source.close()
-    assert source.num_quantized == 0
+    assert not source.quantized
     whole = torch.cat(parts, dim).narrow(dim, 0, shape[dim])
     torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("kept", ["q_a_proj", "mlp.up_proj", "experts.3.gate_proj"])
+def test_matrices_that_are_kept_in_more_bits(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    """They are quantised too, with a warning: some are stacked, or joined, with others."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = [name for name in tensors if name.endswith(f"{kept}.weight")]
+    for name in names:
+        tensors[name] = dequantize_blocks(tensors[name], tensors.pop(f"{name}_scale_inv"))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+
+    prompts = [make_prompt(length, 128) for length in (7, 33)]
+    options = dict(device="cpu", dtype="float32", max_model_len=256, quantization="fp8")
+    with LLM(str(checkpoint), **options) as llm:
+        expected = score(llm, prompts)
+    with caplog.at_level("WARNING"), LLM(str(tmp_path), **options) as llm:
+        actual = score(llm, prompts)
+    assert f"quantised {len(names)} matrices to FP8 that the checkpoint keeps" in caplog.text
+    assert (actual - expected).norm() / expected.norm() < 0.1
+
+
+def test_scales_that_are_powers_of_two(checkpoint: Path, tmp_path: Path) -> None:
+    """As DeepSeek-V3.1's are, which may be stored as exponents."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    as_floats, as_exponents = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv"):
+            exponents = tensor.log2().ceil().exp2().to(torch.float8_e8m0fnu)
+            as_exponents[name] = exponents
+            as_floats[name] = exponents.float()
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    options = dict(device="cpu", dtype="float32", max_model_len=256)
+    scores = []
+    for changed in (as_floats, as_exponents):
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with LLM(str(tmp_path), **options) as llm:
+            scores.append(score(llm, [make_prompt(33, 128)]))
+    assert torch.equal(*scores)
 
 
 def test_what_does_not_fit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -218,10 +263,11 @@ def test_what_does_not_fit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     without = {name: tensor for name, tensor in tensors.items() if name != scale}
     refuse(without, f"1 missing: {scale}")
     refuse(tensors | {scale: tensors[scale][:-1].clone()}, f"1 of another shape: {scale}")
+    refuse(tensors | {scale: tensors[scale][:-1].clone()}, "with weight_block_size [16, 24]")
     as_int8 = tensors[scale.removesuffix("_scale_inv")].view(torch.int8)
     refuse(tensors | {scale.removesuffix("_scale_inv"): as_int8}, "of a dtype other than")
     edit_config(tmp_path, quantization_config=None)
-    refuse(tensors, "of a dtype other than")
+    refuse(tensors, "FP8 needs a quantization_config with quant_method and weight_block_size")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from checkpoints import STYLES
@@ -16,8 +16,9 @@ from minidcp.resolve import resolve
 
 TINY = ModelConfig.from_dict(STYLES["v2"] | {"model_type": "deepseek_v2"})
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+WIDE = {"hidden_size": 256, "q_lora_rank": 128, "v_head_dim": 128}
 TINY_FP8 = ModelConfig.from_dict(
-    STYLES["v3"] | {"model_type": "deepseek_v3", "quantization_config": FP8}
+    STYLES["v3"] | WIDE | {"model_type": "deepseek_v3", "quantization_config": FP8}
 )
 V2 = ModelConfig.from_dict(
     STYLES["v2"]
@@ -121,11 +122,11 @@ def test_dims_that_only_the_reference_takes() -> None:
 @pytest.mark.parametrize(
     ("asked", "model", "capability", "expected"),
     [
-        ("auto", TINY, (9, 0), "none"),
+        ("auto", V2, (9, 0), "none"),
         ("auto", TINY_FP8, (9, 0), "fp8"),
         ("auto", TINY_FP8, (8, 0), "none"),  # no tensor cores for FP8
         ("none", TINY_FP8, (9, 0), "none"),
-        ("fp8", TINY, (8, 9), "fp8"),
+        ("fp8", TINY_FP8, (8, 9), "fp8"),
     ],
 )
 def test_quantization(
@@ -144,7 +145,22 @@ def test_fp8_is_slower_than_float32_on_a_cpu() -> None:
     assert resolved.quantization == "none"
     assert "quantization: none, because CPUs are faster without" in heard[-1]
     explicit = EngineConfig("model", quantization="fp8")
-    assert resolve_quietly(explicit, Machine(), TINY)[0].quantization == "fp8"
+    resolved, heard = resolve_quietly(explicit, Machine(), TINY)
+    assert resolved.quantization == "fp8"
+    assert any("slower than none on CPUs" in text for text in heard)
+
+
+def test_blocks_must_fill_a_tensor_core() -> None:
+    """q_lora_rank is 48 here, which blocks of 16 divide."""
+    machine = Machine(num_gpus=1, capability=(9, 0))
+    asked = EngineConfig("model", quantization="fp8", attention_backend="reference")
+    with pytest.raises(ValueError, match="--quantization fp8: q_lora_rank 48 is in blocks of 16"):
+        resolve_quietly(asked, machine, TINY)
+    narrow = replace(TINY_FP8, fp8_block=(16, 24))
+    config = EngineConfig("model", attention_backend="reference")
+    resolved, heard = resolve_quietly(config, machine, narrow)
+    assert resolved.quantization == "none"
+    assert any("hidden_size 256 is in blocks of 8" in text for text in heard)
 
 
 def test_fp8_needs_a_gpu_that_multiplies_it() -> None:

@@ -77,7 +77,7 @@ def run_experts_in_fp8(experts_of: int, inter: int, hidden: int, tokens: int) ->
 
 
 def multiply_in_fp8(tokens: int) -> None:
-    """One that no cuBLAS has, and one of few inputs."""
+    """By our kernels: some inputs, and few."""
     for rows, columns in ((2048, 10944), (200, 192)):
         weight = fp8.quantize_weight(empty(rows, columns))
         dense.multiply(empty(tokens, columns).bfloat16(), weight)

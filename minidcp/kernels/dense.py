@@ -1,5 +1,7 @@
 """Dense products, x @ weight.T: of weights in bf16 by `linear.py`, of those in FP8 here."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
     bm, tile = choose_dense_tile(tokens)
     blocks = one_expert(tokens, bm)
     if blocks.is_direct:
-        multiply_vector(rows, weight, blocks, tile, out)
+        multiply_vector(rows.contiguous(), weight, blocks, tile, out)
         return out
 
     fp8 = x.fp8 if isinstance(x, Quantized) else quantize(rows)
@@ -59,11 +61,18 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
 
 
 def can_use_cublas(weight: Fp8Tensor, out: Tensor) -> bool:
-    """Whether cuBLAS has this product: on Hopper, with dims of 16 bytes."""
+    """Whether cuBLAS has this product: with dims of 16 bytes."""
     dim_out, dim_in = weight.values.shape
-    is_hopper = get_device_properties().capability == (9, 0)
     has_its_form = weight.block == BLOCK and out.dtype == torch.bfloat16
-    return is_hopper and has_its_form and dim_out % 16 == 0 and dim_in % 16 == 0
+    return cublas_has_blocks() and has_its_form and dim_out % 16 == 0 and dim_in % 16 == 0
+
+
+@cache
+def cublas_has_blocks() -> bool:
+    """Whether cuBLAS has scales for each row and BLOCK inputs: on Hopper, from CUDA 12.9 on."""
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    is_new = (int(major), int(minor)) >= (12, 9)
+    return is_new and get_device_properties().capability == (9, 0)
 
 
 def multiply_by_cublas(x: Fp8Tensor, weight: Fp8Tensor, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Matrices in FP8: e4m3 values, with a scale for each row and so many columns.
+"""Matrices in FP8: e4m3 values, with a scale for each group of up to 128 columns of a row.
 
 Weights are stored so, and activations are quantised on the way to their product, as DeepSeek-V3
 was trained (arXiv:2412.19437, §3.3). A value is worth values · scales. The products are in
@@ -17,6 +17,7 @@ from minidcp.kernels.compiler import tl, triton
 BLOCK = 128  # values of a row that share a scale; weights may have fewer
 # So few activations are quantised by the kernel that multiplies them: a launch would take longer.
 MAX_UNQUANTIZED_ROWS = 2
+MIN_BLOCK = 32  # what tensor cores multiply at once
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-30)  # keeps the scale of zeros from being 0
@@ -53,7 +54,9 @@ class Fp8Tensor:
         return self.values.device
 
     def __getitem__(self, rows: slice | Tensor) -> "Fp8Tensor":
-        return Fp8Tensor(self.values[rows], self.scales[:, rows].contiguous(), self.block)
+        """Some rows. The scales are a copy, which begins where kernels can read it at once."""
+        scales = self.scales[:, rows].clone(memory_format=torch.contiguous_format)
+        return Fp8Tensor(self.values[rows], scales, self.block)
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
@@ -106,6 +109,8 @@ class Quantized:
     fp8: Fp8Tensor
 
     def __getitem__(self, index: slice) -> "Quantized":
+        if index.indices(len(self.rows)) == (0, len(self.rows), 1):
+            return self  # of a step that only decodes, or only prefills
         return Quantized(self.rows[index], self.fp8[index])
 
 
@@ -159,9 +164,9 @@ def quantize_ref(x: Tensor, block: int = BLOCK) -> Fp8Tensor:
     return Fp8Tensor(values.to(E4M3).contiguous(), scales.T.contiguous(), block)
 
 
-def quantize_weight(weight: Tensor) -> Fp8Tensor:
-    """A matrix [N, K] in FP8. Its columns are a whole number of blocks."""
-    return quantize_ref(weight, find_block(weight.shape[1]))
+def quantize_weight(weight: Tensor, block: int = BLOCK) -> Fp8Tensor:
+    """A matrix [N, K] in FP8. Its columns are a whole number of blocks, of up to `block`."""
+    return quantize_ref(weight, find_block(weight.shape[1], block))
 
 
 def find_block(width: int, block: int = BLOCK) -> int:

@@ -6,17 +6,21 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from minidcp.kernels.fp8 import MAX_UNQUANTIZED_ROWS
+from minidcp.kernels.fp8 import BLOCK, MAX_UNQUANTIZED_ROWS
 
 TABLE = Path(__file__).parent / "tiles.json"
 # Up to this many tokens every choice is a block of its own; see `align.py`.
 MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
 ANY_NUMBER_OF_TOKENS = 1 << 20
-FP8_BK = 64  # which stands for 128 inputs in FP8
+FP8_BK = BLOCK
 
 
 class Tile(NamedTuple):
-    """What one program computes of a product: `bn` outputs, `bk` inputs (of bf16) at a time."""
+    """What one program computes of a product: `bn` outputs, `bk` inputs at a time.
+
+    Inputs are in bf16 or FP8; half as many where they are in float32. On tensor cores those in FP8
+    come as many at a time as share a scale, which is `bk` where a weight's rows allow it.
+    """
 
     bn: int
     bk: int
@@ -80,8 +84,8 @@ def make_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
 
 
 def make_fp8_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
-    """Like `make_tiles_by_rule`. BK is that of the weights' scales, and BN of gate_up that of the
-    scales of its output."""
+    """Like `make_tiles_by_rule`. A program quantises the outputs of gate_up, so it has a whole
+    block of them: `bn` is 128."""
     vector = Tile(4, 1024, 4, 1)
     small = Tile(128, FP8_BK, 4, 4)
     large = Tile(128, FP8_BK, 8, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minidcp.config import require
 from minidcp.console import ProgressBar, UnfailingStream
-from minidcp.kernels.fp8 import Fp8Tensor, Weight, find_block, quantize_weight
+from minidcp.kernels.fp8 import BLOCK, Fp8Tensor, Weight, find_block, quantize_weight
 from minidcp.model_config import read_object
 from minidcp.models.weights import Shard
 
@@ -22,6 +22,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; all others are of quantised weights
 FP8_DTYPE = "F8_E4M3"  # safetensors' name
+SCALE_DTYPE = "F8_E8M0"  # of scales that are powers of two, besides those of DTYPES
 SCALE_SUFFIX = "_scale_inv"  # weight · weight_scale_inv, block by block, is what was quantised
 ROWS_COMPARED = 4096  # at a time, to need little memory
 
@@ -46,7 +47,7 @@ class CheckpointSource:
     ) -> None:
         self.path = path
         self.fp8 = fp8
-        self.num_quantized = 0  # matrices that are not in FP8 in the checkpoint
+        self.quantized: set[str] = set()  # matrices that are not in FP8 in the checkpoint
         self.fp8_block = fp8_block
         self.dtype = dtype
         self.device = device
@@ -163,11 +164,14 @@ class CheckpointSource:
                 continue
             shape = tuple(tensor.get_shape())
             is_fp8 = f"{name}{SCALE_SUFFIX}" in expected
-            if tensor.get_dtype() not in DTYPES and not is_fp8:
+            is_scale = name.endswith(SCALE_SUFFIX) and tensor.get_dtype() == SCALE_DTYPE
+            if tensor.get_dtype() not in DTYPES and not is_fp8 and not is_scale:
                 quantised.append(f"{name} ({tensor.get_dtype()})")
             if shape != expected[name]:
-                wanted = list(expected[name])
-                misshapen.append(f"{name} {list(shape)}, config.json says {wanted}")
+                wanted = f"config.json says {list(expected[name])}"
+                if name.endswith(SCALE_SUFFIX):
+                    wanted += f" with weight_block_size {list(self.fp8_block or ())}"
+                misshapen.append(f"{name} {list(shape)}, {wanted}")
 
         problems = [
             describe_problem("missing", missing),
@@ -175,6 +179,11 @@ class CheckpointSource:
             describe_problem("of another shape", misshapen),
             describe_problem(f"of a dtype other than {', '.join(DTYPES)}", quantised),
         ]
+        if self.fp8_block is None and any(FP8_DTYPE in entry for entry in quantised):
+            problems.append(
+                "FP8 needs a quantization_config with quant_method and "
+                "weight_block_size in config.json"
+            )
         found = "; ".join(problem for problem in problems if problem)
         require(not found, f"{self.path}: the weights do not fit config.json: {found}")
         self.bar.total = len(expected)
@@ -210,14 +219,14 @@ class CheckpointSource:
         if not self.fp8:
             return self.read(name, shape, shard)
         part = self.read_part(name, shape, shard)
+        # All matrices have the checkpoint's blocks, because some are stacked or joined.
+        _, block = self.fp8_block or (BLOCK, BLOCK)
         if part.dtype != torch.float8_e4m3fn:
-            self.num_quantized += 1
-            return quantize_weight(shard.pad(part.to(self.dtype), shape))
+            self.quantized.add(name)
+            return quantize_weight(shard.pad(part.to(self.dtype), shape), block)
 
-        assert self.fp8_block is not None
         rows, columns = shard.shape(shape)
-        # Another part may begin within a block of the checkpoint.
-        block = find_block(columns, self.fp8_block[1])
+        block = find_block(columns, block)  # another part may begin within a block
         values = shard.pad(part.view(torch.uint8), shape).view(torch.float8_e4m3fn)
         scales = self.read_scales(name, shape, shard, block)
         padded_scales = scales.new_zeros(rows, columns // block)

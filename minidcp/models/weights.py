@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidcp.config import require
-from minidcp.kernels.fp8 import Weight, quantize_weight
+from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Tensor, Weight, find_block, quantize_weight
 
 # What a part of a sharded dim is rounded up to. Rows of 16 bytes are what grouped_mm wants and what
 # the tensor memory accelerator can copy; tensor cores take 32 FP8 values at a time.
@@ -134,21 +134,25 @@ class RecordingSource:
     def __init__(self, fp8: bool = False) -> None:
         self.fp8 = fp8
         self.shapes: dict[str, tuple[int, ...]] = {}  # of whole tensors
-        self.sizes: dict[str, int] = {}  # how many values this rank holds
-        self.matrices: set[str] = set()  # those that may be in FP8
 
     def read(
         self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype | None = None
     ) -> Tensor:
         part = torch.empty(shard.shape(shape), device="meta")
         self.shapes[name] = shape
-        self.sizes[name] = self.sizes.get(name, 0) + part.numel()
         return part
 
     def read_matrix(self, name: str, shape: tuple[int, ...], shard: Shard) -> Weight:
-        self.matrices.add(name)
         part = self.read(name, shape, shard)
-        return quantize_weight(part) if self.fp8 else part
+        return make_empty_fp8(part.shape) if self.fp8 else part
+
+
+def make_empty_fp8(shape: tuple[int, ...], block: int = BLOCK) -> Fp8Tensor:
+    """A matrix in FP8 without storage, whose scales are for `block` columns at most."""
+    rows, columns = shape
+    block = find_block(columns, block)
+    values = torch.empty(rows, columns, dtype=E4M3, device="meta")
+    return Fp8Tensor(values, torch.empty(columns // block, rows, device="meta"), block)
 
 
 class RandomSource:

@@ -155,8 +155,12 @@ class ModelRunner:
         source.check(wanted.shapes)
         model = self.build(source)
         source.close()
-        if source.num_quantized > 0:
-            self.log(f"quantised {source.num_quantized} matrices to FP8")
+        if source.quantized:
+            text = f"quantised {len(source.quantized)} matrices to FP8"
+            if self.model_config.fp8_block is None:
+                self.log(text)
+            else:
+                self.log(f"{text} that the checkpoint keeps in more bits", logging.WARNING)
         return model, source.bytes_read
 
     def build(self, source: WeightSource) -> DeepseekForCausalLM:

@@ -150,7 +150,7 @@ def test_the_norm_quantises_what_it_returns(tokens: int, dim: int) -> None:
         assert differ.float().mean() < 1e-3
 
 
-def test_the_demo_model_answers_as_in_bf16() -> None:
+def test_the_demo_model_answers_in_fp8() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     questions = make_questions(tokenizer, "words", 20)
     common = dict(max_model_len=1024, num_blocks=512, max_num_seqs=8, quantization="fp8")

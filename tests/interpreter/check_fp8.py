@@ -17,10 +17,12 @@ E4M3_MAX = 448.0
 
 
 def make_exact(rows: int, width: int) -> Tensor:
-    """Rows that FP8 holds exactly, with scales of 1."""
+    """Rows that FP8 holds exactly, with scales that are powers of two: another for each block."""
     x = torch.randn(rows, width).to(fp8.E4M3).float()
     x[:, :: fp8.BLOCK] = E4M3_MAX
-    return x
+    num_blocks = -(-width // fp8.BLOCK)
+    scales = 2.0 ** torch.randint(-3, 4, (rows, num_blocks))
+    return x * scales.repeat_interleave(fp8.BLOCK, 1)[:, :width]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -43,7 +45,15 @@ def test_dense(tokens: int, rows: int, columns: int) -> None:
     weight = fp8.quantize_weight(torch.randn(rows, columns))
     x = make_exact(tokens, columns)
     expected = x.double() @ weight.dequantize().double().T
-    torch.testing.assert_close(dense.multiply(x, weight).double(), expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(dense.multiply(x, weight).double(), expected, atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_dense_of_rows_that_are_part_of_others(tokens: int) -> None:
+    weight = fp8.quantize_weight(torch.randn(40, 128))
+    x = make_exact(tokens, 192)[:, :128]
+    expected = x.double() @ weight.dequantize().double().T
+    torch.testing.assert_close(dense.multiply(x, weight).double(), expected, atol=1e-2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +61,12 @@ def test_dense(tokens: int, rows: int, columns: int) -> None:
 )
 def test_experts(tokens: int, bm: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    hidden, inter = 160, 96
+    hidden, inter = 288, 288
     gate_up, down = make_stack(5, 2 * inter, hidden), make_stack(5, hidden, inter)
     x, weights = make_exact(tokens, hidden) / 448, torch.rand(tokens, 3)
     ids = torch.rand(tokens, 4).topk(3).indices.to(torch.int32)  # none chooses the last expert
 
-    vector, tile = tiles.Tile(4, 256, 4, 1), tiles.Tile(128, 64, 4, 3)
+    vector, tile = tiles.Tile(4, 512, 4, 1), tiles.Tile(128, 128, 4, 3)
     given = tiles.Tiles(bm, is_sorted, *([vector] * 2 if bm == 1 else [tile] * 2))
     monkeypatch.setattr(tiles, "list_tiles", lambda *shape: {tokens: given})
     if is_sorted:
