@@ -1,21 +1,26 @@
 """Decode speed of the whole engine, and the share of the time that is spent outside the model.
 
     python benchmarks/decode.py examples/demo-model --device cpu --ranks threads -tp 8 -dcp 8
+    python benchmarks/decode.py MODEL --speculative-method ngram --acceptance 0,0.3,0.6,0.9
 
 Tokens/s are printed with and without the time of the prompts. Each batch ends with a line of JSON.
+With --acceptance every batch runs once without drafts, and then with drafts that are right with
+each of these probabilities: they are taken from the first run, and some are made wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 
 from minidcp.cli import add_engine_flags, engine_config, parse_counts
 from minidcp.config import flag, require
+from minidcp.engine.drafter import Drafter, NgramIndex, RequestDrafts
 from minidcp.engine.engine import LLMEngine
-from minidcp.request import SamplingParams
+from minidcp.request import Request, SamplingParams
 
 
 def main() -> int:
@@ -30,6 +35,9 @@ def main() -> int:
     )
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens per request")
     parser.add_argument("--output-len", type=int, default=64, help="decode steps to measure")
+    parser.add_argument(
+        "--acceptance", default="", help="probabilities that a draft is right, see above"
+    )
     args = parser.parse_args()
     try:
         run(args)
@@ -45,12 +53,42 @@ def run(args: argparse.Namespace) -> None:
     for name in ("input_len", "output_len"):
         value = getattr(args, name)
         require(value >= 1, f"{flag(name)} {value}: must be at least 1")
+    rates = [float(rate) for rate in args.acceptance.split(",") if rate]
+    require(
+        not rates or args.speculative_method != "none",
+        f"--acceptance {args.acceptance}: needs --speculative-method ngram",
+    )
     engine = LLMEngine(engine_config(args))
+    learning = engine.scheduler.drafter
     try:
         for batch in batches:
-            measure(engine, batch, args.input_len, args.output_len)
+            if rates:
+                engine.scheduler.drafter = None
+            answers = measure(engine, batch, args.input_len, args.output_len)
+            for rate in rates:
+                assert learning is not None
+                engine.scheduler.drafter = KnownDrafter(learning, answers, rate)
+                measure(engine, batch, args.input_len, args.output_len, rate)
     finally:
         engine.close()
+
+
+class KnownDrafter(Drafter):
+    """Knows the answers, and makes some drafts wrong. How many to draft it learns as ever."""
+
+    def __init__(self, real: Drafter, answers: dict[str, list[int]], rate: float) -> None:
+        super().__init__(real.most, real.shortest, real.longest, real.max_tokens, real.times)
+        self.answers = answers
+        self.rate = rate
+        self.random = random.Random(0)
+
+    def look_up(self, request: Request) -> list[int]:
+        known = RequestDrafts(NgramIndex(self.shortest, self.longest))
+        self.requests.setdefault(request.request_id, known)
+        num_done = request.num_outputs + request.num_in_flight
+        count = max(0, min(self.most, request.max_tokens - num_done - 1))
+        drafts = self.answers[request.request_id][num_done : num_done + count]
+        return [token if self.random.random() < self.rate else token ^ 1 for token in drafts]
 
 
 def add_requests(engine: LLMEngine, batch: int, input_len: int, max_tokens: int) -> None:
@@ -61,24 +99,32 @@ def add_requests(engine: LLMEngine, batch: int, input_len: int, max_tokens: int)
         engine.add_request(str(i), prompt, params)
 
 
-def measure(engine: LLMEngine, batch: int, input_len: int, output_len: int) -> None:
-    """Decode one batch and print its speed."""
+def measure(
+    engine: LLMEngine,
+    batch: int,
+    input_len: int,
+    output_len: int,
+    acceptance: float | None = None,
+) -> dict[str, list[int]]:
+    """Decode one batch and print its speed. Returns the tokens by request id."""
     max_tokens = output_len + 2
     prefill_start = time.perf_counter()
     add_requests(engine, batch, input_len, max_tokens)
 
     # Prefill and the first decode steps, until every request has a token.
-    started: set[str] = set()
-    while len(started) < batch:
-        started.update(delta.request_id for delta in engine.step())
+    answers: dict[str, list[int]] = {}
+    while len(answers) < batch:
+        step(engine, answers)
 
     stats = engine.stats
     tokens_before = stats.generated_tokens
     steps_before = stats.steps
     model_seconds_before = stats.step_seconds
     start = time.perf_counter()
+    drafts_before = stats.drafts
+    accepted_before = stats.accepted_drafts
     while engine.has_work:
-        engine.step()
+        step(engine, answers)
     end = time.perf_counter()
 
     seconds = end - start
@@ -100,12 +146,24 @@ def measure(engine: LLMEngine, batch: int, input_len: int, output_len: int) -> N
         "step_ms": round(step_ms, 2),
         "share_outside_model": round(share_outside, 4),
     }
+    if acceptance is not None:
+        result["acceptance"] = acceptance
+        result["drafts"] = stats.drafts - drafts_before
+        result["accepted_drafts"] = stats.accepted_drafts - accepted_before
     ranks = f"tp {config.tp_size}, dcp {config.dcp_size} ({config.dcp_comm_backend})"
-    print(f"{ranks}, batch {batch}, ranks as {config.ranks}:")
+    drafted = "" if acceptance is None else f", drafts are right with {acceptance}"
+    print(f"{ranks}, batch {batch}, ranks as {config.ranks}{drafted}:")
     print(f"  {rate:8.1f} tokens/s; {rate_with_prompts:.1f} with the time of the prompts")
     print(f"  {step_ms:8.2f} ms per step")
     print(f"  {share_outside:8.2%} of the time outside the model")
     print(json.dumps(result))
+    return answers
+
+
+def step(engine: LLMEngine, answers: dict[str, list[int]]) -> None:
+    """Make a step and collect its tokens."""
+    for delta in engine.step():
+        answers.setdefault(delta.request_id, []).extend(delta.token_ids)
 
 
 if __name__ == "__main__":
