@@ -169,6 +169,7 @@ def parse_args() -> argparse.Namespace:
     add("--prefill-strategy", default="auto", help="gather_kv takes less memory on a CPU")
     add("--ranks", default="auto", help="use threads on a CPU")
     add("--quantization", default="auto", help="fp8, or none")
+    add("--speculative-method", default="none", help="ngram; one rank has none, to compare with")
     return parser.parse_args()
 
 
@@ -197,7 +198,8 @@ def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]
     for name, options in all_engines.items():
         if re.search(args.only, name):
             num_blocks = size_cache(options["dcp_size"], tokens, args.block_size)
-            engines[name] = {**options, "num_blocks": num_blocks}
+            own = {"num_blocks": num_blocks, "speculative_method": args.speculative_method}
+            engines[name] = {**options, **own}
     return engines, common
 
 
