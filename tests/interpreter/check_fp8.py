@@ -1,7 +1,7 @@
 """FP8 kernels in Triton's interpreter against their torch definitions.
 
 When the interpreter rounds to e4m3 and a value reaches the next power of two, it halves the value.
-So where results are rounded here, some are wrong; on GPUs (tests/gpu/test_fp8_products.py) none are.
+So where results are rounded here, some are wrong. On GPUs none are: tests/gpu/test_fp8_products.py.
 """
 
 from __future__ import annotations
