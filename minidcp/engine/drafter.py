@@ -14,7 +14,10 @@ from minidcp.resolve import ResolvedConfig
 TOKENS_INDEXED = 4096  # of one request in one step at most, so that no step waits for a long prompt
 PRIOR = 0.5  # how likely a draft is right, before anything is known
 PRIOR_WEIGHT = 2.0  # as many drafts as this
-FORGET = 0.98  # what is known counts so much less a token later
+FORGET = 0.995  # what is known counts so much less a token later
+# After so many tokens without a draft one is tried, though it may not seem to pay, and another one
+# after each that was right: else nobody would notice that a text begins to repeat itself.
+TOKENS_UNTRIED = 32
 SMOOTHING = 0.2  # how much a step counts for the time of steps of its size
 
 
@@ -75,6 +78,7 @@ class RequestDrafts:
     index: NgramIndex
     right: float = PRIOR * PRIOR_WEIGHT
     tried: float = PRIOR_WEIGHT
+    tokens_untried: int = 0
 
     @property
     def rate(self) -> float:
@@ -85,9 +89,12 @@ class RequestDrafts:
         """Drafts behind the first wrong one tell nothing."""
         self.right += num_accepted
         self.tried += min(num_drafts, num_accepted + 1)
+        self.tokens_untried += 1
+        if num_drafts > 0:
+            self.tokens_untried = 0 if num_accepted == 0 else TOKENS_UNTRIED
 
     def forget(self) -> None:
-        """Move towards the prior, so that a text that begins to repeat itself is noticed."""
+        """Move towards the prior."""
         self.right = FORGET * self.right + (1 - FORGET) * PRIOR * PRIOR_WEIGHT
         self.tried = FORGET * self.tried + (1 - FORGET) * PRIOR_WEIGHT
 
@@ -166,6 +173,12 @@ class Drafter:
         if not proposals:
             return {}
         counts = self.choose_counts(len(decoding), proposals)
+        room = self.max_tokens - len(decoding) - sum(counts.values())
+        for name in proposals:
+            is_due = self.requests[name].tokens_untried >= TOKENS_UNTRIED
+            if counts[name] == 0 and is_due and room > 0:
+                counts[name] = 1
+                room -= 1
         return {name: drafts[: counts[name]] for name, drafts in proposals.items() if counts[name]}
 
     def look_up(self, request: Request) -> list[int]:
