@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("input_len", "output_len"):
         value = getattr(args, name)
         require(value >= 1, f"{flag(name)} {value}: must be at least 1")
-    rates = [float(rate) for rate in args.acceptance.split(",") if rate]
+    rates = parse_rates(args.acceptance)
     require(
         not rates or args.speculative_method != "none",
         f"--acceptance {args.acceptance}: needs --speculative-method ngram",
@@ -71,6 +71,16 @@ def run(args: argparse.Namespace) -> None:
                 measure(engine, batch, args.input_len, args.output_len, rate)
     finally:
         engine.close()
+
+
+def parse_rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",") if rate]
+    except ValueError:
+        rates = [-1.0]
+    is_possible = all(0 <= rate <= 1 for rate in rates)
+    require(is_possible, f"--acceptance {text}: must be probabilities from 0 to 1, such as 0,0.6")
+    return rates
 
 
 class KnownDrafter(Drafter):

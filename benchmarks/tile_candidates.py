@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from minidcp.kernels import get_device_properties
 from minidcp.kernels.fp8 import BLOCK
-from minidcp.kernels.tiles import FP8_BK, MAX_DIRECT_TOKENS, Tile, name_shape
+from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, Tile, name_shape
 
 MAX_SHARED_MEMORY = 220 << 10  # bytes
 
@@ -100,12 +100,12 @@ FP8_VECTOR_TILES = [
     if 4096 <= bn * bk <= 16384
 ]
 FP8_SMALL_TILES = [
-    Tile(bn, FP8_BK, warps, stages)
+    Tile(bn, BLOCK, warps, stages)
     for bn, warps, stages in product((32, 64, 128), (4, 8), (3, 4, 5, 6))
     if bn == 128 or warps == 4
 ]
 FP8_LARGE_TILES = [
-    Tile(bn, FP8_BK, warps, stages)
+    Tile(bn, BLOCK, warps, stages)
     for bn, warps, stages in product((64, 128, 256), (4, 8), (2, 3, 4))
     if not (bn == 256 and warps == 4)
 ]

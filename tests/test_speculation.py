@@ -343,6 +343,36 @@ def test_as_many_drafts_as_pay(rates: list[float], slope: float, idle: int) -> N
     assert speed([counts[str(i)] for i in range(len(rates))]) == pytest.approx(best)
 
 
+def end_step(drafter: Drafter, drafts: list[int]) -> None:
+    """A step of one request ends, and has taken as long as ever."""
+    plan = StepPlan(num_decode=1, slots=[0], drafts=drafts)
+    drafter.note_step(plan, drafter.times.estimate(1 + len(drafts)))
+
+
+def test_many_long_prompts_are_indexed_a_part_in_each_step() -> None:
+    drafter = make_drafter([], {1: 1.0})
+    requests = [Request(str(i), [1, 2, 3] * 1000, SamplingParams(), 9, seed=0) for i in range(8)]
+    for steps in range(1, 7):
+        drafter.propose(requests)
+        num_indexed = sum(known.index.num_indexed for known in drafter.requests.values())
+        assert num_indexed == min(steps * 4096, 24_000)
+
+
+def test_a_trial_that_fails_for_most_is_not_repeated_at_once() -> None:
+    """One right draft of many must not make every step wait for the one before it."""
+    drafter = make_drafter([0.01] * 4, {1: 1.0, 4: 1.0, 5: 2.0, 8: 5.0})
+    requests = [Request(str(i), [1, 2, 3, 1, 2], SamplingParams(), 999, seed=0) for i in range(4)]
+    with_drafts = 0
+    for _ in range(100):
+        proposals = drafter.propose(requests)
+        with_drafts += bool(proposals)
+        for request in requests:
+            drafts = proposals.get(request.request_id, [])
+            drafter.note(request, len(drafts), len(drafts) if request is requests[0] else 0)
+        end_step(drafter, [0] * sum(map(len, proposals.values())))
+    assert 1 <= with_drafts <= 4
+
+
 def test_drafts_that_are_never_right_end() -> None:
     """What the chance of 1 in 2 says at first is soon unlearnt."""
     drafter = make_drafter([], {1: 1.0, 2: 1.3, 3: 1.6, 4: 1.9})
@@ -351,6 +381,7 @@ def test_drafts_that_are_never_right_end() -> None:
     for _ in range(60):
         drafts = drafter.propose([request]).get("a", [])
         drafter.note(request, len(drafts), 0)
+        end_step(drafter, drafts)
         drafted.append(len(drafts))
     assert drafted[0] > 0
     assert sum(drafted[10:]) <= 2
@@ -366,6 +397,7 @@ def test_drafts_that_begin_to_be_right_are_noticed() -> None:
     for _ in range(200):
         drafts = drafter.propose([request]).get("0", [])
         drafter.note(request, len(drafts), len(drafts))
+        end_step(drafter, drafts)
         drafted.append(len(drafts))
     assert sum(drafted[:30]) == 0
     assert min(drafted[150:]) == drafter.most

@@ -11,13 +11,14 @@ from minidcp.batch import StepPlan
 from minidcp.request import Request
 from minidcp.resolve import ResolvedConfig
 
-TOKENS_INDEXED = 4096  # of one request in one step at most, so that no step waits for a long prompt
+TOKENS_INDEXED = 4096  # in one step at most, so that no step waits for long prompts
 PRIOR = 0.5  # how likely a draft is right, before anything is known
 PRIOR_WEIGHT = 2.0  # as many drafts as this
 FORGET = 0.995  # what is known counts so much less a token later
-# After so many tokens without a draft one is tried, though it may not seem to pay, and another one
-# after each that was right: else nobody would notice that a text begins to repeat itself.
-TOKENS_UNTRIED = 32
+# Every so many steps one draft of each request is tried, though it may not seem to pay, and again
+# in the next step if half of them were right: else nobody would notice that a text begins to repeat
+# itself. Not in every step, because steps with drafts make the next one wait.
+TRIAL_STEPS = 32
 SMOOTHING = 0.2  # how much a step counts for the time of steps of its size
 
 
@@ -32,14 +33,16 @@ class NgramIndex:
         self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: where the next token is
         self.num_indexed = 0
 
-    def extend(self, tokens: list[int], most: int = TOKENS_INDEXED) -> None:
-        """Index the tokens that are new, `most` at most."""
-        end = min(len(tokens), self.num_indexed + most)
-        for position in range(self.num_indexed, end):
+    def extend(self, tokens: list[int], most: int = TOKENS_INDEXED) -> int:
+        """Index the tokens that are new, `most` at most; returns how many."""
+        begin = self.num_indexed
+        end = min(len(tokens), begin + most)
+        for position in range(begin, end):
             for length in self.lengths:
                 if length <= position:
                     self.continuations[tuple(tokens[position - length : position])] = position
         self.num_indexed = end
+        return end - begin
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
         """Up to `count` tokens that may follow: those behind the longest n-gram that occurred."""
@@ -78,7 +81,6 @@ class RequestDrafts:
     index: NgramIndex
     right: float = PRIOR * PRIOR_WEIGHT
     tried: float = PRIOR_WEIGHT
-    tokens_untried: int = 0
 
     @property
     def rate(self) -> float:
@@ -89,9 +91,6 @@ class RequestDrafts:
         """Drafts behind the first wrong one tell nothing."""
         self.right += num_accepted
         self.tried += min(num_drafts, num_accepted + 1)
-        self.tokens_untried += 1
-        if num_drafts > 0:
-            self.tokens_untried = 0 if num_accepted == 0 else TOKENS_UNTRIED
 
     def forget(self) -> None:
         """Move towards the prior."""
@@ -162,10 +161,16 @@ class Drafter:
     max_tokens: int
     times: StepTimes = field(default_factory=StepTimes)
     requests: dict[str, RequestDrafts] = field(default_factory=dict)  # by request id
+    tokens_to_index: int = 0  # that this step has left
+    steps_since_trial: int = 0
+    on_trial: dict[str, bool] = field(default_factory=dict)  # by request id: whether it was right
 
     def propose(self, decoding: list[Request]) -> dict[str, list[int]]:
         """Drafts for some of the requests that are about to decode, by request id."""
+        if len(decoding) >= self.max_tokens:
+            return {}
         proposals = {}
+        self.tokens_to_index = TOKENS_INDEXED
         for request in decoding:
             drafts = self.look_up(request)
             if drafts:
@@ -174,11 +179,10 @@ class Drafter:
             return {}
         counts = self.choose_counts(len(decoding), proposals)
         room = self.max_tokens - len(decoding) - sum(counts.values())
-        for name in proposals:
-            is_due = self.requests[name].tokens_untried >= TOKENS_UNTRIED
-            if counts[name] == 0 and is_due and room > 0:
-                counts[name] = 1
-                room -= 1
+        if self.steps_since_trial >= TRIAL_STEPS:
+            untried = [name for name in proposals if counts[name] == 0]
+            self.on_trial = dict.fromkeys(untried[:room], False)
+            counts.update(dict.fromkeys(self.on_trial, 1))
         return {name: drafts[: counts[name]] for name, drafts in proposals.items() if counts[name]}
 
     def look_up(self, request: Request) -> list[int]:
@@ -189,7 +193,7 @@ class Drafter:
         if known is None:
             known = RequestDrafts(NgramIndex(self.shortest, self.longest))
             self.requests[request.request_id] = known
-        known.index.extend(request.tokens)
+        self.tokens_to_index -= known.index.extend(request.tokens, self.tokens_to_index)
 
         num_unknown = request.num_in_flight
         num_outputs = request.num_outputs + num_unknown
@@ -229,12 +233,19 @@ class Drafter:
         if known is not None:
             known.forget()
             known.note(num_drafts, num_accepted)
+        if request.request_id in self.on_trial:
+            self.on_trial[request.request_id] = num_accepted > 0
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
         """A step has ended, that took so long."""
         self.times.note_end(time.perf_counter(), seconds, has_drafts=bool(plan.drafts))
         if plan.num_decode == len(plan.slots):
             self.times.note(plan.num_decode_tokens, seconds)
+        self.steps_since_trial += 1
+        if self.on_trial:
+            was_worth_it = 2 * sum(self.on_trial.values()) >= len(self.on_trial)
+            self.steps_since_trial = TRIAL_STEPS if was_worth_it else 0
+            self.on_trial = {}
 
     def drop(self, request: Request) -> None:
         self.requests.pop(request.request_id, None)

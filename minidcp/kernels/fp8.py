@@ -2,7 +2,7 @@
 
 Weights are stored so, and activations are quantised on the way to their product, as DeepSeek-V3
 was trained (arXiv:2412.19437, §3.3). A value is worth values · scales. The products are in
-`grouped.py`."""
+`grouped_fp8.py` and `dense.py`."""
 
 import math
 from dataclasses import dataclass

@@ -12,7 +12,6 @@ TABLE = Path(__file__).parent / "tiles.json"
 # Up to this many tokens every choice is a block of its own; see `align.py`.
 MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
 ANY_NUMBER_OF_TOKENS = 1 << 20
-FP8_BK = BLOCK
 
 
 class Tile(NamedTuple):
@@ -52,8 +51,7 @@ def list_tiles(
     table = json.loads(TABLE.read_text())
     rows = table.get(name_shape(num_experts, hidden, inter, fp8))
     if rows is None:
-        make = make_fp8_tiles_by_rule if fp8 else make_tiles_by_rule
-        return make(num_experts / top_k)
+        return make_tiles_by_rule(num_experts / top_k, fp8)
 
     tiles_up_to = {}
     for max_tokens, (bm, sort, gate_up, down) in rows.items():
@@ -66,35 +64,29 @@ def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
     return f"{num_experts}x{hidden}x{inter}" + (" fp8" if fp8 else "")
 
 
-def make_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
+def make_tiles_by_rule(experts_per_choice: float, fp8: bool) -> dict[int, Tiles]:
     """The tokens that an expert gets on average fill one block, so its weights are read once.
 
     There are `experts_per_choice` times as many tokens as an expert gets on average.
     """
     vector = Tile(16, 512, 4, 1)
     small = Tile(64, 128, 4, 4)
+    medium = small
     large = Tile(128, 64, 8, 3)
+    largest_bm = 128
+    if fp8:
+        # A program quantises the outputs of gate_up, so it has a whole block of them.
+        vector = Tile(4, 1024, 4, 1)
+        small = Tile(BLOCK, BLOCK, 4, 4)
+        large = Tile(BLOCK, BLOCK, 8, 3)
+        medium = large
+        largest_bm = 64
     return {
         MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector),
         int(12 * experts_per_choice): Tiles(16, False, small, small),
         int(24 * experts_per_choice): Tiles(32, False, small, small),
-        int(64 * experts_per_choice): Tiles(64, False, small, small),
-        ANY_NUMBER_OF_TOKENS: Tiles(128, True, large, large),
-    }
-
-
-def make_fp8_tiles_by_rule(experts_per_choice: float) -> dict[int, Tiles]:
-    """Like `make_tiles_by_rule`. A program quantises the outputs of gate_up, so it has a whole
-    block of them: `bn` is 128."""
-    vector = Tile(4, 1024, 4, 1)
-    small = Tile(128, FP8_BK, 4, 4)
-    large = Tile(128, FP8_BK, 8, 3)
-    return {
-        MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector),
-        int(12 * experts_per_choice): Tiles(16, False, small, small),
-        int(24 * experts_per_choice): Tiles(32, False, small, small),
-        int(64 * experts_per_choice): Tiles(64, False, large, large),
-        ANY_NUMBER_OF_TOKENS: Tiles(64, True, large, large),
+        int(64 * experts_per_choice): Tiles(64, False, medium, medium),
+        ANY_NUMBER_OF_TOKENS: Tiles(largest_bm, True, large, large),
     }
 
 
@@ -114,7 +106,7 @@ def choose_dense_tile(tokens: int) -> tuple[int, Tile]:
     if tokens <= MAX_DIRECT_TOKENS:
         return 1, Tile(4, 2048, 4, 1)
     if tokens <= 32:
-        return 16, Tile(64, FP8_BK, 4, 6)
+        return 16, Tile(64, BLOCK, 4, 6)
     if tokens <= 128:
-        return 32, Tile(64, FP8_BK, 4, 6)
-    return 64, Tile(128, FP8_BK, 4, 4)
+        return 32, Tile(64, BLOCK, 4, 6)
+    return 64, Tile(128, BLOCK, 4, 4)
