@@ -3,9 +3,11 @@
     python benchmarks/decode.py examples/demo-model --device cpu --ranks threads -tp 8 -dcp 8
     python benchmarks/decode.py MODEL --speculative-method ngram --acceptance 0,0.3,0.6,0.9
 
-Tokens/s are printed with and without the time of the prompts. Each batch ends with a line of JSON.
-With --acceptance every batch runs once without drafts, and then with drafts that are right with
-each of these probabilities: they are taken from the first run, and some are made wrong.
+Measured are the steps in which all requests decode: from the last request's first token to the
+first request's end. Tokens/s of the whole run, prompts included, are printed too. Each batch ends
+with a line of JSON. With --acceptance every batch runs once without drafts, and then with drafts
+that are right with each of these probabilities: they are taken from the first run, and some are
+made wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> int:
         help="batch sizes, rising and separated by commas: requests that decode together",
     )
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens per request")
-    parser.add_argument("--output-len", type=int, default=64, help="decode steps to measure")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer, but two")
     parser.add_argument(
         "--acceptance", default="", help="probabilities that a draft is right, see above"
     )
@@ -123,8 +125,14 @@ def measure(
 
     # Prefill and the first decode steps, until every request has a token.
     answers: dict[str, list[int]] = {}
+    has_ended = False
     while len(answers) < batch:
-        step(engine, answers)
+        has_ended |= step(engine, answers)
+    require(
+        not has_ended,
+        f"--output-len {output_len}: with {batch} prompts of {input_len} tokens the first request "
+        f"ends before the last one begins; more tokens are needed",
+    )
 
     stats = engine.stats
     tokens_before = stats.generated_tokens
@@ -133,14 +141,18 @@ def measure(
     start = time.perf_counter()
     drafts_before = stats.drafts
     accepted_before = stats.accepted_drafts
+    while not has_ended:
+        has_ended = step(engine, answers)
+    seconds = time.perf_counter() - start
+    tokens = stats.generated_tokens - tokens_before
+    steps = stats.steps - steps_before
+    drafts = stats.drafts - drafts_before
+    accepted_drafts = stats.accepted_drafts - accepted_before
+    share_outside = 1 - (stats.step_seconds - model_seconds_before) / seconds
+
     while engine.has_work:
         step(engine, answers)
     end = time.perf_counter()
-
-    seconds = end - start
-    tokens = stats.generated_tokens - tokens_before
-    steps = stats.steps - steps_before
-    share_outside = 1 - (stats.step_seconds - model_seconds_before) / seconds
     rate = tokens / seconds
     rate_with_prompts = batch * max_tokens / (end - prefill_start)
     step_ms = seconds / steps * 1e3
@@ -158,8 +170,8 @@ def measure(
     }
     if acceptance is not None:
         result["acceptance"] = acceptance
-        result["drafts"] = stats.drafts - drafts_before
-        result["accepted_drafts"] = stats.accepted_drafts - accepted_before
+        result["drafts"] = drafts
+        result["accepted_drafts"] = accepted_drafts
     ranks = f"tp {config.tp_size}, dcp {config.dcp_size} ({config.dcp_comm_backend})"
     drafted = "" if acceptance is None else f", drafts are right with {acceptance}"
     print(f"{ranks}, batch {batch}, ranks as {config.ranks}{drafted}:")
@@ -170,10 +182,13 @@ def measure(
     return answers
 
 
-def step(engine: LLMEngine, answers: dict[str, list[int]]) -> None:
-    """Make a step and collect its tokens."""
+def step(engine: LLMEngine, answers: dict[str, list[int]]) -> bool:
+    """Make a step and collect its tokens. Returns whether a request ended."""
+    has_ended = False
     for delta in engine.step():
         answers.setdefault(delta.request_id, []).extend(delta.token_ids)
+        has_ended |= delta.finish_reason is not None
+    return has_ended
 
 
 if __name__ == "__main__":
