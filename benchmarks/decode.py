@@ -162,6 +162,7 @@ def measure(
         "tp_size": config.tp_size,
         "dcp_size": config.dcp_size,
         "dcp_comm_backend": config.dcp_comm_backend,
+        "cache_tokens": engine.blocks.num_blocks * engine.blocks.tokens_per_block,
         "batch": batch,
         "tokens_per_second": round(rate, 1),
         "tokens_per_second_with_prompts": round(rate_with_prompts, 1),

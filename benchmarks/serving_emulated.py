@@ -83,6 +83,7 @@ class Setup:
             dcp_size=self.dcp_size,
             device=device,
             dtype=dtype,
+            quantization=args.quantization,
             dcp_comm_backend="a2a" if self.dcp_size > 1 else "auto",
             ranks="threads" if device == "cpu" else "auto",
             max_model_len=longest + 2,
@@ -173,6 +174,7 @@ def load_times(
     """
     conditions = {
         "model": args.model.name,
+        "quantization": args.quantization,
         "link": str(link),
         "memory_gib": args.memory_gib,
         "utilization": args.utilization,
@@ -230,6 +232,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, default=CONFIG, help="directory with a config.json")
+    add(
+        "--quantization",
+        default="auto",
+        choices=("auto", "fp8", "none"),
+        help="as for the engine; auto: fp8 if config.json says that the checkpoint is in FP8",
+    )
     add("--tp-size", type=int, default=8, help="number of ranks, of which one runs here")
     add("--dcp-size", type=int, help="DCP size of the setups with DCP; default: --tp-size")
     add(
