@@ -7,7 +7,8 @@ Measured are the steps in which all requests decode: from the last request's fir
 first request's end. Tokens/s of the whole run, prompts included, are printed too. Each batch ends
 with a line of JSON. With --acceptance every batch runs once without drafts, and then with drafts
 that are right with each of these probabilities: they are taken from the first run, and some are
-made wrong.
+made wrong. Tokens are then sampled at the highest temperature: noise alone decides, which is the
+same in both runs. What is most likely can differ, where a step of several tokens rounds otherwise.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from minidcp.config import flag, require
 from minidcp.engine.drafter import Drafter, NgramIndex, RequestDrafts
 from minidcp.engine.engine import LLMEngine
 from minidcp.request import Request, SamplingParams
+
+NOISE_ALONE = 100.0  # a temperature at which logits decide nothing
 
 
 def main() -> int:
@@ -62,15 +65,16 @@ def run(args: argparse.Namespace) -> None:
     )
     engine = LLMEngine(engine_config(args))
     learning = engine.scheduler.drafter
+    temperature = NOISE_ALONE if rates else 0.0
     try:
         for batch in batches:
             if rates:
                 engine.scheduler.drafter = None
-            answers = measure(engine, batch, args.input_len, args.output_len)
+            answers = measure(engine, batch, args.input_len, args.output_len, temperature)
             for rate in rates:
                 assert learning is not None
                 engine.scheduler.drafter = KnownDrafter(learning, answers, rate)
-                measure(engine, batch, args.input_len, args.output_len, rate)
+                measure(engine, batch, args.input_len, args.output_len, temperature, rate)
     finally:
         engine.close()
 
@@ -103,11 +107,15 @@ class KnownDrafter(Drafter):
         return [token if self.random.random() < self.rate else token ^ 1 for token in drafts]
 
 
-def add_requests(engine: LLMEngine, batch: int, input_len: int, max_tokens: int) -> None:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+def add_requests(
+    engine: LLMEngine, batch: int, input_len: int, max_tokens: int, temperature: float
+) -> None:
     vocab_size = engine.model_config.vocab_size
     for i in range(batch):
         prompt = [(i * 7919 + j * 104729) % vocab_size for j in range(input_len)]
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=i, ignore_eos=True
+        )
         engine.add_request(str(i), prompt, params)
 
 
@@ -116,12 +124,13 @@ def measure(
     batch: int,
     input_len: int,
     output_len: int,
+    temperature: float = 0.0,
     acceptance: float | None = None,
 ) -> dict[str, list[int]]:
     """Decode one batch and print its speed. Returns the tokens by request id."""
     max_tokens = output_len + 2
     prefill_start = time.perf_counter()
-    add_requests(engine, batch, input_len, max_tokens)
+    add_requests(engine, batch, input_len, max_tokens, temperature)
 
     # Prefill and the first decode steps, until every request has a token.
     answers: dict[str, list[int]] = {}

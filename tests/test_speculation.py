@@ -373,6 +373,18 @@ def test_a_trial_that_fails_for_most_is_not_repeated_at_once() -> None:
     assert 1 <= with_drafts <= 4
 
 
+def test_the_first_step_has_no_drafts() -> None:
+    """Where only steps with drafts were measured, none would ever seem to cost anything."""
+    drafter = make_drafter([], {})
+    request = Request("a", [1, 2, 3, 1, 2], SamplingParams(), 100, seed=0)
+    assert drafter.propose([request]) == {}
+    end_step(drafter, [])
+    assert drafter.propose([request]) != {}
+    assert drafter.propose([request] * 2) != {}, "a larger step than any measured one is tried"
+    drafter.times.note(3, 5.0)
+    assert drafter.propose([request] * 2) == {}
+
+
 def test_drafts_that_are_never_right_end() -> None:
     """What the chance of 1 in 2 says at first is soon unlearnt."""
     drafter = make_drafter([], {1: 1.0, 2: 1.3, 3: 1.6, 4: 1.9})

@@ -109,6 +109,7 @@ class StepTimes:
     def __init__(self) -> None:
         self.sizes: list[int] = []  # rising
         self.seconds: dict[int, float] = {}
+        self.counts: dict[int, int] = {}  # how often each size was measured
         self.wait = 0.0
         self.last_end = 0.0
         self.last_had_drafts = False
@@ -123,11 +124,14 @@ class StepTimes:
         self.last_had_drafts = has_drafts
 
     def note(self, num_tokens: int, seconds: float) -> None:
-        known = self.seconds.get(num_tokens)
-        if known is None:
+        """The mean of the first few steps of a size, and then a running mean."""
+        if num_tokens not in self.seconds:
             bisect.insort(self.sizes, num_tokens)
-            known = seconds
-        self.seconds[num_tokens] = known + SMOOTHING * (seconds - known)
+            self.seconds[num_tokens] = seconds
+        count = self.counts.get(num_tokens, 0) + 1
+        weight = max(SMOOTHING, 1 / count)
+        self.seconds[num_tokens] += weight * (seconds - self.seconds[num_tokens])
+        self.counts[num_tokens] = count
 
     def estimate(self, num_tokens: int) -> float:
         """Between two known sizes on a line. Beyond the largest no more than that one takes: so
@@ -205,8 +209,11 @@ class Drafter:
     def choose_counts(self, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
         """How many of each request's drafts give the most tokens a second, by request id.
 
-        A draft counts for as many tokens as it is likely to be right, with all before it.
+        A draft counts for as many tokens as it is likely to be right, with all before it. There are
+        none while not even a smaller step was measured: nobody could say what they cost.
         """
+        if not self.times.sizes or num_rows < self.times.sizes[0]:
+            return dict.fromkeys(proposals, 0)
         gains = []
         for name, drafts in proposals.items():
             rate = self.requests[name].rate
