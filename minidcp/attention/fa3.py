@@ -7,6 +7,10 @@ from torch import Tensor
 from minidcp.batch import CacheQueries, OutAndLse, Varlen
 from minidcp.kernels.fa3 import LATENT_DIM, Operators
 
+# Of the partial outputs of split sequences, in one decode.
+MAX_SPLIT_BYTES = 256 << 20
+MAX_SPLITS = 64  # as many as FA3 chooses at most, about
+
 
 class FA3Backend:
     """FlashAttention-3 on one rank.
@@ -32,7 +36,19 @@ class FA3Backend:
             max_seqlen_k=queries.block_table.shape[1] * self.block_size,
             num_heads=self.num_heads,
             page_size=self.block_size,
+            num_splits=self.limit_splits(len(queries.local_lens)),
         )
+
+    def limit_splits(self, num_rows: int) -> int:
+        """`num_splits` for a decode of so many rows.
+
+        FA3 would choose as if the longest sequence was alone, and allocate as many partial outputs
+        for every row: 7 GB for 512 rows of 128 heads. Many rows keep a GPU busy without splits, so
+        they get as many as fit into MAX_SPLIT_BYTES.
+        """
+        bytes_per_split = num_rows * self.num_heads * LATENT_DIM * torch.float32.itemsize
+        num_splits = MAX_SPLIT_BYTES // bytes_per_split
+        return 0 if num_splits >= MAX_SPLITS else max(1, num_splits)
 
     def decode(
         self,
@@ -59,6 +75,7 @@ class FA3Backend:
             seqused_k=queries.local_lens,
             page_table=queries.block_table,
             scheduler_metadata=queries.prepared,
+            num_splits=self.limit_splits(len(q_latent)),
         )
         return result[:, 0], lse[..., 0]
 

@@ -55,6 +55,7 @@ class Operators:
         seqused_k: Tensor | None = None,
         page_table: Tensor | None = None,
         scheduler_metadata: Tensor | None = None,
+        num_splits: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """softmax((q · k + qv · v) · softmax_scale) · v and its LSE, in one of two forms.
 
@@ -64,6 +65,9 @@ class Operators:
 
         Packed (prefill): q [T, H, D], k and v [S, H, ...] hold all sequences one after the other;
         sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Gives out [T, H, DV] and lse [H, T].
+
+        num_splits is into how many parts a sequence may be split that many programs share: FA3
+        allocates a float32 copy of `out` for each. 0: FA3 chooses.
 
         The LSE is float32, a natural logarithm; a sequence without keys may get -inf or +inf.
         """
@@ -99,7 +103,7 @@ class Operators:
             0.0,  # softcap: off
             True,  # rotary_interleaved: not used, since there is no rotary_cos
             scheduler_metadata,
-            0,  # num_splits: FA3 chooses
+            num_splits,
             None,  # pack_gqa: FA3 chooses
             0,  # sm_margin: use all multiprocessors
             *self.tail,
@@ -107,9 +111,17 @@ class Operators:
         return result, lse
 
     def schedule_decode(
-        self, seqused_k: Tensor, max_seqlen_k: int, num_heads: int, page_size: int
+        self,
+        seqused_k: Tensor,
+        max_seqlen_k: int,
+        num_heads: int,
+        page_size: int,
+        num_splits: int,
     ) -> Tensor:
-        """`scheduler_metadata` for `forward` in decode: one query row for each of seqused_k [B]."""
+        """`scheduler_metadata` for `forward` in decode: one query row for each of seqused_k [B].
+
+        num_splits is as in `forward`.
+        """
         metadata: Tensor = self.ops.get_scheduler_metadata(
             len(seqused_k),  # batch_size
             1,  # max_seqlen_q
@@ -132,7 +144,7 @@ class Operators:
             -1,  # window_size_right
             *self.chunk,
             False,  # has_softcap
-            0,  # num_splits: FA3 chooses
+            num_splits,
             None,  # pack_gqa: FA3 chooses
             0,  # sm_margin: use all multiprocessors
         )
