@@ -5,6 +5,7 @@ how many were right, and from how long steps take. Next: `engine.py`."""
 
 import bisect
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from minidcp.batch import StepPlan
@@ -19,7 +20,11 @@ FORGET = 0.995  # what is known counts so much less a token later
 # in the next step if half of them were right: else nobody would notice that a text begins to repeat
 # itself. Not in every step, because steps with drafts make the next one wait.
 TRIAL_STEPS = 32
-SMOOTHING = 0.2  # how much a step counts for the time of steps of its size
+# After so many steps with drafts there are none until a plain step was measured again: drafts are
+# judged by what plain steps take.
+PLAIN_STEPS = 64
+SAMPLES = 8  # how many of the last steps of a size count for its time
+SMOOTHING = 0.2  # how much the wait after a step counts for the mean wait
 
 
 class NgramIndex:
@@ -109,7 +114,7 @@ class StepTimes:
     def __init__(self) -> None:
         self.sizes: list[int] = []  # rising
         self.seconds: dict[int, float] = {}
-        self.counts: dict[int, int] = {}  # how often each size was measured
+        self.samples: dict[int, deque[float]] = {}  # of which `seconds` are the least
         self.wait = 0.0
         self.last_end = 0.0
         self.last_had_drafts = False
@@ -124,14 +129,16 @@ class StepTimes:
         self.last_had_drafts = has_drafts
 
     def note(self, num_tokens: int, seconds: float) -> None:
-        """The mean of the first few steps of a size, and then a running mean."""
-        if num_tokens not in self.seconds:
+        """The fastest of the last steps of a size counts, because what makes some of them slower
+        has nothing to do with their size. The first one never does: it may load what it uses."""
+        samples = self.samples.get(num_tokens)
+        if samples is None:
+            self.samples[num_tokens] = deque(maxlen=SAMPLES)
+            return
+        if not samples:
             bisect.insort(self.sizes, num_tokens)
-            self.seconds[num_tokens] = seconds
-        count = self.counts.get(num_tokens, 0) + 1
-        weight = max(SMOOTHING, 1 / count)
-        self.seconds[num_tokens] += weight * (seconds - self.seconds[num_tokens])
-        self.counts[num_tokens] = count
+        samples.append(seconds)
+        self.seconds[num_tokens] = min(samples)
 
     def estimate(self, num_tokens: int) -> float:
         """Between two known sizes on a line. Beyond the largest no more than that one takes: so
@@ -167,11 +174,12 @@ class Drafter:
     requests: dict[str, RequestDrafts] = field(default_factory=dict)  # by request id
     tokens_to_index: int = 0  # that this step has left
     steps_since_trial: int = 0
+    steps_since_plain: int = 0
     on_trial: dict[str, bool] = field(default_factory=dict)  # by request id: whether it was right
 
     def propose(self, decoding: list[Request]) -> dict[str, list[int]]:
         """Drafts for some of the requests that are about to decode, by request id."""
-        if len(decoding) >= self.max_tokens:
+        if len(decoding) >= self.max_tokens or self.steps_since_plain >= PLAIN_STEPS:
             return {}
         proposals = {}
         self.tokens_to_index = TOKENS_INDEXED
@@ -245,9 +253,13 @@ class Drafter:
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
         """A step has ended, that took so long."""
+        # A plain step behind one with drafts begins while nothing runs: it would seem slower than
+        # plain steps are.
+        is_plain = not plan.drafts and not self.times.last_had_drafts
         self.times.note_end(time.perf_counter(), seconds, has_drafts=bool(plan.drafts))
-        if plan.num_decode == len(plan.slots):
+        if plan.num_decode == len(plan.slots) and (is_plain or plan.drafts):
             self.times.note(plan.num_decode_tokens, seconds)
+        self.steps_since_plain = 0 if is_plain else self.steps_since_plain + 1
         self.steps_since_trial += 1
         if self.on_trial:
             was_worth_it = 2 * sum(self.on_trial.values()) >= len(self.on_trial)

@@ -27,7 +27,13 @@ GPU_DIMS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """NVIDIA's multi-process service. Without it, ranks on one GPU take turns of milliseconds."""
+    """NVIDIA's multi-process service. Without it, ranks on one GPU take turns of milliseconds.
+
+    A service that runs already is used as it is: several test runs can share it.
+    """
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield
+        return
     folder = tmp_path_factory.mktemp("mps")
     os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(folder / "pipe")
     os.environ["CUDA_MPS_LOG_DIRECTORY"] = str(folder / "log")
