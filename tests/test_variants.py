@@ -24,6 +24,7 @@ from minidcp.kernels import (
     tiles,
 )
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
+from minidcp.kernels.peer_norm import norm_peers
 from minidcp.worker.cuda_graph import ladder
 
 Variants = set[object]
@@ -106,6 +107,14 @@ def sum_of_peers(tokens: int) -> None:
     sum_peers(MEETING, POINTERS, 5120, 0, empty(tokens, 5120).bfloat16())
 
 
+def norm_sum_of_peers(tokens: int) -> None:
+    residual, weight = empty(tokens, HIDDEN).bfloat16(), empty(HIDDEN).bfloat16()
+    parts, scales = empty(tokens, TOP_K, HIDDEN).bfloat16(), empty(tokens, TOP_K)
+    for quantizes in (False, True):
+        for x, weights, place in ((residual, None, None), (parts, scales, residual)):
+            norm_peers(MEETING, POINTERS, x, weights, place, residual, weight, 1e-6, quantizes)
+
+
 def compare_best_tokens(rows: int) -> None:
     read_peers(MEETING, POINTERS, 2, 0, empty(rows, 8, 2, dtype=torch.float64))
 
@@ -161,7 +170,7 @@ def test_experts_in_fp8(run: Callable[[int], None], launched: Variants) -> None:
     check(run, [*(n for n in limits if n <= BUDGET), *ladder(256)], launched)
 
 
-@pytest.mark.parametrize("run", [normalise, sum_of_peers, multiply_in_fp8])
+@pytest.mark.parametrize("run", [normalise, sum_of_peers, norm_sum_of_peers, multiply_in_fp8])
 def test_what_whole_steps_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minidcp.kernels import launch_early
 from minidcp.kernels.compiler import tl, triton
 
 MAX_PROGRAMS = tl.constexpr(512)  # of a kernel that meets
@@ -46,13 +47,24 @@ class Meeting:
         kernel[(num_programs,)](
             self.pads, self.epochs, self.rank, tiles, *args, **constants,
             RANKS=num_peers, LANES=triton.next_power_of_2(num_peers),
-            num_warps=max(4, min(16, tile_size // 512)),
+            num_warps=max(4, min(16, tile_size // 512)), **launch_early(),
         )  # fmt: skip
 
 
 @triton.jit
-def meet(pads, epochs, rank, RANKS: tl.constexpr, LANES: tl.constexpr):
-    """Tell program p of every peer that this one is here, and wait until all of them are."""
+def begin(EARLY: tl.constexpr):
+    """Wait until all earlier kernels of this rank are done. A kernel that meets begins with it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def meet(pads, epochs, rank, RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr):
+    """Tell program p of every peer that this one is here, and wait until all of them are.
+
+    Only then the next kernel may be launched: where ranks share a GPU, it must not take the place
+    of a program that a peer waits for.
+    """
     p = tl.program_id(0)
     n = tl.arange(0, LANES)
     epoch = tl.load(epochs + p) + 1
@@ -76,6 +88,8 @@ def meet(pads, epochs, rank, RANKS: tl.constexpr, LANES: tl.constexpr):
 
     tl.debug_barrier()
     tl.store(epochs + p, epoch)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

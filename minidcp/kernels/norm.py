@@ -39,28 +39,26 @@ def sum_scaled_ref(x: Tensor, scales: Tensor) -> Tensor:
     return torch.einsum("tkd,tk->td", x.float(), scales).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def rms_norm_kernel(
-    x, residual, scales, weight, out, total, fp8_values, fp8_scales,
-    tokens, x_t, residual_t, dim, eps,
-    TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One program normalises one token, and quantises it if there is room for that."""
-    wait_for_previous(EARLY)
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DIM)
-    mask = d < dim
-
-    # x, or the sum over its K parts, rounded as if it had been stored in between.
+@triton.jit
+def sum_parts(x, scales, out, t, x_t, dim, d, mask, TOP_K: tl.constexpr, DIM: tl.constexpr):
+    """Row t of x, or the weighted sum of its TOP_K parts: [DIM] float32, rounded to out's type."""
     row = tl.zeros([DIM], tl.float32)
     for i in tl.static_range(TOP_K):
         part = tl.load(x + t * x_t + i * dim + d, mask=mask, other=0.0).to(tl.float32)
         if scales is not None:
             part *= tl.load(scales + t * TOP_K + i)
         row += part
-    row = row.to(out.dtype.element_ty).to(tl.float32)
+    return row.to(out.dtype.element_ty).to(tl.float32)
 
-    # Add the residual. What is normalised is the rounded sum, which is also stored.
+
+@triton.jit
+def add_and_norm_row(
+    row, residual, weight, out, total, fp8_values, fp8_scales,
+    t, tokens, residual_t, dim, eps, d, mask,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the residual to row t and norm it; quantise it if there is room for that."""
+    # What is normalised is the rounded sum, which is also stored.
     if residual is not None:
         row += tl.load(residual + t * residual_t + d, mask=mask, other=0.0).to(tl.float32)
         rounded = row.to(total.dtype.element_ty)
@@ -83,6 +81,24 @@ def rms_norm_kernel(
         tl.store(fp8_scales + block * tokens + t, block_scale, mask=block * BLOCK < dim)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def rms_norm_kernel(
+    x, residual, scales, weight, out, total, fp8_values, fp8_scales,
+    tokens, x_t, residual_t, dim, eps,
+    TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program normalises one token."""
+    wait_for_previous(EARLY)
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    mask = d < dim
+    row = sum_parts(x, scales, out, t, x_t, dim, d, mask, TOP_K, DIM)
+    add_and_norm_row(
+        row, residual, weight, out, total, fp8_values, fp8_scales,
+        t, tokens, residual_t, dim, eps, d, mask, DIM, BLOCK,
+    )  # fmt: skip
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -102,14 +118,13 @@ def rms_norm(
         eps: added to the mean square.
         residual: [T, D], contiguous in D.
         scales: [T, K] float32; needs a residual.
-        quantizes: the normed rows are wanted in FP8, too. A few rows are not quantised here,
-            because their products do that.
+        quantizes: the normed rows are wanted in FP8, too, if `quantizes_rows` says so.
 
     Returns:
         Two tensors [T, D] in x's dtype.
     """
     tokens = len(x)
-    quantizes = quantizes and tokens > MAX_UNQUANTIZED_ROWS
+    quantizes = quantizes_rows(quantizes, tokens)
     if not use_triton(x):
         normed, total = rms_norm_ref(x, weight, eps, residual, scales)
         return Quantized(normed, quantize_ref(normed)) if quantizes else normed, total
@@ -140,3 +155,8 @@ def rms_norm(
         TOP_K=top_k, DIM=width, BLOCK=min(width, BLOCK), num_warps=num_warps, **launch_early(),
     )  # fmt: skip
     return out if fp8 is None else Quantized(out, fp8), total
+
+
+def quantizes_rows(wanted: bool, tokens: int) -> bool:
+    """Whether a norm quantises its rows. The products of a few rows do that themselves."""
+    return wanted and tokens > MAX_UNQUANTIZED_ROWS

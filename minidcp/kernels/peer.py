@@ -6,7 +6,7 @@ from torch import Tensor
 
 from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.meeting import MAX_PROGRAMS as MAX_PROGRAMS
-from minidcp.kernels.meeting import Meeting, load_peer_pointer, meet
+from minidcp.kernels.meeting import Meeting, begin, load_peer_pointer, meet
 from minidcp.kernels.merge import add_partials, store_merged
 
 
@@ -14,10 +14,11 @@ from minidcp.kernels.merge import add_partials, store_merged
 def read_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, out, num_sources, count, width, stride, offset,
-    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile is TILE of the `count` elements that are read of one rank."""
-    meet(pads, epochs, rank, RANKS, LANES)
+    begin(EARLY)
+    meet(pads, epochs, rank, RANKS, LANES, EARLY)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         n = tile % num_sources
         i = tl.cast(tile // num_sources, tl.int64) * TILE + tl.arange(0, TILE)
@@ -51,10 +52,11 @@ def read_peers(meeting: Meeting, pointers: Tensor, stride: int, offset: int, out
 def sum_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, out, count, width, stride, offset,
-    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile is TILE of the `count` elements of the result."""
-    meet(pads, epochs, rank, RANKS, LANES)
+    begin(EARLY)
+    meet(pads, epochs, rank, RANKS, LANES, EARLY)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
         element = i // width * stride + offset + i % width  # in every rank's buffer
@@ -93,9 +95,11 @@ def merge_peers_kernel(
     pads, epochs, rank, tiles,
     pointers, staged_lse, lse, out, merged_lse,
     tokens, heads, own_heads, dim, lse_t, lse_h, lse_offset,
-    ROWS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+    RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS (token, own head) pairs. Program p of every rank has the same tiles."""
+    begin(EARLY)
     # Stage the LSEs that program p of each peer will read: those of the peer's heads.
     peer = tl.arange(0, LANES)[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -107,7 +111,7 @@ def merge_peers_kernel(
         value = tl.load(lse + t[:, None] * lse_t + head * lse_h, mask=mask)
         tl.store(staged_lse + t[:, None] * heads + head, value, mask=mask)
 
-    meet(pads, epochs, rank, RANKS, LANES)
+    meet(pads, epochs, rank, RANKS, LANES, EARLY)
 
     d = tl.arange(0, DIM)[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

@@ -46,6 +46,7 @@ class MLAAttention:
         tp = state.tp
         self.config = config
         self.attention = attention
+        self.tp = tp
         self.dcp = state.dcp
         self.exchange = state.exchange
         self.replicates_q = options.replicates_q
@@ -123,7 +124,8 @@ class MLAAttention:
             latents = self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
             outs.append(self.prefill(q, latents, kv, batch.prefill, batch.context))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return self.o_proj(out.flatten(1))
+        summand = self.tp.empty((len(out), self.config.hidden_size), out)
+        return self.o_proj(out.flatten(1), summand)
 
     def project_decode_q(self, q_input: Activations, queries: CacheQueries) -> Tensor:
         """[T, H, nope + rope], or [T, G, nope + rope] if q is replicated."""
@@ -320,17 +322,19 @@ class DecoderLayer:
         kv: Tensor,
         batch: ForwardBatch,
     ) -> tuple[Tensor | ExpertOutputs, Tensor]:
-        """One layer: x [T, hidden] and the residual stream, which is None before the first layer.
+        """One layer. Before the first one x [T, hidden] are the embeddings, and `residual` is None.
 
-        Returns the MLP's output and the residual stream without it. The next norm adds the two.
+        Returns this rank's summand of the MLP's output, and the residual stream without it. The
+        next norm adds up the summands of all ranks, and adds them to the residual stream.
         """
-        normed, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.tp.all_reduce(self.self_attn(normed, cos_sin, kv, batch))
-        normed, residual = self.post_attention_layernorm.add_and_norm(x, residual)
-        x = self.mlp(normed)
-        if self.tp.size > 1:
-            x = self.tp.all_reduce(x.sum() if isinstance(x, ExpertOutputs) else x)
-        return x, residual
+        if residual is None:
+            assert isinstance(x, Tensor)
+            normed, residual = self.input_layernorm.add_and_norm(x, None)
+        else:
+            normed, residual = self.input_layernorm.reduce_and_norm(self.tp, x, residual)
+        x = self.self_attn(normed, cos_sin, kv, batch)
+        normed, residual = self.post_attention_layernorm.reduce_and_norm(self.tp, x, residual)
+        return self.mlp(normed), residual
 
 
 class DeepseekForCausalLM:
@@ -345,6 +349,7 @@ class DeepseekForCausalLM:
         weights: Weights,
     ) -> None:
         self.attention = attention
+        self.tp = state.tp
         model = weights.scope("model")
         self.embed_tokens = VocabParallelEmbedding(config, state.tp, model.scope("embed_tokens"))
         self.layers = []
@@ -371,8 +376,9 @@ class DeepseekForCausalLM:
 
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
         x: Tensor | ExpertOutputs = self.embed_tokens(token_ids)
-        residual = None
+        residual: Tensor | None = None
         for layer, kv in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, cos_sin, kv, batch)
-        normed, _ = self.norm.add_and_norm(x, residual)
+        assert residual is not None
+        normed, _ = self.norm.reduce_and_norm(self.tp, x, residual)
         return self.lm_head(widen(normed)[batch.sample_index])

@@ -46,18 +46,22 @@ class RMSNorm:
         normed, _ = rms_norm(x, self.weight, self.eps, quantizes=self.quantizes)
         return normed
 
-    def add_and_norm(
-        self, x: Tensor | ExpertOutputs, residual: Tensor | None
-    ) -> tuple[Activations, Tensor]:
-        """Add x to the residual stream: the normed sum, and the sum itself.
+    def add_and_norm(self, x: Tensor, residual: Tensor | None) -> tuple[Activations, Tensor]:
+        """Add x to the residual stream: the normed sum, and the sum itself."""
+        return rms_norm(x, self.weight, self.eps, residual, quantizes=self.quantizes)
 
-        The outputs of a token's experts are added up by the same kernel.
+    def reduce_and_norm(
+        self, group: Group, x: Tensor | ExpertOutputs, residual: Tensor
+    ) -> tuple[Activations, Tensor]:
+        """Add the sum over all ranks of x to the residual stream: the normed sum, and the sum.
+
+        The outputs of a token's experts are added up on the way.
         """
         scales = None
         if isinstance(x, ExpertOutputs):
             scales = x.weights
             x = x.values
-        return rms_norm(x, self.weight, self.eps, residual, scales, self.quantizes)
+        return group.all_reduce_and_norm(x, scales, residual, self.weight, self.eps, self.quantizes)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minidcp.kernels.experts import ExpertOutputs
+from minidcp.kernels.fp8 import Activations
+from minidcp.kernels.norm import rms_norm
+
 
 class Group:
     """`size` ranks that call the same collectives in the same order.
@@ -44,6 +48,22 @@ class Group:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks of x [T, D]; the same on all ranks."""
         return x
+
+    def all_reduce_and_norm(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        quantizes: bool,
+    ) -> tuple[Activations, Tensor]:
+        """`rms_norm` of the sum over all ranks of x, with the residual added; see there."""
+        if self.size > 1:
+            summand = x if scales is None else ExpertOutputs(x, scales).sum()
+            x = self.all_reduce(summand)
+            scales = None
+        return rms_norm(x, weight, eps, residual, scales, quantizes)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x [T, ...] -> [T, size, ...]. x may have any strides."""

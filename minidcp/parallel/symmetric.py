@@ -11,8 +11,10 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from minidcp.batch import OutAndLse
+from minidcp.kernels.fp8 import Activations
 from minidcp.kernels.meeting import MAX_PROGRAMS, Meeting
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
+from minidcp.kernels.peer_norm import norm_peers
 from minidcp.parallel.group import Group
 
 BUFFER_BYTES = 64 << 20  # of one half of the buffer; larger tensors go in pieces
@@ -85,27 +87,40 @@ class SymmetricGroup(Group):
         if self.is_reserved:
             raise RuntimeError("memory from Group.empty is still waiting for its collective")
         self.is_reserved = True
-        return self.own_half()[:nbytes].view(like.dtype).view(shape)
+        return self.place(shape, like)
 
     def own_half(self) -> Tensor:
         """This rank's half of the buffer for the next collective: [HALF_BYTES] uint8."""
         return self.buffer[self.num_calls % 2 * HALF_BYTES :][:HALF_BYTES]
 
-    def stage(self, x: Tensor) -> Tensor:
-        """See to it that x is where the peers look for it. Returns the addresses of all buffers."""
-        half = self.own_half()
-        is_in_place = x.data_ptr() == half.data_ptr() and x.is_contiguous()
+    def is_staged(self, x: Tensor) -> bool:
+        """Whether x is where the peers look for it. Raises RuntimeError if another tensor is, that
+        is still waiting for its collective."""
+        is_in_place = x.data_ptr() == self.own_half().data_ptr() and x.is_contiguous()
         if self.is_reserved and not is_in_place:
             raise RuntimeError(
                 "memory from Group.empty would be overwritten: another tensor came to the next "
                 "collective"
             )
-        self.is_reserved = False
-        if not is_in_place:
-            half[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        return is_in_place
+
+    def place(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Where the peers look for a tensor of the next collective."""
+        nbytes = math.prod(shape) * like.element_size()
+        return self.own_half()[:nbytes].view(like.dtype).view(shape)
+
+    def end_turn(self) -> Tensor:
+        """The next collective takes the other half. Returns where the peers find this one."""
         addresses = self.half_addresses[self.num_calls % 2]
         self.num_calls += 1
+        self.is_reserved = False
         return addresses
+
+    def stage(self, x: Tensor) -> Tensor:
+        """See to it that x is where the peers look for it. Returns the addresses of all buffers."""
+        if not self.is_staged(x):
+            self.place(tuple(x.shape), x).copy_(x)
+        return self.end_turn()
 
     def stage_pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Stage runs of x's rows that fit into a half, one after the other.
@@ -129,6 +144,25 @@ class SymmetricGroup(Group):
             sum_peers(self.meeting, addresses, width, 0, out[piece])
         self.count_received(x, self.size - 1)
         return out
+
+    def all_reduce_and_norm(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        quantizes: bool,
+    ) -> tuple[Activations, Tensor]:
+        if residual.nbytes > ONE_SHOT_BYTES:
+            return super().all_reduce_and_norm(x, scales, residual, weight, eps, quantizes)
+        is_staged = self.is_staged(x)
+        place = None if is_staged else self.place(tuple(residual.shape), x)
+        addresses = self.end_turn()
+        self.count_received(residual, self.size - 1)
+        return norm_peers(
+            self.meeting, addresses, x, scales, place, residual, weight, eps, quantizes
+        )
 
     def all_gather(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[1:])

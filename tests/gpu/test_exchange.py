@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from test_parallel import check_collectives, use_every_collective
 
+from minidcp.kernels.experts import ExpertOutputs
+from minidcp.kernels.fp8 import Quantized, quantize, widen
+from minidcp.kernels.norm import rms_norm
 from minidcp.parallel.exchange import EXCHANGES
-from minidcp.parallel.symmetric import BUFFER_BYTES, SymmetricGroup
+from minidcp.parallel.symmetric import BUFFER_BYTES, ONE_SHOT_BYTES, SymmetricGroup
 
 pytestmark = pytest.mark.gpu
 SIZE, HEADS = 8, 16
@@ -41,7 +44,7 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
 
 
 def test_collectives_and_exchanges() -> None:
-    spawn("use_collectives", "use_exchanges", "use_reserved_memory")
+    spawn("use_collectives", "use_exchanges", "use_reserved_memory", "use_norms")
 
 
 def use_collectives(group: SymmetricGroup) -> None:
@@ -72,6 +75,37 @@ def use_reserved_memory(group: SymmetricGroup) -> None:
         group.all_reduce(x)
     assert torch.equal(group.all_reduce(reserved.copy_(x)), SIZE * x)
     assert torch.equal(group.all_reduce(x), SIZE * x)
+
+
+def use_norms(group: SymmetricGroup) -> None:
+    """All-reduce and norm in one kernel give the bits of one after the other."""
+    hidden = 5120
+    most = ONE_SHOT_BYTES // (2 * hidden)  # tokens for which it is one kernel
+    weight = torch.rand(hidden).bfloat16()
+    for tokens in (1, 2, 7, most, most + 1, 300):
+        group.begin_step()
+        torch.manual_seed(tokens)
+        residual = torch.randn(tokens, hidden).bfloat16()
+        torch.manual_seed(100 * tokens + group.rank)
+        parts = torch.randn(tokens, 8, hidden).bfloat16()
+        outputs = ExpertOutputs(parts, torch.rand(tokens, 8))
+        summand = outputs.sum()
+        expected, expected_total = rms_norm(group.all_reduce(summand), weight, 1e-6, residual)
+        fp8 = quantize(expected)
+
+        in_place = group.empty(summand.shape, summand).copy_(summand)
+        for x, scales in ((in_place, None), (summand, None), outputs):
+            for quantizes in (False, True):
+                if x is in_place and quantizes:
+                    continue  # it was for one collective
+                normed, total = group.all_reduce_and_norm(
+                    x, scales, residual, weight, 1e-6, quantizes
+                )
+                assert torch.equal(widen(normed), expected)
+                assert torch.equal(total, expected_total)
+                if isinstance(normed, Quantized):
+                    assert torch.equal(normed.fp8.values.float(), fp8.values.float())
+                    assert torch.equal(normed.fp8.scales, fp8.scales)
 
 
 def make_partial(rank: int, salt: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +177,9 @@ def replay_delayed(group: SymmetricGroup) -> None:
     turns = torch.zeros(8, dtype=torch.int32)
     sink = torch.zeros(1)
     graphs = []
+    halves = torch.full((96, 2), 0.5)
+    residual = torch.zeros(96, 4096).bfloat16()
+    weight = torch.ones(4096).bfloat16()
 
     def step(out, lse, q, hidden):
         """Two layers of q gather, exchange and all-reduce, each after a delay."""
@@ -156,6 +193,10 @@ def replay_delayed(group: SymmetricGroup) -> None:
             results += EXCHANGES["p2p"](group).merge(partial, lse)
             spin_kernel[(1,)](turns[4 * layer + 2 :], sink)
             results.append(group.all_reduce(hidden))
+            outputs = hidden[:, None].repeat(1, 2, 1), halves[: len(hidden)]
+            results += group.all_reduce_and_norm(
+                *outputs, residual[: len(hidden)], weight, 0, False
+            )
         # An odd number of collectives: only begin_step makes the halves right again.
         group.all_gather(hidden[:, 0])
         return results
@@ -198,9 +239,10 @@ def replay_delayed(group: SymmetricGroup) -> None:
         expected = merge_in_fp64(i, tokens, dim, group.rank)
         gathered = (i % 251 + torch.arange(8) / 8).bfloat16()
         for layer in range(2):
-            everyone, merged, merged_lse, total = results[4 * layer : 4 * layer + 4]
+            everyone, merged, merged_lse, total, normed, sums = results[6 * layer : 6 * layer + 6]
             check((merged, merged_lse), expected)
             assert torch.equal(everyone, gathered[None, :, None, None].expand_as(everyone)), (
                 f"replay {i}"
             )
             assert (total == 8 * (i % 31) + 28).all(), f"replay {i}"
+            assert (sums == total).all() and (normed == 1).all(), f"replay {i}"

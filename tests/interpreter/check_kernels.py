@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheQueries
@@ -18,6 +19,7 @@ from minidcp.kernels import (
     mla_decode,
     norm,
     peer,
+    peer_norm,
     route,
     tiles,
 )
@@ -353,3 +355,33 @@ def test_peers(dtype: torch.dtype, size: int, programs: int) -> None:
     torch.testing.assert_close(
         total, rows.float().sum(0).to(dtype), equal_nan=True, **tolerance(dtype)
     )
+
+
+@pytest.mark.parametrize(("size", "programs"), [(2, 1), (4, 3), (8, 64)])
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_norm_of_peers(has_parts: bool, size: int, programs: int) -> None:
+    """The sum of the peers' buffers, which are there, and of this rank's, which is copied there."""
+    tokens, dim, rank = 5, 40, size - 1
+    buffers = torch.randn(size, tokens, dim)
+    residual, weight = torch.randn(tokens, dim), torch.randn(dim)
+    x, scales, place = buffers[rank].clone(), None, None
+    if has_parts:
+        x, scales, place = torch.randn(tokens, 3, dim), torch.rand(tokens, 3), buffers[rank]
+        own = (x * scales[..., None]).sum(1)
+    most = peer.MAX_PROGRAMS.value
+    pads = torch.full((size, size, most), 1000, dtype=torch.int32)
+    meeting = peer.Meeting(
+        rank,
+        torch.tensor([pad.data_ptr() for pad in pads]),
+        torch.zeros(most, dtype=torch.int32),
+        programs,
+    )
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers])
+    normed, total = peer_norm.norm_peers(
+        meeting, pointers, x, scales, place, residual, weight, 1e-6, quantizes=False
+    )
+    if has_parts:
+        torch.testing.assert_close(buffers[rank], own)
+    expected = buffers.sum(0) + residual
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(normed, F.rms_norm(expected, (dim,), weight, 1e-6))

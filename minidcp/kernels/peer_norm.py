@@ -1,0 +1,84 @@
+"""All-reduce, residual and norm in one kernel over peers' memory, and the sum of a token's experts
+before them. `norm.py` has the norm, `meeting.py` says how ranks wait for each other, and
+`parallel/symmetric.py` when that is safe. There is no torch definition: a CPU has no peer memory.
+"""
+
+import torch
+from torch import Tensor
+
+from minidcp.kernels.compiler import tl, triton
+from minidcp.kernels.fp8 import BLOCK, Activations, Quantized, allocate_rows
+from minidcp.kernels.meeting import Meeting, begin, load_peer_pointer, meet
+from minidcp.kernels.norm import add_and_norm_row, quantizes_rows, sum_parts
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def norm_peers_kernel(
+    pads, epochs, rank, tiles,
+    pointers, x, scales, staged, residual, weight, out, total, fp8_values, fp8_scales,
+    x_t, residual_t, dim, eps,
+    TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A tile is a token. Program p of every rank has the same tokens."""
+    begin(EARLY)
+    d = tl.arange(0, DIM)
+    mask = d < dim
+
+    if staged is not None:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            t = tl.cast(tile, tl.int64)
+            row = sum_parts(x, scales, out, t, x_t, dim, d, mask, TOP_K, DIM)
+            tl.store(staged + t * dim + d, row.to(staged.dtype.element_ty), mask=mask)
+
+    meet(pads, epochs, rank, RANKS, LANES, EARLY)
+
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        t = tl.cast(tile, tl.int64)
+        row = tl.zeros([DIM], tl.float32)
+        for n in tl.static_range(RANKS):
+            source = load_peer_pointer(pointers, n, out)
+            row += tl.load(source + t * dim + d, mask=mask, other=0.0).to(tl.float32)
+        row = row.to(out.dtype.element_ty).to(tl.float32)
+        add_and_norm_row(
+            row, residual, weight, out, total, fp8_values, fp8_scales,
+            t, tiles, residual_t, dim, eps, d, mask, DIM, BLOCK,
+        )  # fmt: skip
+
+
+def norm_peers(
+    meeting: Meeting,
+    pointers: Tensor,
+    x: Tensor,
+    scales: Tensor | None,
+    staged: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    quantizes: bool,
+) -> tuple[Activations, Tensor]:
+    """`rms_norm` of the sum of all ranks' x. Every rank gets the same bits: those of the sum of a
+    token's experts, an all-reduce and `rms_norm` one after the other.
+
+    Args:
+        pointers: [N] int64, the addresses of the ranks' buffers, multiples of 16.
+        x: [T, D], contiguous in D, or with `scales` [T, K, D], contiguous.
+        scales: [T, K] float32, or None.
+        staged: [T, D], this rank's buffer, to which the kernel copies the sum of x's parts. None if
+            x is there already.
+        residual, weight, eps, quantizes: as in `rms_norm`.
+    """
+    tokens, dim = residual.shape
+    out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(out)
+    fp8 = allocate_rows(tokens, dim, x.device) if quantizes_rows(quantizes, tokens) else None
+    width = triton.next_power_of_2(dim)
+    meeting.launch(
+        norm_peers_kernel, tokens,
+        pointers, x, scales, staged, residual, weight, out, total,
+        None if fp8 is None else fp8.values, None if fp8 is None else fp8.scales,
+        x.stride(0), residual.stride(0), dim, eps,
+        tile_size=width,
+        TOP_K=1 if scales is None else scales.shape[1], DIM=width, BLOCK=min(width, BLOCK),
+    )  # fmt: skip
+    return out if fp8 is None else Quantized(out, fp8), total
