@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
-from minidcp.kernels.align import align, gather_rows
+from minidcp.kernels.align import Blocks, align, gather_rows
 from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.fp8 import (
     E4M3,
@@ -131,6 +131,7 @@ def run_experts_in_bf16(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor) -
 
     rows = gather_rows(x, blocks) if blocks.is_sorted else x
     h = multiply_blocks(rows, gate_up, blocks, tiles.gate_up, gated=True)
+    del rows  # so that its memory can become the result's: they are what prompts need most of
     return multiply_blocks(h, down, blocks, tiles.down, gated=False)
 
 
@@ -143,8 +144,8 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
     blocks = align(ids, num_experts, tiles.bm, tiles.sort and can_sort)
 
     wide_x = widen(x)
-    out = wide_x.new_empty(blocks.num_choices, hidden)
     if blocks.is_direct:
+        out = wide_x.new_empty(blocks.num_choices, hidden)
         # h is not rounded twice: it is quantised on the way to its product.
         wide_h = torch.empty(blocks.num_choices, inter, dtype=torch.float32, device=out.device)
         multiply_vector(wide_x, gate_up, blocks, tiles.gate_up, wide_h, gated=True)
@@ -153,9 +154,15 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
 
     rows = x.fp8 if isinstance(x, Quantized) else quantize(x)
     if blocks.is_sorted:
-        # Four values at a time.
-        values = gather_rows(rows.values.view(torch.int32), blocks).view(E4M3)
-        rows = Fp8Tensor(values, gather_rows(rows.scales.mT, blocks).mT)
+        rows = gather_fp8_rows(rows, blocks)
     h = multiply_gated(rows, gate_up, blocks, tiles.gate_up)
+    del rows  # as above
+    out = wide_x.new_empty(blocks.num_choices, hidden)
     multiply_fp8_blocks(h, down, blocks, tiles.down, out)
     return out
+
+
+def gather_fp8_rows(rows: Fp8Tensor, blocks: Blocks) -> Fp8Tensor:
+    """As `gather_rows`, four values at a time."""
+    values = gather_rows(rows.values.view(torch.int32), blocks).view(E4M3)
+    return Fp8Tensor(values, gather_rows(rows.scales.mT, blocks).mT)

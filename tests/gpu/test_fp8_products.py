@@ -140,10 +140,12 @@ def test_the_norm_quantises_what_it_returns(tokens: int, dim: int) -> None:
     normed, total = rms_norm(x, weight, 1e-6, residual, quantizes=True)
     assert isinstance(normed, Quantized)
     plain, plain_total = rms_norm(x, weight, 1e-6, residual)
-    assert torch.equal(normed.rows, plain)
     assert torch.equal(total, plain_total)
-    for fp8 in (normed.fp8, quantize(plain)):
-        expected = quantize_ref(plain)
+    # The mean square may be added up in another order, and then the result rounded otherwise.
+    torch.testing.assert_close(normed.rows, plain, atol=0, rtol=2**-7)
+    assert (normed.rows != plain).float().mean() < 1e-3
+    for fp8 in (normed.fp8, quantize(normed.rows)):
+        expected = quantize_ref(normed.rows)
         torch.testing.assert_close(fp8.scales, expected.scales)
         # A quotient that is almost a tie may be rounded to its other neighbour.
         differ = fp8.values.float() != expected.values.float()
