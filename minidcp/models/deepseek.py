@@ -9,13 +9,21 @@ from torch import Tensor
 
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheQueries, ContextPiece, ForwardBatch, OutAndLse, Varlen
-from minidcp.kernels.experts import ExpertOutputs
 from minidcp.kernels.fp8 import Activations, widen
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
 from minidcp.model_config import ModelConfig
-from minidcp.models.layers import MLP, Linear, LMHead, MoE, RMSNorm, VocabParallelEmbedding, join
+from minidcp.models.layers import (
+    MLP,
+    Linear,
+    LMHead,
+    MoE,
+    ResidualStream,
+    RMSNorm,
+    VocabParallelEmbedding,
+    join,
+)
 from minidcp.models.query import LATENT_NORM_EPS, make_query, read_q_down_proj, shard_heads
 from minidcp.models.rope import rotary_table
 from minidcp.models.weights import Shard, Weights
@@ -294,7 +302,7 @@ class DecoderLayer:
         attention: AttentionBackend,
         weights: Weights,
     ) -> None:
-        self.tp = state.tp
+        tp = state.tp
         hidden = config.hidden_size
         eps = config.rms_norm_eps
         mlp_weights = weights.scope("mlp")
@@ -305,9 +313,9 @@ class DecoderLayer:
         self.self_attn = MLAAttention(config, options, state, attention, weights.scope("self_attn"))
         self.mlp: MLP | MoE
         if config.is_moe_layer(index):
-            self.mlp = MoE(config, self.tp, mlp_weights)
+            self.mlp = MoE(config, tp, mlp_weights)
         else:
-            by_column = Shard(0, self.tp.rank, self.tp.size)
+            by_column = Shard(0, tp.rank, tp.size)
             self.mlp = MLP(hidden, config.intermediate_size, by_column, mlp_weights)
 
         # Activations are quantised by what makes them.
@@ -315,26 +323,12 @@ class DecoderLayer:
         self.post_attention_layernorm.quantizes = self.mlp.is_fp8
 
     def __call__(
-        self,
-        x: Tensor | ExpertOutputs,
-        residual: Tensor | None,
-        cos_sin: Tensor,
-        kv: Tensor,
-        batch: ForwardBatch,
-    ) -> tuple[Tensor | ExpertOutputs, Tensor]:
-        """One layer. Before the first one x [T, hidden] are the embeddings, and `residual` is None.
-
-        Returns this rank's summand of the MLP's output, and the residual stream without it. The
-        next norm adds up the summands of all ranks, and adds them to the residual stream.
-        """
-        if residual is None:
-            assert isinstance(x, Tensor)
-            normed, residual = self.input_layernorm.add_and_norm(x, None)
-        else:
-            normed, residual = self.input_layernorm.reduce_and_norm(self.tp, x, residual)
-        x = self.self_attn(normed, cos_sin, kv, batch)
-        normed, residual = self.post_attention_layernorm.reduce_and_norm(self.tp, x, residual)
-        return self.mlp(normed), residual
+        self, stream: ResidualStream, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
+    ) -> None:
+        """Add the outputs of attention and of the MLP to the stream."""
+        normed = stream.normed(self.input_layernorm)
+        stream.add(self.self_attn(normed, cos_sin, kv, batch))
+        stream.add(self.mlp(stream.normed(self.post_attention_layernorm)))
 
 
 class DeepseekForCausalLM:
@@ -375,10 +369,8 @@ class DeepseekForCausalLM:
                 self.attention.prepare(queries)
 
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
-        x: Tensor | ExpertOutputs = self.embed_tokens(token_ids)
-        residual: Tensor | None = None
+        stream = ResidualStream(self.tp, self.embed_tokens(token_ids))
         for layer, kv in zip(self.layers, cache, strict=True):
-            x, residual = layer(x, residual, cos_sin, kv, batch)
-        assert residual is not None
-        normed, _ = self.norm.reduce_and_norm(self.tp, x, residual)
+            layer(stream, cos_sin, kv, batch)
+        normed = stream.normed(self.norm)
         return self.lm_head(widen(normed)[batch.sample_index])

@@ -46,22 +46,38 @@ class RMSNorm:
         normed, _ = rms_norm(x, self.weight, self.eps, quantizes=self.quantizes)
         return normed
 
-    def add_and_norm(self, x: Tensor, residual: Tensor | None) -> tuple[Activations, Tensor]:
-        """Add x to the residual stream: the normed sum, and the sum itself."""
-        return rms_norm(x, self.weight, self.eps, residual, quantizes=self.quantizes)
 
-    def reduce_and_norm(
-        self, group: Group, x: Tensor | ExpertOutputs, residual: Tensor
-    ) -> tuple[Activations, Tensor]:
-        """Add the sum over all ranks of x to the residual stream: the normed sum, and the sum.
+class ResidualStream:
+    """What the layers add to, [T, hidden], the same on all ranks.
 
-        The outputs of a token's experts are added up on the way.
-        """
+    What a layer adds, each rank has a summand of. These are added up on the way to the next norm,
+    so that one kernel can do all of it.
+    """
+
+    def __init__(self, tp: Group, x: Tensor) -> None:
+        self.tp = tp
+        self.x = x
+        self.summand: Tensor | ExpertOutputs | None = None
+
+    def add(self, summand: Tensor | ExpertOutputs) -> None:
+        """Add the sum over all ranks of [T, hidden], or of the outputs of each token's experts."""
+        assert self.summand is None
+        self.summand = summand
+
+    def normed(self, norm: RMSNorm) -> Activations:
+        """The stream so far, normed."""
+        summand = self.summand
+        if summand is None:
+            return norm(self.x)
+        self.summand = None  # only what is needed is kept
         scales = None
-        if isinstance(x, ExpertOutputs):
-            scales = x.weights
-            x = x.values
-        return group.all_reduce_and_norm(x, scales, residual, self.weight, self.eps, self.quantizes)
+        if isinstance(summand, ExpertOutputs):
+            scales = summand.weights
+            summand = summand.values
+        normed, self.x = self.tp.all_reduce_and_norm(
+            summand, scales, self.x, norm.weight, norm.eps, norm.quantizes
+        )
+        return normed
 
 
 @dataclass(frozen=True)
