@@ -15,6 +15,7 @@ from minidcp import EngineConfig, SamplingParams
 from minidcp.batch import MAX_SCORED_TOKENS
 from minidcp.engine.drafter import Drafter
 from minidcp.engine.engine import LLMEngine
+from minidcp.engine.proposers import PromptLookup
 from minidcp.engine.scheduler import GROWTH, ScheduledStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
@@ -35,7 +36,7 @@ class Guesser(Drafter):
     """Drafts random numbers of tokens, right ones mostly."""
 
     def __init__(self, seed: int, most: int, max_tokens: int) -> None:
-        super().__init__(most, 1, 1, max_tokens)
+        super().__init__(PromptLookup(1, 1), most, max_tokens)
         self.random = random.Random(seed)
 
     def propose(self, decoding: list[Request]) -> dict[str, list[int]]:

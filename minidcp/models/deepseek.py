@@ -363,8 +363,11 @@ class DeepseekForCausalLM:
         table = rotary_table(config.rope, config.qk_rope_head_dim, options.max_model_len)
         self.cos_sin = table.to(head.device)
 
-    def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index."""
+    def __call__(
+        self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index, and
+        what they are made from, the hidden states of all tokens [T, hidden]."""
         for queries in (batch.decode, *batch.context):
             if isinstance(queries, CacheQueries):
                 self.attention.prepare(queries)
@@ -375,4 +378,5 @@ class DeepseekForCausalLM:
         for layer, kv in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, cos_sin, kv, batch)
         normed, _ = self.norm.add_and_norm(x, residual)
-        return self.lm_head(widen(normed)[batch.sample_index])
+        hidden = widen(normed)
+        return self.lm_head(hidden[batch.sample_index]), hidden
