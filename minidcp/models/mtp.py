@@ -12,7 +12,7 @@ from minidcp.kernels.fp8 import widen
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek import DecoderLayer, DeepseekForCausalLM
 from minidcp.models.layers import RMSNorm
-from minidcp.models.weights import Weights
+from minidcp.models.weights import ALIGN, Shard, Weights
 from minidcp.parallel.state import ParallelState
 from minidcp.resolve import ResolvedConfig
 
@@ -46,8 +46,10 @@ class PredictionLayer:
         hidden = config.hidden_size
         self.enorm = RMSNorm(hidden, scope.scope("enorm"), config.rms_norm_eps)
         self.hnorm = RMSNorm(hidden, scope.scope("hnorm"), config.rms_norm_eps)
-        # Whole on every rank and never in FP8: DeepSeek-V3 keeps it in bf16.
-        self.eh_proj = scope.read("eh_proj.weight", hidden, 2 * hidden)
+        # Never in FP8: DeepSeek-V3 keeps it in bf16.
+        self.tp = state.tp
+        self.inputs = Shard(1, state.tp.rank, state.tp.size, align=ALIGN)
+        self.eh_proj = scope.read("eh_proj.weight", hidden, 2 * hidden, shard=self.inputs)
         self.layer = DecoderLayer(index, config, options, state, attention, scope)
         self.norm = RMSNorm(hidden, scope.scope("shared_head.norm"), config.rms_norm_eps)
 
@@ -61,7 +63,8 @@ class PredictionLayer:
 
         embedded = widen(self.enorm(self.embed_tokens(next_tokens)))
         both = torch.cat([embedded, widen(self.hnorm(hidden))], -1)
-        x = multiply(both, self.eh_proj)
+        own = self.inputs.pad(self.inputs.cut(both, both.shape), both.shape)
+        x = self.tp.all_reduce(multiply(own, self.eh_proj))
         cos_sin = self.cos_sin[batch.positions]
         out, residual = self.layer(x, None, cos_sin, kv, batch)
         normed, _ = self.norm.add_and_norm(out, residual)

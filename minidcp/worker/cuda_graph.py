@@ -25,7 +25,8 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.parallel.state import ParallelState
 from minidcp.resolve import ResolvedConfig
 
-# Runs a batch: this rank's logits [S, V / tp], the best tokens [S], and hidden states [T, hidden].
+# Runs a batch: this rank's logits [S, V / tp], the best tokens [S], and hidden states [T, hidden],
+# which are left out where no drafts are made of them.
 Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor, Tensor]]
 # Runs the MTP layer: next tokens [T], hidden states [T, hidden], batch -> hidden states, tokens.
 Predict = Callable[[Tensor, Tensor, ForwardBatch], tuple[Tensor, Tensor]]
@@ -122,22 +123,23 @@ class GraphLadder:
         sizes: list[int],
         prepare: Callable[[int], Callable[[], tuple[Tensor, ...]]],
         state: ParallelState,
+        pool: Any = None,
     ) -> None:
+        """`pool` is the memory of other graphs: what they have put out stays valid."""
         self.sizes = sizes
         self.state = state
         self.steps: dict[int, CapturedStep] = {}
-        pool: Any = None  # the memory that all graphs share
+        self.pool = pool  # the memory that all graphs share
         for size in reversed(sizes):  # the largest first: the smaller ones fit in its memory
-            step = self.capture(prepare(size), pool)
-            pool = pool or step.graph.pool()
-            self.steps[size] = step
+            self.steps[size] = self.capture(prepare(size))
+            self.pool = self.pool or self.steps[size].graph.pool()
 
-    def capture(self, run: Callable[[], tuple[Tensor, ...]], pool: Any) -> CapturedStep:
+    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> CapturedStep:
         run()  # compiles kernels and fills caches, which a capture must not do
         torch.cuda.synchronize()
         received_before = self.state.received_bytes
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self.pool):
             outputs = run()
         return CapturedStep(graph, outputs, self.state.received_bytes - received_before)
 
@@ -180,7 +182,7 @@ class DecodeGraphs(GraphLadder):
 
     def replay(self, plan: StepPlan) -> tuple[ForwardBatch, Tensor, Tensor, Tensor]:
         """Run a pure decode step of D tokens: its batch, logits [D, V / tp], the best tokens [D]
-        and hidden states [D, hidden].
+        and hidden states [D, hidden], if drafts are made of them.
 
         All are valid until the next replay.
         """
@@ -205,10 +207,7 @@ class DecodeGraphs(GraphLadder):
 
 
 class PredictionGraphs(GraphLadder):
-    """Graphs of the MTP layer, for the rows in the inputs of `decode_graphs`, which it shares.
-
-    Their memory is their own: what a decode graph has written stays valid.
-    """
+    """Graphs of the MTP layer, for the rows in the inputs of `decode_graphs`, which it shares."""
 
     def __init__(
         self,
@@ -228,7 +227,7 @@ class PredictionGraphs(GraphLadder):
             batch = self.inputs.make_batch(size, config.exchanges_narrow(size))
             return lambda: predict(self.next_tokens[:size], self.hidden[:size], batch)
 
-        super().__init__(decode_graphs.sizes, prepare, decode_graphs.state)
+        super().__init__(decode_graphs.sizes, prepare, decode_graphs.state, decode_graphs.pool)
 
     def replay(self, next_tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layer over the first n rows of the inputs: hidden states [n, hidden] and the

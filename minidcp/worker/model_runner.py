@@ -238,7 +238,7 @@ class ModelRunner:
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's logits [S + K, V / tp] of a batch, the most likely tokens [S] and the hidden
-        states [T, hidden].
+        states [T, hidden], which are left out if no drafts are made of them.
 
         It runs eagerly, and while a graph is captured.
         """
@@ -248,6 +248,8 @@ class ModelRunner:
         if len(batch.prefill_tokens) > 0:
             token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
         logits, hidden = self.model(token_ids, self.cache, batch)
+        if self.predictor is None:
+            hidden = hidden.new_empty(0)  # a graph would keep them
 
         num_sampled = len(batch.sample_slots)
         if num_sampled == 0:
