@@ -22,13 +22,12 @@ NUM_TOKENS = 24
 class MTPModule(nn.Module):
     """Arguments are those of the DeepSeek-V3 report (arXiv:2412.19437, §2.2), for one sequence."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, seed: int) -> None:
+    def __init__(self, model: DeepseekV3ForCausalLM, seed: int, **changes: object) -> None:
         super().__init__()
         torch.manual_seed(seed)
         hidden = model.config.hidden_size
-        config = DeepseekV3Config(
-            **STYLES["v3"] | dict(num_hidden_layers=1, first_k_dense_replace=0)
-        )
+        one_layer = dict(num_hidden_layers=1, first_k_dense_replace=0)
+        config = DeepseekV3Config(**(STYLES["v3"] | changes | one_layer))
         self.model = model
         self.block = DeepseekV3Model(config)
         self.enorm = DeepseekV3RMSNorm(hidden)
@@ -125,10 +124,12 @@ class PredictionOracle:
     answers: list[list[int]]  # NUM_TOKENS for each prompt
 
 
-def make_prediction_checkpoint(path: Path, seed: int = 10, steps: int = 60) -> PredictionOracle:
-    model = make_checkpoint(path, "v3", seed, num_nextn_predict_layers=1)
-    mtp = MTPModule(model, seed)
-    prompts = [make_prompt(length, STYLES["v3"]["vocab_size"]) for length in PROMPT_LENS]
+def make_prediction_checkpoint(
+    path: Path, seed: int = 10, steps: int = 60, **changes: object
+) -> PredictionOracle:
+    model = make_checkpoint(path, "v3", seed, **changes)
+    mtp = MTPModule(model, seed, **changes)
+    prompts = [make_prompt(length, model.config.vocab_size) for length in PROMPT_LENS]
     answers = []
     for prompt in prompts:
         sequences = model.generate(

@@ -211,20 +211,20 @@ class ModelRunner:
             self.log(f"no CUDA graphs: {name} cannot be captured", logging.WARNING)
             return
 
+        self.make_graphs()
+
+    @torch.inference_mode()
+    def make_graphs(self) -> None:
         start = time.perf_counter()
-        with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self.forward, self.config, self.state, self.tables, self.device
+        self.graphs = DecodeGraphs(self.forward, self.config, self.state, self.tables, self.device)
+        num_graphs = len(self.graphs.sizes)
+        if self.predictor is not None:
+            self.predictor.graphs = PredictionGraphs(
+                self.predictor.predict, self.graphs, self.model_config.hidden_size, self.dtype
             )
-            if self.predictor is not None:
-                self.predictor.graphs = PredictionGraphs(
-                    self.predictor.predict,
-                    self.graphs,
-                    self.model_config.hidden_size,
-                    self.dtype,
-                )
+            num_graphs *= 2
         seconds = time.perf_counter() - start
-        self.log(f"captured {len(self.graphs.sizes)} CUDA graphs in {seconds:.1f} s")
+        self.log(f"captured {num_graphs} CUDA graphs in {seconds:.1f} s")
 
     # Steps.
 
