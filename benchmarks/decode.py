@@ -21,8 +21,9 @@ import time
 
 from minidcp.cli import add_engine_flags, engine_config, parse_counts
 from minidcp.config import flag, require
-from minidcp.engine.drafter import Drafter, NgramIndex, RequestDrafts
+from minidcp.engine.drafter import Drafter
 from minidcp.engine.engine import LLMEngine
+from minidcp.engine.proposers import Proposer
 from minidcp.request import Request, SamplingParams
 
 NOISE_ALONE = 100.0  # a temperature at which logits decide nothing
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     rates = parse_rates(args.acceptance)
     require(
         not rates or args.speculative_method != "none",
-        f"--acceptance {args.acceptance}: needs --speculative-method ngram",
+        f"--acceptance {args.acceptance}: needs --speculative-method",
     )
     engine = LLMEngine(engine_config(args))
     learning = engine.scheduler.drafter
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace) -> None:
             answers = measure(engine, batch, args.input_len, args.output_len, temperature)
             for rate in rates:
                 assert learning is not None
-                engine.scheduler.drafter = KnownDrafter(learning, answers, rate)
+                known = KnownAnswers(learning.proposer, answers, rate)
+                engine.scheduler.drafter = Drafter(
+                    known, learning.most, learning.max_tokens, learning.times
+                )
                 measure(engine, batch, args.input_len, args.output_len, temperature, rate)
     finally:
         engine.close()
@@ -89,20 +93,23 @@ def parse_rates(text: str) -> list[float]:
     return rates
 
 
-class KnownDrafter(Drafter):
-    """Knows the answers, and makes some drafts wrong. How many to draft it learns as ever."""
+class KnownAnswers:
+    """Knows the answers, and makes some drafts wrong. The ranks go on to make theirs if they do."""
 
-    def __init__(self, real: Drafter, answers: dict[str, list[int]], rate: float) -> None:
-        super().__init__(real.most, real.shortest, real.longest, real.max_tokens, real.times)
+    def __init__(self, real: Proposer, answers: dict[str, list[int]], rate: float) -> None:
+        self.num_predicted = real.num_predicted
         self.answers = answers
         self.rate = rate
         self.random = random.Random(0)
 
-    def look_up(self, request: Request) -> list[int]:
-        known = RequestDrafts(NgramIndex(self.shortest, self.longest))
-        self.requests.setdefault(request.request_id, known)
+    def begin_step(self) -> None:
+        pass
+
+    def drop(self, request: Request) -> None:
+        pass
+
+    def propose(self, request: Request, count: int) -> list[int]:
         num_done = request.num_outputs + request.num_in_flight
-        count = max(0, min(self.most, request.max_tokens - num_done - 1))
         drafts = self.answers[request.request_id][num_done : num_done + count]
         return [token if self.random.random() < self.rate else token ^ 1 for token in drafts]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidcp.kv_cache.interleave import Interleave
-from minidcp.request import SamplingParams, TokenLogprobs
+from minidcp.request import Request, SamplingParams, TokenLogprobs
 
 Array = NDArray[np.int64]
 
@@ -45,6 +45,18 @@ class Admission:
     stop_ids: tuple[int, ...] = ()  # tokens that may not be chosen before params.min_tokens
     history: tuple[int, ...] = ()  # prompt and output so far, if penalties count them
 
+    @classmethod
+    def describe(cls, request: Request) -> "Admission":
+        has_grammar = request.params.structured_outputs is not None
+        return cls(
+            slot=request.slot,
+            params=request.params.without_grammar(),
+            seed=request.seed,
+            num_prompt=len(request.prompt_token_ids),
+            stop_ids=() if has_grammar else request.stop_ids,  # else masks rule them out
+            history=tuple(request.tokens) if request.params.has_penalties else (),
+        )
+
 
 class ScoredToken(NamedTuple):
     """A prompt token whose log-probability is wanted, given the tokens before it.
@@ -76,7 +88,9 @@ class StepPlan:
     tokens: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
     admitted: list[Admission] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)  # of the decode rows, one after the other
+    # Of the decode rows, one after the other. A draft that the ranks have made themselves is -2 for
+    # a request's first one, -3 for its second: see ForwardBatch.drafts.
+    drafts: list[int] = field(default_factory=list)
     # Rows after whose last token one is sampled. A row with drafts is there once for each of its
     # tokens: a token is sampled after each.
     sampling: list[int] = field(default_factory=list)
@@ -85,6 +99,11 @@ class StepPlan:
     # That is 12,800 bytes with a vocabulary of 102,400. Only rank 0 gets them; the other ranks get
     # empty ones.
     masks: dict[int, bytes] = field(default_factory=dict)
+    # What ranks must know to make drafts (`worker/predictor.py`); else empty. The token after each
+    # prefill row, -1 where this step samples it. For each row in `sampling`, once: how many tokens
+    # its blocks have room for.
+    followers: list[int] = field(default_factory=list)
+    room: list[int] = field(default_factory=list)
 
     @property
     def num_decode_tokens(self) -> int:
@@ -111,6 +130,7 @@ class StepResult:
     logprobs: list[TokenLogprobs | None] | None = None
     seconds: float = 0.0  # time of the step on rank 0, without waiting for it to begin
     received_bytes: int = 0  # received by rank 0 from other ranks since the start
+    drafts: list[int] | None = None  # those of the plan, where the ranks had made them
 
 
 class BlockTables:
@@ -198,7 +218,9 @@ class ForwardBatch:
     # [S + K] tokens whose logits are needed: after S of them a token is sampled, K are for scoring.
     sample_index: Tensor | slice
     sample_slots: Tensor  # [S] the request slots that get a token
-    drafts: Tensor | None = None  # [D], -1 for the token that was sampled last; None: all are that
+    # [D] the tokens of the decode rows: token ids, or what the ranks remember of the slot: -1 is
+    # the token that was sampled last, -2 the first draft behind it, and so on. None: all are -1.
+    drafts: Tensor | None = None
     decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
     context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
@@ -288,7 +310,7 @@ def find_positions(plan: StepPlan) -> Array:
 
 
 def list_drafts(plan: StepPlan) -> Array:
-    """The tokens of the decode rows, with -1 for the one that was sampled last."""
+    """The tokens of the decode rows, as ForwardBatch.drafts has them."""
     lengths = np.array(plan.lengths[: plan.num_decode], dtype=np.int64)
     is_draft = ranges(lengths) > 0
     tokens = np.full(len(is_draft), -1, dtype=np.int64)

@@ -226,12 +226,17 @@ class EngineConfig(Options):
     mixed_steps: bool = option(True, "let one step hold decode rows and prompt chunks")
     speculative_method: str = choice(
         "guess the next tokens and check several in one step; ngram: what followed where a "
-        "request's last tokens occurred before, in its prompt or output",
+        "request's last tokens occurred before, in its prompt or output; mtp: what the layer says "
+        "that DeepSeek-V3 and its relatives have for this (multi-token prediction)",
         "none",
         "ngram",
+        "mtp",
     )
-    num_speculative_tokens: int = option(
-        3, "guesses of a request in one step at most; fewer where they do not pay", least=1
+    num_speculative_tokens: int | None = option(
+        None,
+        "guesses of a request in one step at most; fewer where they do not pay; default: 3, with "
+        "mtp 1",
+        least=1,
     )
     prompt_lookup_min: int = option(2, "tokens that must occur again, at least", least=1)
     prompt_lookup_max: int = option(4, "tokens that are looked for, at most", least=1)

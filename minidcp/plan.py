@@ -16,7 +16,7 @@ from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
-from minidcp.plan_drafts import check_acceptance, count_drafts, expect_accepted
+from minidcp.plan_drafts import Pass, check_acceptance, count_drafts, expect_accepted, list_passes
 from minidcp.plan_weights import count_weights
 from minidcp.resolve import FP8_CAPABILITY, ResolvedConfig, resolve
 from minidcp.worker.model_runner import GRAPH_BYTES
@@ -89,8 +89,9 @@ class Deployment:
         self.check_context()
         check_acceptance(acceptance, self.config)
 
-        self.weights = count_weights(self.config, self.model_config)
-        self.weight_bytes = self.weights.num_bytes + self.rotary_bytes
+        self.weights, self.prediction_weights = count_weights(self.config, self.model_config)
+        held_bytes = self.weights.num_bytes + self.prediction_weights.num_bytes
+        self.weight_bytes = held_bytes + self.rotary_bytes
         max_blocks = self.count_max_blocks()
         num_blocks = config.num_blocks
         if num_blocks is None:
@@ -115,7 +116,8 @@ class Deployment:
     def block_bytes(self) -> int:
         """Bytes that one block takes on this rank, in all layers."""
         values_per_layer = self.config.block_size * self.model_config.latent_dim
-        return self.model_config.num_hidden_layers * values_per_layer * self.itemsize
+        num_layers = self.config.count_cache_layers(self.model_config)
+        return num_layers * values_per_layer * self.itemsize
 
     def count_max_blocks(self) -> int:
         """How many blocks fit beside everything else. Not positive if the weights do not fit."""
@@ -168,21 +170,28 @@ class Deployment:
             num_accepted = expect_accepted(requests, num_drafts, self.acceptance)
             drafts = {"drafts": num_drafts, "tokens_per_step": requests + num_accepted}
 
-        rows = requests + num_drafts  # each draft is a row of its own to the kernels
-        traffic = self.count_received(rows)
-        floors = {
-            "attention": self.bound_attention(rows),
-            "experts": self.bound_experts(rows),
-            "projections": self.bound_projections(rows),
-            "exchange": Floor(traffic.received_bytes / self.gpu["link"], traffic.collectives),
-            "rest": Floor(0.0, self.model_config.num_hidden_layers),
-        }
-        parts_ms = {}
-        for part, floor in floors.items():
-            cost = COSTS[part]
-            us_per_call = cost.us_per_call + cost.us_per_row * rows
-            floor_ms = 1e3 * floor.seconds
-            parts_ms[part] = floor_ms * cost.times_floor + 1e-3 * floor.calls * us_per_call
+        parts_ms = dict.fromkeys(COSTS, 0.0)
+        floor_ms = 0.0
+        received_bytes = 0.0
+        weights = (self.weights, self.prediction_weights)
+        configs = (self.config, self.model_config)
+        for part_of_step in list_passes(*weights, *configs, requests, num_drafts):
+            rows = part_of_step.rows
+            traffic = self.count_received(part_of_step)
+            received_bytes += traffic.received_bytes
+            floors = {
+                "attention": self.bound_attention(part_of_step),
+                "experts": self.bound_experts(part_of_step),
+                "projections": self.bound_projections(part_of_step),
+                "exchange": Floor(traffic.received_bytes / self.gpu["link"], traffic.collectives),
+                "rest": Floor(0.0, part_of_step.layers),
+            }
+            for part, floor in floors.items():
+                cost = COSTS[part]
+                us_per_call = cost.us_per_call + cost.us_per_row * rows
+                floor_ms += 1e3 * floor.seconds
+                parts_ms[part] += 1e3 * floor.seconds * cost.times_floor
+                parts_ms[part] += 1e-3 * floor.calls * us_per_call
 
         step_ms = sum(parts_ms.values())
         return {
@@ -190,10 +199,10 @@ class Deployment:
             "concurrency": concurrency,
             "running": requests,
             **drafts,
-            "received_bytes": traffic.received_bytes,
+            "received_bytes": received_bytes,
             "parts_ms": parts_ms,
             "step_ms": step_ms,
-            "floor_ms": 1e3 * sum(floor.seconds for floor in floors.values()),
+            "floor_ms": floor_ms,
             "tokens_per_s": 1e3 * (requests + num_accepted) / step_ms,
         }
 
@@ -201,53 +210,51 @@ class Deployment:
         """Seconds to read the bytes or to do the multiply-adds, whichever takes longer."""
         return max(bytes_read / self.gpu["bandwidth"], 2 * products / self.gpu["flops"])
 
-    def bound_attention(self, rows: int) -> Floor:
+    def bound_attention(self, part: Pass) -> Floor:
         """Absorbed attention of all heads of the DCP group over this rank's shard of the cache. A
         request's drafts read its shard again, each for itself."""
-        layers = self.model_config.num_hidden_layers
         latent_dim = self.model_config.latent_dim
-        tokens_read = layers * rows * self.context / self.config.dcp_size
+        tokens_read = part.layers * part.rows * self.context / self.config.dcp_size
 
         num_heads = self.model_config.num_attention_heads
         group_heads = num_heads * self.config.dcp_size // self.config.tp_size
         products_per_token = (latent_dim + self.model_config.kv_lora_rank) * group_heads
         bytes_read = tokens_read * latent_dim * self.itemsize
-        return Floor(self.bound_time(bytes_read, tokens_read * products_per_token), layers)
+        return Floor(self.bound_time(bytes_read, tokens_read * products_per_token), part.layers)
 
-    def bound_experts(self, rows: int) -> Floor:
+    def bound_experts(self, part: Pass) -> Floor:
         """Routed experts, shared experts and the router. Every expert is as likely as any other to
         be chosen."""
-        routed = self.weights.routed_experts
-        always_read = self.weights.shared_experts + self.weights.router
+        rows = part.rows
+        routed = part.weights.routed_experts
+        always_read = part.weights.shared_experts + part.weights.router
         num_experts = max(1, self.model_config.n_routed_experts)
         chosen_share = self.model_config.num_experts_per_tok / num_experts
 
         touched_share = 1 - (1 - chosen_share) ** rows
         bytes_read = routed.num_bytes * touched_share + always_read.num_bytes
         products = rows * (routed.products * chosen_share + always_read.products)
+        return Floor(self.bound_time(bytes_read, products), part.moe_layers)
 
-        layers = range(self.model_config.num_hidden_layers)
-        moe_layers = [layer for layer in layers if self.model_config.is_moe_layer(layer)]
-        return Floor(self.bound_time(bytes_read, products), len(moe_layers))
-
-    def bound_projections(self, rows: int) -> Floor:
+    def bound_projections(self, part: Pass) -> Floor:
         """Projections around attention with absorption and W_UV, dense MLPs and the head."""
-        kv_b_proj = self.weights.kv_b_proj
+        rows = part.rows
+        kv_b_proj = part.weights.kv_b_proj
         uses_group_heads = self.config.replicates_q or self.config.exchanges_narrow(rows)
         if self.config.needs_group_heads and not uses_group_heads:
             kv_b_proj = kv_b_proj.share(self.config.dcp_size)  # this rank's heads only
 
-        read = self.weights.others + kv_b_proj
+        read = part.weights.others + kv_b_proj
         if self.model_config.tie_word_embeddings:
-            read += self.weights.embedding  # it is the head, too
+            read += part.weights.embedding  # it is the head, too
         seconds = self.bound_time(read.num_bytes, rows * read.products)
-        return Floor(seconds, self.model_config.num_hidden_layers)
+        return Floor(seconds, part.layers)
 
-    def count_received(self, rows: int) -> Traffic:
-        """What this rank receives in a decode step of `rows` tokens: two all-reduces per layer
+    def count_received(self, part: Pass) -> Traffic:
+        """What this rank receives in some layers of a decode step: two all-reduces per layer
         over the TP group, and the q gather and the exchange of outputs over the DCP group."""
-        all_reduce_bytes = self.count_all_reduce_bytes(rows)
-        dcp_bytes = self.count_dcp_bytes(rows)
+        all_reduce_bytes = self.count_all_reduce_bytes(part.rows)
+        dcp_bytes = self.count_dcp_bytes(part.rows)
 
         collectives_per_layer = 0
         if self.config.tp_size > 1:
@@ -259,9 +266,8 @@ class Deployment:
             if not self.config.replicates_q:
                 collectives_per_layer += 1
 
-        layers = self.model_config.num_hidden_layers
-        received_bytes = layers * (2 * all_reduce_bytes + dcp_bytes)
-        return Traffic(received_bytes, layers * collectives_per_layer)
+        received_bytes = part.layers * (2 * all_reduce_bytes + dcp_bytes)
+        return Traffic(received_bytes, part.layers * collectives_per_layer)
 
     def count_all_reduce_bytes(self, rows: int) -> float:
         """Bytes that this rank receives in one all-reduce of [rows, hidden size]."""

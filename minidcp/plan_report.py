@@ -23,10 +23,15 @@ def describe(title: str, deployments: list[Deployment], steps: list[dict[str, An
         rows.append(row)
     paragraphs.append(write_table(rows))
     if deployments[0].acceptance is not None:
-        paragraphs.append(
+        note = (
             "All drafts that a step has room for are counted. The engine proposes fewer where it "
-            "measures that more do not pay, and none where a text does not repeat itself."
+            "measures that more do not pay"
         )
+        if deployments[0].config.predicts:
+            note += ", but always makes them."
+        else:
+            note += ", and none where a text does not repeat itself."
+        paragraphs.append(note)
     return "\n\n".join(paragraphs)
 
 

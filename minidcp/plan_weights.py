@@ -1,5 +1,5 @@
-"""Counts the weights that one rank of a deployment holds, for `plan.py`: it builds the model on
-tensors without storage."""
+"""Counts the weights that one rank of a deployment holds, for `plan.py`: it builds the model, and
+its MTP layer if that makes drafts, on tensors without storage."""
 
 from dataclasses import dataclass, fields
 
@@ -11,6 +11,7 @@ from minidcp.hardware import FP8_SPEEDUP
 from minidcp.kernels.fp8 import BLOCK, Weight
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek import DeepseekForCausalLM
+from minidcp.models.mtp import build_prediction_layer
 from minidcp.models.weights import Shard, Weights, make_empty_fp8
 from minidcp.parallel.state import build_thread_states
 from minidcp.resolve import ResolvedConfig
@@ -102,16 +103,21 @@ class CountingSource:
         return part
 
 
-def count_weights(config: ResolvedConfig, model_config: ModelConfig) -> WeightCounts:
-    """Count what rank 0 holds.
+def count_weights(
+    config: ResolvedConfig, model_config: ModelConfig
+) -> tuple[WeightCounts, WeightCounts]:
+    """Count what rank 0 holds: of the model, and of the layer that makes drafts.
 
     With FP8 and q replicated it also holds a copy of its own heads' scales, which is not counted:
     9 MB of DeepSeek-R1 on 8 ranks.
     """
     fp8 = config.quantization == "fp8"
     _, block = model_config.fp8_block or (BLOCK, BLOCK)
-    source = CountingSource(getattr(torch, config.dtype), fp8, block)
+    dtype = getattr(torch, config.dtype)
     states, _ = build_thread_states(config.tp_size, config.dcp_size)
     attention = ReferenceBackend(model_config.softmax_scale)
-    DeepseekForCausalLM(model_config, config, states[0], attention, Weights(source))
-    return source.counts
+    sources = [CountingSource(dtype, fp8, block) for _ in range(2)]
+    parts = (model_config, config, states[0], attention)
+    model = DeepseekForCausalLM(*parts, Weights(sources[0]))
+    build_prediction_layer(*parts, Weights(sources[1]), model)
+    return sources[0].counts, sources[1].counts

@@ -5,7 +5,7 @@ import copy
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from minidcp.config import require, shorten
 from minidcp.structured_outputs import StructuredOutputsParams
@@ -307,6 +307,15 @@ class Request:
         After a preemption these include tokens that were sampled before it.
         """
         return self.num_computed < self.prefill_end
+
+
+class NewTokens(NamedTuple):
+    """What one row of a step gave its request: sampled tokens [first, end)."""
+
+    request: Request
+    first: int
+    end: int
+    num_drafts: int
 
 
 def check_token_ids(tokens: list[int], vocab_size: int) -> None:

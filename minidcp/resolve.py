@@ -52,6 +52,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     mixed_steps: bool
+    speculative_method: str  # none, ngram or mtp
     num_speculative_tokens: int  # drafts of a request in one step; 0: none
     prompt_lookup_min: int
     prompt_lookup_max: int
@@ -75,6 +76,20 @@ class ResolvedConfig:
         return max(self.max_num_seqs, some_with_drafts * (1 + self.num_speculative_tokens))
 
     @property
+    def num_predicted(self) -> int:
+        """How many drafts the ranks make behind each token that they sample."""
+        return self.num_speculative_tokens if self.predicts else 0
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model's MTP layer is loaded, to make drafts. It has a cache of its own."""
+        return self.speculative_method == "mtp"
+
+    def count_cache_layers(self, model: ModelConfig) -> int:
+        """How many layers have a cache."""
+        return model.num_hidden_layers + int(self.predicts)
+
+    @property
     def replicates_q(self) -> bool:
         """Whether every rank computes q for all heads of its DCP group, and gathers none."""
         return self.q_proj == "replicated"
@@ -96,6 +111,7 @@ def resolve(
     check_heads(config, model)
     max_model_len = choose_max_model_len(config, model)
     dtype = choose_dtype(config, device)
+    check_prediction_layer(config, model)
     warn_of_options_without_effect(config, report)
     ranks = choose_ranks(config, machine, device)
     comm = choose_comm(config, machine, device, report)
@@ -123,6 +139,7 @@ def resolve(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=choose_max_num_batched_tokens(config, device),
         mixed_steps=config.mixed_steps,
+        speculative_method=config.speculative_method,
         num_speculative_tokens=choose_num_speculative_tokens(config),
         prompt_lookup_min=config.prompt_lookup_min,
         prompt_lookup_max=config.prompt_lookup_max,
@@ -166,8 +183,20 @@ def choose_max_num_batched_tokens(config: EngineConfig, device: str) -> int:
     return max(default, config.max_num_seqs)
 
 
+def check_prediction_layer(config: EngineConfig, model: ModelConfig) -> None:
+    count = model.num_nextn_predict_layers
+    require(
+        config.speculative_method != "mtp" or count > 0,
+        f"--speculative-method mtp: needs a layer that predicts a second token, and config.json "
+        f"has num_nextn_predict_layers {count}; use ngram",
+    )
+
+
 def choose_num_speculative_tokens(config: EngineConfig) -> int:
-    return 0 if config.speculative_method == "none" else config.num_speculative_tokens
+    if config.speculative_method == "none":
+        return 0
+    default = 1 if config.speculative_method == "mtp" else 3
+    return config.num_speculative_tokens or default
 
 
 def choose_dtype(config: EngineConfig, device: str) -> str:
@@ -226,11 +255,13 @@ def find_narrow_blocks(config: EngineConfig, model: ModelConfig) -> str:
 def warn_of_options_without_effect(config: EngineConfig, report: Report) -> None:
     without_effect = {}
     if config.dcp_size == 1:
-        names = ("dcp_comm_backend", "exchange_policy", "q_proj")
-        without_effect.update(dict.fromkeys(names, "with --dcp-size 1"))
+        for name in ("dcp_comm_backend", "exchange_policy", "q_proj"):
+            without_effect[name] = "with --dcp-size 1"
     if config.speculative_method == "none":
-        names = ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
-        without_effect.update(dict.fromkeys(names, "without --speculative-method"))
+        without_effect["num_speculative_tokens"] = "without --speculative-method"
+    if config.speculative_method != "ngram":
+        for name in ("prompt_lookup_min", "prompt_lookup_max"):
+            without_effect[name] = "without --speculative-method ngram"
     for name, reason in without_effect.items():
         value = getattr(config, name)
         if value != getattr(EngineConfig, name):

@@ -8,7 +8,8 @@ from typing import Any
 from minidcp.config import EngineConfig, flag, require, shorten
 
 EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4}'
-METHOD = "ngram"
+# The methods, as vLLM spells them and as --speculative-method does.
+METHODS = {"ngram": "ngram", "mtp": "mtp", "deepseek_mtp": "mtp"}
 # The keys, and the options that they set.
 OPTIONS = {
     "method": "speculative_method",
@@ -36,10 +37,10 @@ def read_speculative_config(text: str, given: Mapping[str, Any]) -> dict[str, An
             f"{where}: {key!r} is given twice, also as {flag(option)} {given.get(option)}; "
             "leave one of them out",
         )
-        options[option] = value
+        options[option] = METHODS[value] if key == "method" else value
 
-    has_method = "method" in keys or given.get("speculative_method") == METHOD
-    require(has_method, f'{where}: \'method\' is missing; add "method": "{METHOD}"')
+    has_method = "method" in keys or given.get("speculative_method") in METHODS
+    require(has_method, f'{where}: \'method\' is missing; add "method": "ngram" or "mtp"')
     return options
 
 
@@ -57,11 +58,12 @@ def check_value(key: str, value: Any, where: str) -> None:
     require(
         key in OPTIONS,
         f"{where}: unknown key {shorten(key)}; possible are {', '.join(OPTIONS)}. "
-        "Guesses come from prompt lookup only, not from a model",
+        "Guesses come from prompt lookup or the model's MTP layer, not from another model",
     )
     given = f"{where}: {key!r} is {shorten(value)}"
     if key == "method":
-        require(value == METHOD, f"{given}; must be '{METHOD}'")
+        is_possible = isinstance(value, str) and value in METHODS
+        require(is_possible, f"{given}; must be one of {', '.join(METHODS)}")
     else:
         least = LEAST[OPTIONS[key]]
         is_possible = type(value) is int and value >= least

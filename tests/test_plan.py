@@ -20,9 +20,11 @@ from minidcp.engine.engine import LLMEngine
 from minidcp.hardware import GPUS
 from minidcp.model_config import ModelConfig
 from minidcp.models.deepseek import DeepseekForCausalLM
+from minidcp.models.mtp import build_prediction_layer
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.state import build_thread_states
 from minidcp.plan import Deployment, find_gpu
+from minidcp.plan_drafts import Pass, list_passes
 from minidcp.worker.model_runner import CPU_KV_BYTES
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
@@ -49,6 +51,12 @@ def make_shallow(model: str, directory: Path) -> str:
     config = json.loads(Path(model, "config.json").read_text()) | {"num_hidden_layers": 2}
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def model_pass(plan: Deployment, rows: int) -> Pass:
+    """What the model computes for so many rows."""
+    weights = (plan.weights, plan.prediction_weights)
+    return list_passes(*weights, plan.config, plan.model_config, rows, 0)[0]
 
 
 def run(capsys: pytest.CaptureFixture[str], command: str) -> Any:
@@ -102,6 +110,33 @@ def test_weights_are_those_of_the_model_that_is_built(
     weights = Weights(source)
     model = DeepseekForCausalLM(model_config, plan.config, states[0], attention, weights)
     assert plan.memory["weight_bytes"] == count_held(model, set())
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_the_layer_that_makes_drafts_is_counted(
+    tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minidcp.resolve.MIN_BLOCK", 1)
+    config_file = tmp_path / "config.json"
+    own = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1}
+    config_file.write_text(json.dumps(STYLES["v3"] | own))
+    config = EngineConfig(
+        str(tmp_path),
+        tp_size=2,
+        attention_backend="reference",
+        speculative_method="mtp",
+        quantization=quantization,
+    )
+    plan = Deployment(config, GPUS["h100"], 100)
+    states, _ = build_thread_states(config.tp_size, config.dcp_size)
+    fp8 = plan.config.quantization == "fp8"
+    source = RandomSource(torch.bfloat16, torch.device("cpu"), fp8)
+    parts = (plan.model_config, plan.config, states[0], ReferenceBackend(1.0), Weights(source))
+    model = DeepseekForCausalLM(*parts)
+    layer = build_prediction_layer(*parts, model)
+    assert plan.memory["weight_bytes"] == count_held([model, layer], set())
+    without = Deployment(replace(config, speculative_method="none"), GPUS["h100"], 100)
+    assert plan.block_bytes * 3 == without.block_bytes * 4
 
 
 def test_r1_has_as_many_parameters_as_its_report_says() -> None:
@@ -225,14 +260,16 @@ def test_a_step_reads_the_bytes_of_experts_in_fp8(shallow: str) -> None:
     down = 5120 * 192 * (1 + 4 / 64)
     router = 160 * 5120 * 2  # in bf16
     expected = 8 * (gate_and_up + down) + router
-    assert 1e9 * plan.bound_experts(1).seconds == pytest.approx(expected)
+    assert 1e9 * plan.bound_experts(model_pass(plan, 1)).seconds == pytest.approx(expected)
 
 
 def test_products_of_experts_in_fp8_take_half_the_time(shallow: str) -> None:
     plan = plan_in_fp8(shallow, bandwidth=1e30, flops=1e15)
     experts = 8 * 3 * 192 * 5120
     router = 160 * 5120
-    assert 1e15 * plan.bound_experts(1).seconds == pytest.approx(2 * (experts / 2 + router))
+    assert 1e15 * plan.bound_experts(model_pass(plan, 1)).seconds == pytest.approx(
+        2 * (experts / 2 + router)
+    )
 
 
 def test_projections_in_fp8_are_read_in_half_the_time(shallow: str) -> None:
@@ -243,7 +280,9 @@ def test_projections_in_fp8_are_read_in_half_the_time(shallow: str) -> None:
     scales = (2 * projections + dense) * 4 / 128
     in_bf16 = 2 * 16 * 256 * 512 + 102400 // 8 * 5120
     expected = 2 * projections + dense + scales + 2 * in_bf16
-    assert 1e9 * plan.bound_projections(1).seconds == pytest.approx(expected, rel=1e-3)
+    assert 1e9 * plan.bound_projections(model_pass(plan, 1)).seconds == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
@@ -257,7 +296,10 @@ def test_bytes_are_those_that_a_layer_receives(
         Deployment(EngineConfig(shallow, tp_size=8, dcp_size=n, **options), GPUS["h200"], 4750)
         for n in (8, 1)
     )
-    (received, collectives), (without, fewer) = plan.count_received(2), alone.count_received(2)
+    (received, collectives), (without, fewer) = (
+        plan.count_received(model_pass(plan, 2)),
+        alone.count_received(model_pass(alone, 2)),
+    )
     assert (received - without) / 2 / 2 == count_bytes(exchange, policy, q_proj)
     assert without == 2 * 2 * (7 * 2 * 5120 * 2) and fewer == 2 * 2
     assert collectives == 2 * (4 + (exchange == "ag_rs") - (q_proj == "replicated"))
@@ -341,7 +383,7 @@ def test_a_gpu_in_numbers() -> None:
         ),
         (
             "--gpu h100 --tp-size 8 --acceptance 0.6",
-            "--acceptance 0.6: there are no drafts to accept; add --speculative-method ngram",
+            "--acceptance 0.6: there are no drafts to accept; add --speculative-method, such as",
         ),
         (
             "--gpu h100 --tp-size 8 --speculative-method ngram --acceptance 60",
@@ -408,6 +450,32 @@ def test_a_full_step_has_room_for_few_drafts(
     assert [step["drafts"] for step in steps] == [192, 160, 0]
     # 96 first drafts and 64 second ones.
     assert steps[1]["tokens_per_step"] == 96 + 96 * 0.5 + 64 * 0.25
+
+
+def test_what_making_drafts_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layer of R1 is like the 58 others with experts, and reads the head once more."""
+    layers = {}
+    for num_layers in (10, 11):
+        folder = tmp_path / str(num_layers)
+        folder.mkdir()
+        config = json.loads(Path(R1, "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}))
+        layers[num_layers] = f"{folder} --gpu h200 --tp-size 8 --concurrency 8 --acceptance 0.8"
+    times = {}
+    for method in ("ngram", "mtp"):
+        for count in (1, 2):
+            flags = f"--speculative-method {method} --num-speculative-tokens {count}"
+            (step,) = run(capsys, f"{layers[10]} {flags}")["steps"]
+            times[method, count] = step["step_ms"]
+    (deeper,) = run(capsys, f"{layers[11]} --speculative-method ngram --num-speculative-tokens 1")[
+        "steps"
+    ]
+    one_layer = deeper["step_ms"] - times["ngram", 1]
+    head_ms = 1.3e3 * 129280 * 7168 * 2 / 8 / GPUS["h200"]["bandwidth"]
+    cost = times["mtp", 1] - times["ngram", 1]
+    assert cost == pytest.approx(one_layer + head_ms, rel=0.05)
+    second = times["mtp", 2] - times["ngram", 2] - cost
+    assert 0.5 * cost < second < 1.1 * cost  # over fewer rows, which go to fewer experts
 
 
 def test_without_an_acceptance_no_drafts_are_counted(

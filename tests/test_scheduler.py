@@ -15,6 +15,7 @@ from minidcp import EngineConfig, SamplingParams
 from minidcp.batch import MAX_SCORED_TOKENS
 from minidcp.engine.drafter import Drafter
 from minidcp.engine.engine import LLMEngine
+from minidcp.engine.proposers import Predictions, PromptLookup
 from minidcp.engine.scheduler import GROWTH, ScheduledStep, Scheduler
 from minidcp.kv_cache.block_manager import BlockManager
 from minidcp.request import FinishReason, Request
@@ -34,8 +35,9 @@ REFUSED = 10**6  # what a refused draft leaves in the cache
 class Guesser(Drafter):
     """Drafts random numbers of tokens, right ones mostly."""
 
-    def __init__(self, seed: int, most: int, max_tokens: int) -> None:
-        super().__init__(most, 1, 1, max_tokens)
+    def __init__(self, seed: int, most: int, max_tokens: int, num_predicted: int) -> None:
+        proposer = Predictions(num_predicted) if num_predicted > 0 else PromptLookup(1, 1)
+        super().__init__(proposer, most, max_tokens)
         self.random = random.Random(seed)
 
     def propose(self, decoding: list[Request]) -> dict[str, list[int]]:
@@ -59,7 +61,8 @@ class Guesser(Drafter):
 class FakeWorkers:
     """Executes plans with dictionaries: a rank must be able to do this from the plans alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_predicted: int) -> None:
+        self.num_predicted = num_predicted
         self.tables: dict[tuple[int, int], int] = {}
         self.cache: dict[tuple[int, int], int] = {}  # (block, offset) -> token
         self.last: dict[int, int] = {}
@@ -69,6 +72,8 @@ class FakeWorkers:
             self.tables[slot, index] = block
         tokens = deque(plan.tokens)
         drafts = deque(plan.drafts)
+        room = deque(plan.room)
+        followers = deque(plan.followers)
         outputs = []
 
         def place(slot: int, position: int) -> tuple[int, int]:
@@ -99,7 +104,21 @@ class FakeWorkers:
                     self.cache[place(slot, end - 1)] = REFUSED  # nobody may read it
                 counts = counts and end < start + length
                 counts = counts and self.cache[place(slot, end)] == token
-        assert not tokens and not drafts
+
+            if self.num_predicted == 0:
+                continue
+            if not is_decoding:
+                # Of a prompt all is known. Outputs that are computed again are the model's own.
+                follower = followers.popleft()
+                known = [self.cache[place(slot, p)] for p in range(start + length)]
+                assert (follower < 0) == (num_sampled > 0)
+                assert follower in (-1, len(known) // 7, next_token(known))
+            if num_sampled > 0:
+                # Their own drafts are stored as well, as far as there is room.
+                end = min(room.popleft(), start + length + self.num_predicted - 1)
+                for pos in range(start + length, end):
+                    self.cache[place(slot, pos)] = REFUSED
+        assert not tokens and not drafts and not room and not followers
         return outputs
 
 
@@ -137,6 +156,7 @@ def loads(draw: st.DrawFn) -> list[tuple[int, int, int, int | None]]:
     st.booleans(),
     st.integers(0, 12),
     st.integers(0, 4),
+    st.booleans(),
 )
 def test_every_output_equals_its_solo_run(
     load: list[tuple[int, int, int, int | None]],
@@ -148,6 +168,7 @@ def test_every_output_equals_its_solo_run(
     mixed_steps: bool,
     growth: int,
     most_drafts: int,
+    predicts: bool,
 ) -> None:
     """Random arrivals, lengths, prefixes, aborts and drafts; too few blocks and late results."""
     with mock.patch("minidcp.engine.scheduler.GROWTH", growth):
@@ -155,10 +176,11 @@ def test_every_output_equals_its_solo_run(
             -(-30 // tokens_per_block) + spare_blocks, tokens_per_block, prefix_cache
         )
         drafter = None
+        num_predicted = most_drafts if predicts else 0
         if most_drafts > 0:
-            drafter = Guesser(growth, most_drafts, max_num_batched_tokens)
+            drafter = Guesser(growth, most_drafts, max_num_batched_tokens, num_predicted)
         scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, mixed_steps, drafter)
-        workers = FakeWorkers()
+        workers = FakeWorkers(num_predicted)
         # Many prompts have a common prefix.
         requests = [
             Request(str(i), [t // 7 for t in range(length)], SamplingParams(), max_tokens, seed=0)

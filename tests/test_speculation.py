@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import LLM, EngineConfig, SamplingParams
-from minidcp.batch import Admission, StepPlan, find_positions
-from minidcp.engine.drafter import Drafter, NgramIndex, RequestDrafts, StepTimes, count_accepted
+from minidcp.batch import Admission, StepPlan, find_positions, list_drafts
+from minidcp.engine.drafter import Drafter, RequestDrafts, StepTimes, count_accepted
+from minidcp.engine.proposers import NgramIndex, PromptLookup
 from minidcp.request import CompletionOutput, Request
 from minidcp.worker.drafts import judge
 from minidcp.worker.model_runner import ModelRunner
@@ -36,7 +37,7 @@ class Prompter(Drafter):
     """Drafts what is known to come, with some tokens made wrong."""
 
     def __init__(self, real: Drafter, answers: dict[tuple[int, ...], list[int]], wrong: float):
-        super().__init__(real.most, real.shortest, real.longest, real.max_tokens)
+        super().__init__(real.proposer, real.most, real.max_tokens)
         self.answers = answers
         self.wrong = wrong
         self.random = random.Random(0)
@@ -179,7 +180,8 @@ def test_what_refused_drafts_wrote_is_never_read(
         if plan.drafts:
             # The token at place i of a row is refused if the token sampled before it does not count
             # or is another.
-            counts = judge(tokens[0], plan).counts
+            decode_tokens = torch.tensor(list_drafts(plan))
+            counts = judge(tokens[0], plan, decode_tokens).counts
             rows = torch.tensor(plan.sampling)
             is_refused = torch.zeros(len(rows), dtype=torch.bool)
             is_refused[1:] = (rows[1:] == rows[:-1]) & ~counts[1:]
@@ -231,8 +233,9 @@ def test_draws_have_the_distribution_of_the_model() -> None:
             )
             sampler.admit(plan)
             both = logits.repeat(rows, 1)
-            tokens = sampler.sample(both, plan, both.argmax(-1)).tokens
-            counts = judge(tokens, plan).counts.view(rows, 2)
+            decode_tokens = torch.tensor(list_drafts(plan))
+            tokens = sampler.sample(both, plan, both.argmax(-1), decode_tokens).tokens
+            counts = judge(tokens, plan, decode_tokens).counts.view(rows, 2)
             first, second = tokens.view(rows, 2).T
             first_draws += torch.bincount(first, minlength=vocab)
             right = counts[:, 1]
@@ -313,9 +316,9 @@ def test_accepted_drafts(tokens: list[int], drafts: list[int]) -> None:
 
 
 def make_drafter(rates: list[float], seconds: dict[int, float]) -> Drafter:
-    drafter = Drafter(most=4, shortest=2, longest=4, max_tokens=64)
+    drafter = Drafter(PromptLookup(2, 4), most=4, max_tokens=64)
     for name, rate in enumerate(rates):
-        drafter.requests[str(name)] = RequestDrafts(NgramIndex(2, 4), rate * 1e6, 1e6)
+        drafter.requests[str(name)] = RequestDrafts(rate * 1e6, 1e6)
     for size, time in seconds.items():
         for _ in range(2):  # the first step of a size does not count
             drafter.times.note(size, time)
@@ -355,7 +358,7 @@ def test_many_long_prompts_are_indexed_a_part_in_each_step() -> None:
     requests = [Request(str(i), [1, 2, 3] * 1000, SamplingParams(), 9, seed=0) for i in range(8)]
     for steps in range(1, 7):
         drafter.propose(requests)
-        num_indexed = sum(known.index.num_indexed for known in drafter.requests.values())
+        num_indexed = sum(i.num_indexed for i in drafter.proposer.indices.values())
         assert num_indexed == min(steps * 4096, 24_000)
 
 

@@ -53,10 +53,11 @@ def test_flags_may_give_what_the_object_does_not() -> None:
         (
             '{"method": "ngram", "model": "x"}',
             "unknown key 'model'; possible are method, num_speculative_tokens, prompt_lookup_max, "
-            "prompt_lookup_min. Guesses come from prompt lookup only, not from a model",
+            "prompt_lookup_min. Guesses come from prompt lookup or the model's MTP layer, not from "
+            "another model",
         ),
-        ('{"method": "eagle"}', "'method' is 'eagle'; must be 'ngram'"),
-        ('{"method": null}', "'method' is None; must be 'ngram'"),
+        ('{"method": "eagle"}', "'method' is 'eagle'; must be one of ngram, mtp, deepseek_mtp"),
+        ('{"method": null}', "'method' is None; must be one of ngram, mtp, deepseek_mtp"),
         (
             '{"method": "ngram", "num_speculative_tokens": "4"}',
             "'num_speculative_tokens' is '4'; must be an integer, at least 1",
@@ -66,7 +67,7 @@ def test_flags_may_give_what_the_object_does_not() -> None:
             "'num_speculative_tokens' is 0; must be an integer, at least 1",
         ),
         ('{"prompt_lookup_max": true}', "'prompt_lookup_max' is True; must be an integer"),
-        ('{"num_speculative_tokens": 4}', '\'method\' is missing; add "method": "ngram"'),
+        ('{"num_speculative_tokens": 4}', '\'method\' is missing; add "method": "ngram" or "mtp"'),
     ],
 )
 def test_wrong_objects(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

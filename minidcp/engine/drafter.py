@@ -1,7 +1,6 @@
 """Drafts: proposals for the next tokens of a request, which the next step checks (speculative
-decoding). They are looked up in the request's own text (prompt lookup): where its last few tokens
-occurred before, what came after them may come again. How many are worth their time is learnt: from
-how many were right, and from how long steps take. Next: `engine.py`."""
+decoding). Where they come from is in `proposers.py`. How many are worth their time is learnt here:
+from how many were right, and from how long steps take. Next: `engine.py`."""
 
 import bisect
 import time
@@ -9,10 +8,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from minidcp.batch import StepPlan
+from minidcp.engine.proposers import Predictions, PromptLookup, Proposer
 from minidcp.request import Request
 from minidcp.resolve import ResolvedConfig
 
-TOKENS_INDEXED = 4096  # in one step at most, so that no step waits for long prompts
 PRIOR = 0.5  # how likely a draft is right, before anything is known
 PRIOR_WEIGHT = 2.0  # as many drafts as this
 FORGET = 0.995  # what is known counts so much less a token later
@@ -25,47 +24,6 @@ TRIAL_STEPS = 32
 PLAIN_STEPS = 64
 SAMPLES = 8  # how many of the last steps of a size count for its time
 SMOOTHING = 0.2  # how much the wait after a step counts for the mean wait
-
-
-class NgramIndex:
-    """Where each n-gram of a growing text was last continued.
-
-    Each token costs a look-up for each n, however long the text is.
-    """
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        self.lengths = range(longest, shortest - 1, -1)
-        self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: where the next token is
-        self.num_indexed = 0
-
-    def extend(self, tokens: list[int], most: int = TOKENS_INDEXED) -> int:
-        """Index the tokens that are new, `most` at most; returns how many."""
-        begin = self.num_indexed
-        end = min(len(tokens), begin + most)
-        for position in range(begin, end):
-            for length in self.lengths:
-                if length <= position:
-                    self.continuations[tuple(tokens[position - length : position])] = position
-        self.num_indexed = end
-        return end - begin
-
-    def propose(self, tokens: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that may follow: those behind the longest n-gram that occurred."""
-        if self.num_indexed < len(tokens):
-            return []  # a long prompt, of which the rest is still to be indexed
-        for length in self.lengths:
-            if length > len(tokens):
-                continue
-            position = self.continuations.get(tuple(tokens[len(tokens) - length :]))
-            if position is not None:
-                return repeat_from(tokens, position, count)
-        return []
-
-
-def repeat_from(tokens: list[int], position: int, count: int) -> list[int]:
-    """`count` tokens from a position on, going on in a circle where the text ends."""
-    period = len(tokens) - position
-    return [tokens[position + i % period] for i in range(count)]
 
 
 def count_accepted(tokens: list[int], drafts: list[int]) -> int:
@@ -83,7 +41,6 @@ def count_accepted(tokens: list[int], drafts: list[int]) -> int:
 class RequestDrafts:
     """What is known about the drafts of one request."""
 
-    index: NgramIndex
     right: float = PRIOR * PRIOR_WEIGHT
     tried: float = PRIOR_WEIGHT
 
@@ -162,17 +119,14 @@ class Drafter:
 
     Attributes:
         most: drafts of a request in one step at most.
-        shortest, longest: of the n-grams that are looked up.
         max_tokens: of the decode rows of a step, drafts included.
     """
 
+    proposer: Proposer
     most: int
-    shortest: int
-    longest: int
     max_tokens: int
     times: StepTimes = field(default_factory=StepTimes)
     requests: dict[str, RequestDrafts] = field(default_factory=dict)  # by request id
-    tokens_to_index: int = 0  # that this step has left
     steps_since_trial: int = 0
     steps_since_plain: int = 0
     on_trial: dict[str, bool] = field(default_factory=dict)  # by request id: whether it was right
@@ -182,9 +136,9 @@ class Drafter:
         if len(decoding) >= self.max_tokens or self.steps_since_plain >= PLAIN_STEPS:
             return {}
         proposals = {}
-        self.tokens_to_index = TOKENS_INDEXED
+        self.proposer.begin_step()
         for request in decoding:
-            drafts = self.look_up(request)
+            drafts = self.propose_for(request)
             if drafts:
                 proposals[request.request_id] = drafts
         if not proposals:
@@ -197,22 +151,14 @@ class Drafter:
             counts.update(dict.fromkeys(self.on_trial, 1))
         return {name: drafts[: counts[name]] for name, drafts in proposals.items() if counts[name]}
 
-    def look_up(self, request: Request) -> list[int]:
+    def propose_for(self, request: Request) -> list[int]:
         """What may follow the request's next token, whether that is known yet or not."""
         if request.params.structured_outputs is not None:
             return []  # only the next token's mask is known
-        known = self.requests.get(request.request_id)
-        if known is None:
-            known = RequestDrafts(NgramIndex(self.shortest, self.longest))
-            self.requests[request.request_id] = known
-        self.tokens_to_index -= known.index.extend(request.tokens, self.tokens_to_index)
-
-        num_unknown = request.num_in_flight
-        num_outputs = request.num_outputs + num_unknown
+        self.requests.setdefault(request.request_id, RequestDrafts())
+        num_outputs = request.num_outputs + request.num_in_flight
         most = min(self.most, request.max_tokens - num_outputs - 1)
-        if most <= 0:
-            return []
-        return known.index.propose(request.tokens, num_unknown + most)[num_unknown:]
+        return self.proposer.propose(request, max(0, most))
 
     def choose_counts(self, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
         """How many of each request's drafts give the most tokens a second, by request id.
@@ -268,15 +214,18 @@ class Drafter:
 
     def drop(self, request: Request) -> None:
         self.requests.pop(request.request_id, None)
+        self.proposer.drop(request)
 
 
 def make_drafter(config: ResolvedConfig) -> Drafter | None:
     """None if nothing is to be drafted."""
     if config.num_speculative_tokens == 0:
         return None
+    proposer: Proposer = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+    if config.num_predicted > 0:
+        proposer = Predictions(config.num_predicted)
     return Drafter(
+        proposer,
         most=config.num_speculative_tokens,
-        shortest=config.prompt_lookup_min,
-        longest=config.prompt_lookup_max,
         max_tokens=min(config.max_decode_tokens, config.max_num_batched_tokens),
     )

@@ -140,7 +140,8 @@ class LLMEngine:
     def count_blocks_that_fit(self, kv_bytes: int, config: ResolvedConfig) -> int:
         """As many as fit into kv_bytes of a rank, but no more than can ever be used."""
         itemsize: int = getattr(torch, config.dtype).itemsize
-        token_bytes = self.model_config.num_hidden_layers * self.model_config.latent_dim * itemsize
+        num_layers = config.count_cache_layers(self.model_config)
+        token_bytes = num_layers * self.model_config.latent_dim * itemsize
         num_fitting = kv_bytes // (config.block_size * token_bytes)
         num_usable = config.max_num_seqs * self.layout.num_blocks(config.max_model_len)
         return min(num_fitting, num_usable)
@@ -277,7 +278,7 @@ class LLMEngine:
 
     def take_in(self, step: ScheduledStep, result: StepResult) -> list[OutputDelta]:
         """Hand out a step's tokens, and what comes with them, to its requests."""
-        results = self.scheduler.update(step, result.tokens)
+        results = self.scheduler.update(step, result.tokens, result.drafts)
         num_sampled = len(result.tokens)
         logprobs = result.logprobs or [None] * num_sampled
         self.note_prompt_logprobs(step, logprobs[num_sampled:])

@@ -5,13 +5,12 @@ a step. The youngest request is preempted when blocks run out. Text is in `engin
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from minidcp.batch import MAX_SCORED_TOKENS, Admission, ScoredToken, StepPlan
 from minidcp.engine.drafter import Drafter, count_accepted
 from minidcp.engine.waiting_queue import WaitingQueue
 from minidcp.kv_cache.block_manager import BlockManager
-from minidcp.request import FinishReason, Request
+from minidcp.request import FinishReason, NewTokens, Request
 
 # A request is admitted only if there is room for about this many more tokens of every running
 # request. Otherwise it might be preempted soon after, and its prompt would be computed twice.
@@ -25,15 +24,6 @@ class ScheduledStep:
     plan: StepPlan = field(default_factory=StepPlan)
     requests: list[Request] = field(default_factory=list)  # of the plan's rows, in order
     admitted: list[Request] = field(default_factory=list)  # those that start running in this step
-
-
-class NewTokens(NamedTuple):
-    """What one row of a step gave its request: sampled tokens [first, end)."""
-
-    request: Request
-    first: int
-    end: int
-    num_drafts: int
 
 
 class Scheduler:
@@ -55,6 +45,7 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.drafter = drafter
+        self.num_predicted = 0 if drafter is None else drafter.proposer.num_predicted
         self.num_drafts_in_flight = 0
         self.budget = budget  # tokens of a step at most
         self.mixed_steps = mixed_steps  # whether a step may hold both decode rows and prompt chunks
@@ -104,6 +95,7 @@ class Scheduler:
                 drafts = proposals.get(request.request_id, [])
                 drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
                 self.add_row(step, request, 1, drafts)
+                self.make_room_to_predict(request, step)
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: ScheduledStep) -> None:
@@ -162,6 +154,18 @@ class Scheduler:
             self.append_blocks(request, blocks, step)
         return count
 
+    def make_room_to_predict(self, request: Request, step: ScheduledStep) -> None:
+        """Tell the ranks how much room there is behind a row that samples, where they make drafts.
+
+        They store what they compute from all their drafts but the last. They can do with less.
+        """
+        if self.num_predicted == 0:
+            return
+        most = len(request.prompt_token_ids) + request.max_tokens
+        end = min(most, request.num_computed + self.num_predicted - 1)
+        self.make_room_for_drafts(request, end - request.num_computed - 1, step)
+        step.plan.room.append(len(request.blocks) * self.blocks.tokens_per_block)
+
     def give_back_room(self, request: Request) -> None:
         """Give back the blocks that were taken for drafts alone."""
         num_needed = -(-request.num_computed // self.blocks.tokens_per_block)
@@ -199,7 +203,7 @@ class Scheduler:
         self.start_running(request, len(shared))
         self.append_blocks(request, shared + new, step)
         step.admitted.append(request)
-        step.plan.admitted.append(describe_admission(request))
+        step.plan.admitted.append(Admission.describe(request))
         return True
 
     def share_cached_blocks(self, request: Request) -> list[int]:
@@ -252,8 +256,14 @@ class Scheduler:
             length = min(length, MAX_SCORED_TOKENS - len(step.plan.scored))
             self.add_scored_tokens(step, request, length)
 
-        step.plan.tokens += request.tokens[start : start + length]
+        end = start + length
+        is_last = end == len(request.tokens)
+        step.plan.tokens += request.tokens[start:end]
         self.add_row(step, request, length)
+        if self.num_predicted > 0:
+            step.plan.followers.append(-1 if is_last else request.tokens[end])
+        if is_last:
+            self.make_room_to_predict(request, step)
         # Now, so that equal prompts that arrived together are computed once: the next ones that are
         # admitted share these blocks.
         self.publish(request)
@@ -287,12 +297,16 @@ class Scheduler:
             step.plan.sampling += [len(step.requests) - 1] * (1 + len(drafts))
             request.num_in_flight += 1
 
-    def update(self, step: ScheduledStep, tokens: list[int]) -> list[NewTokens]:
+    def update(
+        self, step: ScheduledStep, tokens: list[int], all_drafts: list[int] | None = None
+    ) -> list[NewTokens]:
         """Hand in the tokens that a step sampled. Returns which of them each request gets.
 
+        `all_drafts` are those that the step checked, where the ranks had made them.
         A request may have finished while the step ran. It is returned too, but the tokens are too
         many, and the caller must skip them.
         """
+        all_drafts = step.plan.drafts if all_drafts is None else all_drafts
         results = []
         first = 0
         num_drafts_before = 0
@@ -301,7 +315,7 @@ class Scheduler:
             num_drafts = 0
             if row < step.plan.num_decode:
                 num_drafts = step.plan.lengths[row] - 1
-            drafts = step.plan.drafts[num_drafts_before : num_drafts_before + num_drafts]
+            drafts = all_drafts[num_drafts_before : num_drafts_before + num_drafts]
             num_accepted = count_accepted(tokens[first : first + num_drafts], drafts)
             self.take_tokens(request, tokens[first : first + 1 + num_accepted], num_drafts)
             results.append(NewTokens(request, first, first + 1 + num_accepted, num_drafts))
@@ -379,17 +393,3 @@ class Scheduler:
         request.num_published = 0
         heapq.heappush(self.free_slots, request.slot)
         request.slot = -1
-
-
-def describe_admission(request: Request) -> Admission:
-    """What the workers must know about a request that starts running."""
-    counts_history = request.params.has_penalties
-    has_grammar = request.params.structured_outputs is not None
-    return Admission(
-        slot=request.slot,
-        params=request.params.without_grammar(),
-        seed=request.seed,
-        num_prompt=len(request.prompt_token_ids),
-        stop_ids=() if has_grammar else request.stop_ids,  # else masks rule them out
-        history=tuple(request.tokens) if counts_history else (),
-    )

@@ -1,13 +1,14 @@
 """Which rank of a DCP group stores token p of a request, and where. All of this arithmetic is here.
-The functions take an int or an integer array. Next: `block_manager.py`."""
+The functions take an int, or an integer array or tensor. Next: `block_manager.py`."""
 
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-Ints = TypeVar("Ints", int, NDArray[np.int64])
+Ints = TypeVar("Ints", int, NDArray[np.int64], Tensor)
 
 
 @dataclass(frozen=True)

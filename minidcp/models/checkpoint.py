@@ -132,14 +132,46 @@ class CheckpointSource:
             del self.file_of[name]
         return len(names)
 
-    def are_equal(self, first: str, second: str) -> bool:
-        """Compare two tensors in the model's dtype, some rows at a time."""
+    def share_tensors(self, layer: int) -> list[str]:
+        """Leave out embeddings and head of a layer that predicts further tokens.
+
+        They are copies of the model's own, which the layer shares. Returns the names of those that
+        are not. Only some rows are compared, because they are large.
+
+        Raises ValueError if the checkpoint has no such layer.
+        """
+        prefix = f"model.layers.{layer}."
+        require(
+            any(name.startswith(prefix) for name in self.file_of),
+            f"--speculative-method mtp: {self.path} has no {prefix}*, though its config.json has "
+            "num_nextn_predict_layers; use ngram",
+        )
+        different = []
+        shared = {"embed_tokens.weight": EMBEDDINGS, "shared_head.head.weight": HEAD}
+        for name, original in shared.items():
+            if prefix + name not in self.file_of:
+                continue
+            if original not in self.file_of:  # tied to the embeddings
+                original = EMBEDDINGS
+            if original in self.file_of and not self.are_equal(prefix + name, original, parts=16):
+                different.append(name)
+            del self.file_of[prefix + name]
+        return different
+
+    def are_equal(self, first: str, second: str, parts: int | None = None) -> bool:
+        """Compare two tensors in the model's dtype, some rows at a time.
+
+        Of all rows, or of a few in so many parts of them.
+        """
         slices = [self.get_slice(first), self.get_slice(second)]
         shape, other_shape = (s.get_shape() for s in slices)
         if shape != other_shape:
             return False
-        for begin in range(0, shape[0], ROWS_COMPARED):
-            rows, other_rows = (s[begin : begin + ROWS_COMPARED].to(self.dtype) for s in slices)
+        rows_compared, step = ROWS_COMPARED, ROWS_COMPARED
+        if parts is not None:
+            rows_compared, step = 16, max(16, shape[0] // parts)
+        for begin in range(0, shape[0], step):
+            rows, other_rows = (s[begin : begin + rows_compared].to(self.dtype) for s in slices)
             if not torch.equal(rows, other_rows):
                 return False
         return True

@@ -362,8 +362,11 @@ class DeepseekForCausalLM:
         table = rotary_table(config.rope, config.qk_rope_head_dim, options.max_model_len)
         self.cos_sin = table.to(head.device)
 
-    def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index."""
+    def __call__(
+        self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index, and
+        what they are made from, the hidden states of all tokens [T, hidden]."""
         for queries in (batch.decode, *batch.context):
             if isinstance(queries, CacheQueries):
                 self.attention.prepare(queries)
@@ -372,5 +375,5 @@ class DeepseekForCausalLM:
         stream = ResidualStream(self.tp, self.embed_tokens(token_ids))
         for layer, kv in zip(self.layers, cache, strict=True):
             layer(stream, cos_sin, kv, batch)
-        normed = stream.normed(self.norm)
-        return self.lm_head(widen(normed)[batch.sample_index])
+        hidden = widen(stream.normed(self.norm))
+        return self.lm_head(hidden[batch.sample_index]), hidden

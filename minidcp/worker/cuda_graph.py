@@ -1,6 +1,6 @@
-"""CUDA graphs of pure decode steps, one for each batch size of a ladder. Smaller batches are
-padded. A padded row has local length 0 and slot_mapping -1: it reads nothing from the cache,
-writes nothing there, and nobody looks at its token. Next: `sampler.py`."""
+"""CUDA graphs of pure decode steps, one for each batch size of a ladder, and of the MTP layer.
+Smaller batches are padded. A padded row has local length 0 and slot_mapping -1: it reads nothing
+from the cache, writes nothing there, and nobody looks at its token. Next: `sampler.py`."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -25,8 +25,11 @@ from minidcp.kv_cache.interleave import Interleave
 from minidcp.parallel.state import ParallelState
 from minidcp.resolve import ResolvedConfig
 
-# Runs a batch: this rank's logits [S, V / tp], and the best tokens [S].
-Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
+# Runs a batch: this rank's logits [S, V / tp], the best tokens [S], and hidden states [T, hidden],
+# which are left out where no drafts are made of them.
+Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor, Tensor]]
+# Runs the MTP layer: next tokens [T], hidden states [T, hidden], batch -> hidden states, tokens.
+Predict = Callable[[Tensor, Tensor, ForwardBatch], tuple[Tensor, Tensor]]
 
 
 def ladder(max_size: int) -> list[int]:
@@ -45,8 +48,7 @@ def ladder(max_size: int) -> list[int]:
 @dataclass(frozen=True)
 class CapturedStep:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # [B, V / tp], written by each replay
-    tokens: Tensor  # [B]
+    outputs: tuple[Tensor, ...]  # each [B, …], written by each replay
     received_bytes: int  # what a replay receives from other ranks
 
 
@@ -98,8 +100,63 @@ class GraphInputs:
         self.fields[:, :size].copy_(tensors["fields"])
         self.block_table[:num_rows, :width].copy_(tensors["block_table"])
 
+    def copy(self, batch: ForwardBatch) -> None:
+        """Take over a decode batch that is on the device, and make all other rows padding."""
+        assert batch.decode is not None
+        num_rows, width = batch.decode.block_table.shape
+        self.local_lens.zero_()
+        self.slot_mapping.fill_(-1)
+        self.positions[:num_rows].copy_(batch.positions)
+        self.slot_mapping[:num_rows].copy_(batch.slot_mapping)
+        self.local_lens[:num_rows].copy_(batch.decode.local_lens)
+        self.block_table[:num_rows, :width].copy_(batch.decode.block_table)
 
-class DecodeGraphs:
+
+class GraphLadder:
+    """Graphs for batches of any size up to the largest of `sizes`, which rise.
+
+    `prepare` gives what runs a batch of one of them.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        prepare: Callable[[int], Callable[[], tuple[Tensor, ...]]],
+        state: ParallelState,
+        pool: Any = None,
+    ) -> None:
+        """`pool` is the memory of other graphs: what they have put out stays valid."""
+        self.sizes = sizes
+        self.state = state
+        self.steps: dict[int, CapturedStep] = {}
+        self.pool = pool  # the memory that all graphs share
+        for size in reversed(sizes):  # the largest first: the smaller ones fit in its memory
+            self.steps[size] = self.capture(prepare(size))
+            self.pool = self.pool or self.steps[size].graph.pool()
+
+    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> CapturedStep:
+        run()  # compiles kernels and fills caches, which a capture must not do
+        torch.cuda.synchronize()
+        received_before = self.state.received_bytes
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = run()
+        return CapturedStep(graph, outputs, self.state.received_bytes - received_before)
+
+    def find_size(self, num_rows: int) -> int:
+        """The smallest graph that so many rows fit in."""
+        return self.sizes[bisect.bisect_left(self.sizes, num_rows)]
+
+    def run(self, num_rows: int) -> tuple[Tensor, ...]:
+        """Replay the graph for so many rows: its outputs for them, valid until the next replay."""
+        step = self.steps[self.find_size(num_rows)]
+        step.graph.replay()
+        # The groups do not see what a graph receives. Note it with one of them.
+        self.state.tp.received_bytes += step.received_bytes
+        return tuple(output[:num_rows] for output in step.outputs)
+
+
+class DecodeGraphs(GraphLadder):
     """Graphs of `forward` for up to `config.max_decode_tokens` rows: from a batch to tokens."""
 
     def __init__(
@@ -111,45 +168,29 @@ class DecodeGraphs:
         device: torch.device,
     ) -> None:
         self.layout = Interleave(config.dcp_size, config.block_size)
-        self.state = state
         self.tables = tables
-        self.device = device
-        self.sizes = ladder(config.max_decode_tokens)
+        self.config = config
         width = tables.table.shape[1]
         has_drafts = config.num_speculative_tokens > 0
         self.inputs = GraphInputs(config.max_decode_tokens, width, has_drafts, device)
 
-        self.steps: dict[int, CapturedStep] = {}
-        pool: Any = None  # the memory that all graphs share
-        for size in reversed(self.sizes):  # the largest first: the smaller ones fit in its memory
+        def prepare(size: int) -> Callable[[], tuple[Tensor, ...]]:
             batch = self.inputs.make_batch(size, config.exchanges_narrow(size))
-            step = self.capture(forward, batch, pool)
-            pool = pool or step.graph.pool()
-            self.steps[size] = step
+            return lambda: forward(batch)
 
-    def capture(self, forward: Forward, batch: ForwardBatch, pool: Any) -> CapturedStep:
-        forward(batch)  # compiles kernels and fills caches, which a capture must not do
-        torch.cuda.synchronize(self.device)
-        received_before = self.state.received_bytes
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits, tokens = forward(batch)
-        received_bytes = self.state.received_bytes - received_before
-        return CapturedStep(graph, logits, tokens, received_bytes)
+        super().__init__(ladder(config.max_decode_tokens), prepare, state)
 
-    def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Run a pure decode step of D tokens: logits [D, V / tp] and their best tokens [D].
+    def replay(self, plan: StepPlan) -> tuple[ForwardBatch, Tensor, Tensor, Tensor]:
+        """Run a pure decode step of D tokens: its batch, logits [D, V / tp], the best tokens [D]
+        and hidden states [D, hidden], if drafts are made of them.
 
-        Both are valid until the next replay.
+        All are valid until the next replay.
         """
         num_tokens = plan.num_decode_tokens
-        size = self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
-        self.fill_inputs(plan, size)
-        step = self.steps[size]
-        step.graph.replay()
-        # The groups do not see what a graph receives. Note it with one of them.
-        self.state.tp.received_bytes += step.received_bytes
-        return step.logits[:num_tokens], step.tokens[:num_tokens]
+        self.fill_inputs(plan, self.find_size(num_tokens))
+        logits, tokens, hidden = self.run(num_tokens)
+        batch = self.inputs.make_batch(num_tokens, self.config.exchanges_narrow(num_tokens))
+        return batch, logits, tokens, hidden
 
     def fill_inputs(self, plan: StepPlan, size: int) -> None:
         rank = self.state.dcp.rank
@@ -163,3 +204,36 @@ class DecodeGraphs:
         width = self.layout.num_blocks(int(positions.max()) + 1)
         block_table = self.tables.table[slots, :width]
         self.inputs.fill(fields, block_table, size)
+
+
+class PredictionGraphs(GraphLadder):
+    """Graphs of the MTP layer, for the rows in the inputs of `decode_graphs`, which it shares."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        decode_graphs: DecodeGraphs,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.inputs = decode_graphs.inputs
+        config = decode_graphs.config
+        device = self.inputs.fields.device
+        rows = decode_graphs.sizes[-1]
+        self.next_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
+
+        def prepare(size: int) -> Callable[[], tuple[Tensor, ...]]:
+            batch = self.inputs.make_batch(size, config.exchanges_narrow(size))
+            return lambda: predict(self.next_tokens[:size], self.hidden[:size], batch)
+
+        super().__init__(decode_graphs.sizes, prepare, decode_graphs.state, decode_graphs.pool)
+
+    def replay(self, next_tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the layer over the first n rows of the inputs: hidden states [n, hidden] and the
+        tokens [n] that it predicts, both valid until the next replay."""
+        num_rows = len(next_tokens)
+        self.next_tokens[:num_rows].copy_(next_tokens)
+        self.hidden[:num_rows].copy_(hidden)
+        new_hidden, tokens = self.run(num_rows)
+        return new_hidden, tokens

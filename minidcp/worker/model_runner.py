@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,17 +12,17 @@ from torch import Tensor
 
 from minidcp.attention import make_backend
 from minidcp.attention.context import ContextPolicy
-from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan, StepResult
+from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
-from minidcp.models.checkpoint import CheckpointSource
-from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.layers import MoE
-from minidcp.models.weights import RandomSource, RecordingSource, Weights, WeightSource
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
 from minidcp.resolve import ResolvedConfig
-from minidcp.worker.cuda_graph import DecodeGraphs
-from minidcp.worker.drafts import judge
+from minidcp.worker.cuda_graph import DecodeGraphs, PredictionGraphs
+from minidcp.worker.drafts import find_drafts, judge
+from minidcp.worker.loader import ModelLoader
+from minidcp.worker.pending import PendingResult
+from minidcp.worker.predictor import Predictor
 from minidcp.worker.sampler import Sampled, Sampler
 
 logger = logging.getLogger("minidcp")
@@ -32,40 +31,6 @@ logger = logging.getLogger("minidcp")
 CPU_KV_BYTES = 2 << 30
 # Left free on a GPU, for CUDA graphs and for what libraries allocate later.
 GRAPH_BYTES = 1 << 30
-
-
-class PendingResult:
-    """A step that the device may still be working on; `wait` gives its result.
-
-    The copy to the host is started here, so that nothing else has to wait for the device.
-    """
-
-    def __init__(
-        self, sampled: Sampled, begin: float | torch.cuda.Event, received_bytes: int
-    ) -> None:
-        self.sampled = sampled
-        self.begin = begin
-        self.received_bytes = received_bytes
-        if isinstance(begin, torch.cuda.Event):
-            self.sampled = sampled.map(copy_to_host)
-            self.end = torch.cuda.Event(enable_timing=True)
-            self.end.record()
-
-    def wait(self) -> StepResult:
-        if isinstance(self.begin, torch.cuda.Event):
-            self.end.synchronize()
-            seconds = self.begin.elapsed_time(self.end) * 1e-3
-        else:
-            seconds = time.perf_counter() - self.begin
-        sampled = self.sampled
-        tokens = sampled.tokens[: sampled.num_sampled].tolist()
-        return StepResult(tokens, sampled.list_logprobs(), seconds, self.received_bytes)
-
-
-def copy_to_host(x: Tensor) -> Tensor:
-    """Start a copy into pinned memory, without waiting for it."""
-    on_host = torch.empty_like(x, device="cpu", pin_memory=True)
-    return on_host.copy_(x, non_blocking=True)
 
 
 class ModelRunner:
@@ -100,13 +65,22 @@ class ModelRunner:
             f"exchange: {describe_exchange(config)}; quantization: {config.quantization}"
         )
 
-        self.model, self.bytes_read = self.load()
+        loader = ModelLoader(config, model_config, state, device, self.attention, self.log)
+        self.model, prediction_layer = loader.load()
+        self.model_config = loader.model_config
+        self.bytes_read = loader.bytes_read
         width = self.interleave.num_blocks(config.max_model_len)
         self.tables = BlockTables(config.max_num_seqs, width)
-        # The token that was sampled last, by request slot: the next decode row's input.
-        # The last place is for tokens that do not count.
-        self.last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
+        # By request slot: the token that was sampled last, which is the next decode row's input,
+        # and the drafts behind it. The last place is for tokens that do not count.
+        shape = (config.max_num_seqs + 1, 1 + config.num_predicted)
+        self.last_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.sampler = Sampler()
+        self.predictor: Predictor | None = None
+        if prediction_layer is not None:
+            self.predictor = Predictor(
+                prediction_layer, config, state, self.tables, self.interleave
+            )
         self.cache: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
 
@@ -114,59 +88,6 @@ class ModelRunner:
         """Rank 0 speaks for all ranks."""
         if self.state.tp.rank == 0:
             logger.log(level, message)
-
-    # Loading.
-
-    def load(self) -> tuple[DeepseekForCausalLM, int]:
-        """The model, and how many bytes of weights were read for it."""
-        fp8 = self.config.quantization == "fp8"
-        if self.config.load_format == "dummy":
-            random = RandomSource(self.dtype, self.device, fp8)
-            return self.build(random), random.bytes_read
-
-        is_first_rank = self.state.tp.rank == 0
-        source = CheckpointSource(
-            Path(self.config.model),
-            self.dtype,
-            self.device,
-            progress=is_first_rank,
-            fp8_block=self.model_config.fp8_block,
-            fp8=fp8,
-        )
-        if self.model_config.tie_word_embeddings and not source.tie_head():
-            self.model_config = replace(self.model_config, tie_word_embeddings=False)
-            self.log(
-                "config.json ties lm_head to the embeddings, but the checkpoint's lm_head.weight "
-                "differs from them: it is used, as in transformers",
-                logging.WARNING,
-            )
-
-        num_layers = self.model_config.num_hidden_layers
-        num_prediction_layers = self.model_config.num_nextn_predict_layers
-        num_skipped = source.skip_layers(range(num_layers, num_layers + num_prediction_layers))
-        if num_skipped > 0:
-            self.log(
-                f"left out {num_skipped} tensors from model.layers.{num_layers} on: "
-                "they predict a second token, which is not done here"
-            )
-
-        wanted = RecordingSource(fp8)
-        self.build(wanted)
-        source.check(wanted.shapes)
-        model = self.build(source)
-        source.close()
-        if source.quantized:
-            text = f"quantised {len(source.quantized)} matrices to FP8"
-            if self.model_config.fp8_block is None:
-                self.log(text)
-            else:
-                self.log(f"{text} that the checkpoint keeps in more bits", logging.WARNING)
-        return model, source.bytes_read
-
-    def build(self, source: WeightSource) -> DeepseekForCausalLM:
-        return DeepseekForCausalLM(
-            self.model_config, self.config, self.state, self.attention, Weights(source)
-        )
 
     # Memory.
 
@@ -188,8 +109,8 @@ class ModelRunner:
         The largest step takes the memory that steps need. All of them together compile every
         kernel, so that no request waits for a compiler.
         """
-        num_layers = self.model_config.num_hidden_layers
-        self.cache = self.make_cache(1, 1).expand(num_layers, -1, -1, -1)
+        num_layers = self.config.count_cache_layers(self.model_config)
+        self.set_cache(self.make_cache(1, 1).expand(num_layers, -1, -1, -1))
         strategies = [self.policy.strategy]
         if self.policy.strategy == "cheaper":
             strategies = ["gather_kv", "gather_q"]
@@ -200,7 +121,10 @@ class ModelRunner:
                 self.policy = replace(chosen_policy, strategy=strategy)
                 batch = self.build_batch(plan)
                 nowhere = torch.full_like(batch.slot_mapping, -1)
-                logits, _ = self.forward(replace(batch, slot_mapping=nowhere))
+                batch = replace(batch, slot_mapping=nowhere)
+                logits, best, hidden = self.forward(batch)
+                if self.predictor is not None:
+                    self.predictor.make_drafts(plan, batch, hidden, best)
         self.policy = chosen_policy
 
         # What sampling gathers at most.
@@ -236,6 +160,7 @@ class ModelRunner:
             starts=[longest - 1] * num_decode,
             lengths=[1] * num_decode,
             sampling=[0] * num_decode,
+            room=[longest] * num_decode,
         )
         tokens_left = size - num_decode
         while tokens_left > 0 and len(plan.slots) < max_num_seqs:
@@ -249,6 +174,8 @@ class ModelRunner:
             plan.starts.append(longest - length)
             plan.lengths.append(length)
             plan.tokens += [0] * length
+            plan.followers.append(-1)
+            plan.room.append(longest)
             tokens_left -= length
         return plan
 
@@ -267,9 +194,16 @@ class ModelRunner:
         memory = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
         return torch.from_numpy(memory).view(self.dtype).view(shape)
 
+    def set_cache(self, cache: Tensor) -> None:
+        num_layers = self.model_config.num_hidden_layers
+        self.cache = cache[:num_layers]
+        if self.predictor is not None:
+            self.predictor.kv = cache[num_layers]
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the cache, and capture the decode graphs over it."""
-        self.cache = self.make_cache(self.model_config.num_hidden_layers, num_blocks)
+        num_layers = self.config.count_cache_layers(self.model_config)
+        self.set_cache(self.make_cache(num_layers, num_blocks))
         if self.device.type != "cuda" or not self.config.cuda_graph:
             return
         if not self.attention.graphs:
@@ -277,13 +211,20 @@ class ModelRunner:
             self.log(f"no CUDA graphs: {name} cannot be captured", logging.WARNING)
             return
 
+        self.make_graphs()
+
+    @torch.inference_mode()
+    def make_graphs(self) -> None:
         start = time.perf_counter()
-        with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self.forward, self.config, self.state, self.tables, self.device
+        self.graphs = DecodeGraphs(self.forward, self.config, self.state, self.tables, self.device)
+        num_graphs = len(self.graphs.sizes)
+        if self.predictor is not None:
+            self.predictor.graphs = PredictionGraphs(
+                self.predictor.predict, self.graphs, self.model_config.hidden_size, self.dtype
             )
+            num_graphs *= 2
         seconds = time.perf_counter() - start
-        self.log(f"captured {len(self.graphs.sizes)} CUDA graphs in {seconds:.1f} s")
+        self.log(f"captured {num_graphs} CUDA graphs in {seconds:.1f} s")
 
     # Steps.
 
@@ -295,24 +236,33 @@ class ModelRunner:
             plan, self.tables, self.interleave, rank, exchanges_narrow, self.device, context
         )
 
-    def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """This rank's logits [S + K, V / tp] of a batch, and the most likely tokens [S].
+    def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's logits [S + K, V / tp] of a batch, the most likely tokens [S] and the hidden
+        states [T, hidden], which are left out if no drafts are made of them.
 
         It runs eagerly, and while a graph is captured.
         """
         assert self.cache is not None
         self.state.begin_step()
-        token_ids = self.last_tokens[batch.decode_slots]
-        if batch.drafts is not None:
-            token_ids = torch.where(batch.drafts < 0, token_ids, batch.drafts)
+        token_ids = self.read_decode_tokens(batch)
         if len(batch.prefill_tokens) > 0:
             token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
-        logits = self.model(token_ids, self.cache, batch)
+        logits, hidden = self.model(token_ids, self.cache, batch)
+        if self.predictor is None:
+            hidden = hidden.new_empty(0)  # a graph would keep them
 
         num_sampled = len(batch.sample_slots)
         if num_sampled == 0:
-            return logits, self.last_tokens[:0]
-        return logits, self.model.lm_head.choose_best(logits[:num_sampled])
+            return logits, token_ids[:0], hidden
+        return logits, self.model.lm_head.choose_best(logits[:num_sampled]), hidden
+
+    def read_decode_tokens(self, batch: ForwardBatch) -> Tensor:
+        """The tokens of the decode rows [D]."""
+        if batch.drafts is None:
+            return self.last_tokens[batch.decode_slots, 0]
+        remembered = (-1 - batch.drafts).clamp(min=0)
+        token_ids = self.last_tokens[batch.decode_slots, remembered]
+        return torch.where(batch.drafts < 0, token_ids, batch.drafts)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -329,21 +279,35 @@ class ModelRunner:
         self.sampler.admit(plan)
         is_pure_decode = plan.num_decode == len(plan.slots)
         if self.graphs is not None and is_pure_decode:
-            logits, best = self.graphs.replay(plan)
-            sample_slots = self.graphs.inputs.decode_slots[: plan.num_decode_tokens]
+            batch, logits, best, hidden = self.graphs.replay(plan)
         else:
             batch = self.build_batch(plan)
-            logits, best = self.forward(batch)
-            sample_slots = batch.sample_slots
-        sampled, tokens = self.sample(plan, logits, best)
+            logits, best, hidden = self.forward(batch)
+        decode_tokens = best[:0]
         if plan.drafts:
-            nowhere = len(self.last_tokens) - 1
-            sample_slots = torch.where(judge(tokens, plan).is_last, sample_slots, nowhere)
-        if plan.sampling:
-            self.last_tokens[sample_slots] = tokens
-        return PendingResult(sampled, begin, self.state.received_bytes)
+            decode_tokens = self.read_decode_tokens(batch)
+        sampled, tokens = self.sample(plan, logits, best, decode_tokens)
 
-    def sample(self, plan: StepPlan, logits: Tensor, best: Tensor) -> tuple[Sampled, Tensor]:
+        sample_slots = batch.sample_slots
+        verdict = None
+        drafts = None
+        if plan.drafts:
+            verdict = judge(tokens, plan, decode_tokens)
+            nowhere = len(self.last_tokens) - 1
+            sample_slots = torch.where(verdict.is_last, sample_slots, nowhere)
+            if self.predictor is not None:
+                drafts = find_drafts(plan, decode_tokens)
+        if plan.sampling:
+            self.last_tokens[sample_slots, 0] = tokens
+        if self.predictor is not None:
+            made = self.predictor.make_drafts(plan, batch, hidden, tokens, verdict)
+            if made is not None:
+                self.last_tokens[made.slots, 1:] = made.tokens
+        return PendingResult(sampled, drafts, begin, self.state.received_bytes)
+
+    def sample(
+        self, plan: StepPlan, logits: Tensor, best: Tensor, decode_tokens: Tensor
+    ) -> tuple[Sampled, Tensor]:
         """What to report, on rank 0 only; and the tokens [S] of the sampling rows, on all ranks."""
         nothing = Sampled(best[:0])
         if not plan.sampling and not plan.scored:
@@ -357,7 +321,7 @@ class ModelRunner:
         sampled = nothing
         tokens = best
         if self.state.tp.rank == 0:
-            sampled = self.sampler.sample(logits, plan, best)
+            sampled = self.sampler.sample(logits, plan, best, decode_tokens)
             tokens = sampled.tokens[: len(best)]
         if plan.sampling and not self.sampler.takes_best(plan):
             # Rank 0 decides for all: two ranks that round differently must not go separate ways.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidcp.batch import Admission, StepPlan
 from minidcp.request import SamplingParams, TokenLogprobs
-from minidcp.worker.drafts import judge
+from minidcp.worker.drafts import find_preceding_drafts, judge
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,14 @@ class Sampler:
             return True
         return any(a.params.logprobs is not None for a in self.get_admissions(plan))
 
-    def sample(self, logits: Tensor, plan: StepPlan, best: Tensor) -> Sampled:
+    def sample(
+        self, logits: Tensor, plan: StepPlan, best: Tensor, decode_tokens: Tensor
+    ) -> Sampled:
         """Choose a token for each of S sampling rows, and collect the wanted log-probabilities.
 
         logits: [S + K, vocab] float32, of the sampling rows and then of the scored tokens.
         best: [S] the most likely token of each sampling row.
+        decode_tokens: [D] the tokens of the decode rows, which are used if some are drafts.
         """
         if plan.masks:
             logits = mask_forbidden(logits, plan.masks)
@@ -115,10 +118,10 @@ class Sampler:
 
         adjusted = logits[: len(admissions)]
         if any(a.params.adjusts_logits for a in admissions):
-            adjusted = self.adjust_rows(adjusted, admissions, positions, plan)
+            adjusted = self.adjust_rows(adjusted, admissions, positions, plan, decode_tokens)
             best = adjusted.argmax(-1)
         tokens = choose_tokens(adjusted, best, admissions, positions)
-        self.count_tokens(tokens, admissions, plan)
+        self.count_tokens(tokens, admissions, plan, decode_tokens)
         return self.collect_logprobs(logits, tokens, plan)
 
     def adjust_rows(
@@ -127,23 +130,21 @@ class Sampler:
         admissions: list[Admission],
         positions: list[int],
         plan: StepPlan,
+        decode_tokens: Tensor,
     ) -> Tensor:
         """A copy of the logits [S, vocab], adjusted where a request asks for it."""
         adjusted = logits.clone()  # log-probabilities are taken from the logits as they were
-        preceding = list_preceding_drafts(plan)
+        preceding = find_preceding_drafts(plan)
         for index, admission in enumerate(admissions):
             if admission.params.adjusts_logits:
-                adjusted[index] = self.adjust(
-                    logits[index], admission, positions[index], preceding[index]
-                )
+                drafts = decode_tokens[preceding[index]]
+                adjusted[index] = self.adjust(logits[index], admission, positions[index], drafts)
         return adjusted
 
-    def adjust(
-        self, logits: Tensor, admission: Admission, position: int, drafts: Sequence[int] = ()
-    ) -> Tensor:
+    def adjust(self, logits: Tensor, admission: Admission, position: int, drafts: Tensor) -> Tensor:
         """Logits [vocab] of the token at `position` with penalties, biases and bans.
 
-        `drafts` are taken to be the last tokens before it.
+        `drafts` [n] are taken to be the last tokens before it.
         """
         params = admission.params
         device = logits.device
@@ -153,10 +154,9 @@ class Sampler:
             if slot not in self.counts:
                 self.counts[slot] = count_history(admission, len(logits), device)
             counts = self.counts[slot]
-            if drafts:
+            if len(drafts) > 0:
                 counts = counts.clone()
-                ids = ints_to_device(drafts, device)
-                counts[1].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+                counts[1].index_add_(0, drafts, torch.ones_like(drafts, dtype=torch.int32))
             logits = penalise(logits, counts, params)
 
         if params.logit_bias:
@@ -170,13 +170,19 @@ class Sampler:
             logits = logits.index_fill(0, banned, -torch.inf)
         return logits
 
-    def count_tokens(self, tokens: Tensor, admissions: list[Admission], plan: StepPlan) -> None:
+    def count_tokens(
+        self,
+        tokens: Tensor,
+        admissions: list[Admission],
+        plan: StepPlan,
+        decode_tokens: Tensor,
+    ) -> None:
         """Count sampled tokens [S] as output, where penalties depend on it."""
         if not any(admission.params.has_penalties for admission in admissions):
             return
         ones = torch.ones(len(tokens), dtype=torch.int32, device=tokens.device)
         if plan.drafts:
-            ones = judge(tokens, plan).counts.int()
+            ones = judge(tokens, plan, decode_tokens).counts.int()
         for index, admission in enumerate(admissions):
             if admission.params.has_penalties:
                 place = slice(index, index + 1)  # stays on the device: the host need not wait
@@ -207,18 +213,6 @@ class Sampler:
             assert params.prompt_logprobs is not None  # else the scheduler scores none
             wanted.append(Wanted(index, params.prompt_logprobs))
         return wanted
-
-
-def list_preceding_drafts(plan: StepPlan) -> list[Sequence[int]]:
-    """For each entry of `sampling`, the drafts of its row before it."""
-    preceding: list[Sequence[int]] = []
-    begin = 0
-    for row in dict.fromkeys(plan.sampling):
-        num_drafts = plan.lengths[row] - 1 if row < plan.num_decode else 0
-        drafts = plan.drafts[begin : begin + num_drafts]
-        preceding += [drafts[:count] for count in range(num_drafts + 1)]
-        begin += num_drafts
-    return preceding
 
 
 def mask_forbidden(logits: Tensor, masks: dict[int, bytes]) -> Tensor:

@@ -23,7 +23,8 @@ from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
 from minidcp.parallel.state import ParallelState, init_process_state
 from minidcp.resolve import ResolvedConfig
-from minidcp.worker.model_runner import ModelRunner, PendingResult, describe_exchange
+from minidcp.worker.model_runner import ModelRunner, describe_exchange
+from minidcp.worker.pending import PendingResult
 
 logger = logging.getLogger("minidcp")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Oracle, make_checkpoint, make_prompt
+from predictions import PredictionOracle, make_prediction_checkpoint
 
 # The head dims that FA3 is compiled for. Everything else is tiny.
 GPU_DIMS = {
@@ -65,6 +66,11 @@ def glm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """With the head dims and the number of heads of GLM-4.7-Flash."""
     dims = dict(num_attention_heads=20, qk_nope_head_dim=192, v_head_dim=256)
     return make_gpu_checkpoint("glm", tmp_path_factory.mktemp("gpu-glm"), **dims)
+
+
+@pytest.fixture(scope="session")
+def mtp(tmp_path_factory: pytest.TempPathFactory) -> PredictionOracle:
+    return make_prediction_checkpoint(tmp_path_factory.mktemp("gpu-mtp"), **GPU_DIMS)
 
 
 def make_gpu_checkpoint(style: str, path: Path, **changes: object) -> Oracle:
