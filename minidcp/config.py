@@ -181,9 +181,10 @@ class EngineConfig(Options):
         "none",
     )
     attention_backend: str = choice(
-        "auto is fa3 where it runs, else triton, and reference on CPUs",
+        "auto is fa3 where it runs, else flashinfer, else triton, and reference on CPUs",
         "auto",
         "fa3",
+        "flashinfer",
         "triton",
         "reference",
     )

@@ -365,9 +365,8 @@ class DeepseekForCausalLM:
 
     def __call__(self, token_ids: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index."""
-        for queries in (batch.decode, *batch.context):
-            if isinstance(queries, CacheQueries):
-                self.attention.prepare(queries)
+        for queries in batch.cache_queries:
+            self.attention.prepare(queries)
 
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
         x: Tensor | ExpertOutputs = self.embed_tokens(token_ids)

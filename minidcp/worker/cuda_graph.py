@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidcp.attention import AttentionBackend
 from minidcp.batch import (
     Array,
     BlockTables,
@@ -47,6 +48,7 @@ class CapturedStep:
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # [B, V / tp], written by each replay
     tokens: Tensor  # [B]
+    queries: CacheQueries  # what attention reads
     received_bytes: int  # what a replay receives from other ranks
 
 
@@ -63,6 +65,7 @@ class GraphInputs:
         self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields[:4]
         self.drafts = self.fields[4] if has_drafts else None
         self.block_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self.host_lens = np.zeros(rows, dtype=np.int64)  # local_lens, on the host
 
         self.slot_mapping.fill_(-1)
 
@@ -70,7 +73,13 @@ class GraphInputs:
         """A decode batch of the first `size` rows."""
         positions = self.positions[:size]
         decode_slots = self.decode_slots[:size]
-        decode = CacheQueries(self.block_table[:size], self.local_lens[:size], narrow)
+        decode = CacheQueries(
+            block_table=self.block_table[:size],
+            local_lens=self.local_lens[:size],
+            host_lens=self.host_lens[:size],
+            narrow=narrow,
+            is_replayed=True,
+        )
         return ForwardBatch(
             num_decode_tokens=size,
             prefill_tokens=positions[:0],
@@ -94,6 +103,7 @@ class GraphInputs:
         padded = np.zeros((len(fields), size), dtype=np.int64)
         padded[1, num_rows:] = -1  # slot_mapping
         padded[:, :num_rows] = fields
+        self.host_lens[:size] = padded[3]
         tensors = upload({"fields": padded, "block_table": block_table}, self.fields.device)
         self.fields[:, :size].copy_(tensors["fields"])
         self.block_table[:num_rows, :width].copy_(tensors["block_table"])
@@ -105,11 +115,13 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Forward,
+        attention: AttentionBackend,
         config: ResolvedConfig,
         state: ParallelState,
         tables: BlockTables,
         device: torch.device,
     ) -> None:
+        self.attention = attention
         self.layout = Interleave(config.dcp_size, config.block_size)
         self.state = state
         self.tables = tables
@@ -128,6 +140,8 @@ class DecodeGraphs:
             self.steps[size] = step
 
     def capture(self, forward: Forward, batch: ForwardBatch, pool: Any) -> CapturedStep:
+        assert batch.decode is not None
+        self.attention.plan(batch.decode)
         forward(batch)  # compiles kernels and fills caches, which a capture must not do
         torch.cuda.synchronize(self.device)
         received_before = self.state.received_bytes
@@ -135,7 +149,7 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=pool):
             logits, tokens = forward(batch)
         received_bytes = self.state.received_bytes - received_before
-        return CapturedStep(graph, logits, tokens, received_bytes)
+        return CapturedStep(graph, logits, tokens, batch.decode, received_bytes)
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Run a pure decode step of D tokens: logits [D, V / tp] and their best tokens [D].
@@ -146,6 +160,7 @@ class DecodeGraphs:
         size = self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
         self.fill_inputs(plan, size)
         step = self.steps[size]
+        self.attention.plan(step.queries)
         step.graph.replay()
         # The groups do not see what a graph receives. Note it with one of them.
         self.state.tp.received_bytes += step.received_bytes

@@ -87,7 +87,7 @@ class ModelRunner:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.interleave = Interleave(config.dcp_size, config.block_size)
-        self.attention = make_backend(config, model_config)
+        self.attention = make_backend(config, model_config, device)
         self.policy = ContextPolicy(
             config=model_config,
             num_heads=model_config.num_attention_heads // config.tp_size,
@@ -280,7 +280,7 @@ class ModelRunner:
         start = time.perf_counter()
         with torch.inference_mode():
             self.graphs = DecodeGraphs(
-                self.forward, self.config, self.state, self.tables, self.device
+                self.forward, self.attention, self.config, self.state, self.tables, self.device
             )
         seconds = time.perf_counter() - start
         self.log(f"captured {len(self.graphs.sizes)} CUDA graphs in {seconds:.1f} s")
@@ -291,9 +291,12 @@ class ModelRunner:
         rank = self.state.dcp.rank
         exchanges_narrow = self.config.exchanges_narrow
         context = self.policy.build_context(plan, self.tables, rank, exchanges_narrow, self.device)
-        return ForwardBatch.build(
+        batch = ForwardBatch.build(
             plan, self.tables, self.interleave, rank, exchanges_narrow, self.device, context
         )
+        for queries in batch.cache_queries:
+            self.attention.plan(queries)
+        return batch
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """This rank's logits [S + K, V / tp] of a batch, and the most likely tokens [S].
