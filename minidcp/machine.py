@@ -95,9 +95,12 @@ def find_flashinfer_error(
     return ""
 
 
-def describe_failure(error: Exception) -> str:
+def describe_failure(error: BaseException) -> str:
     """In one line, of the many that a compiler may write: the first that tells of an error."""
-    lines = str(error).strip().splitlines() or [repr(error)]
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines() or [repr(cause)]
     telling = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
     return [*telling, *lines][0].strip()[:MAX_REASON]
 
