@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import Oracle, make_prompt
 
+from minidcp import LLM, SamplingParams
 from minidcp.attention.flashinfer import FlashInferBackend
 from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheQueries
 from minidcp.kernels.flashinfer import load_library
+from minidcp.worker.cuda_graph import GraphInputs
 
 HEADS = 4
 LATENT = 128
@@ -221,3 +224,39 @@ def test_plans_of_one_step_do_not_overwrite_each_other(backend: FlashInferBacken
     for queries in steps:
         _, lse = backend.decode(q_latent, q_pe, kv, queries)
         torch.testing.assert_close(lse, attend_by_reference(q_latent, q_pe, kv, queries)[1])
+
+
+def test_the_host_knows_the_lengths_that_a_graph_reads() -> None:
+    """Also those of the padding."""
+    inputs = GraphInputs(rows=8, width=3, has_drafts=False, device=CPU)
+    batch = inputs.make_batch(4, narrow=False)
+    assert batch.decode is not None and batch.decode.is_replayed
+    for lens in ([5, 6, 7], [9]):
+        row = np.zeros(len(lens), dtype=np.int64)
+        inputs.fill([row, row, row, np.array(lens)], np.zeros((len(lens), 2), dtype=np.int64), 4)
+        assert batch.decode.local_lens.tolist() == lens + [0] * (4 - len(lens))
+        assert batch.decode.host_lens.tolist() == batch.decode.local_lens.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["gather_q", "gather_kv"])
+def test_every_step_is_planned(v2: Oracle, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps, and prompts in chunks that meet what is cached of them, on two ranks."""
+    decode = ReferenceBackend.decode
+    planned = []
+
+    def note_lens(self: ReferenceBackend, queries: CacheQueries) -> None:
+        queries.planned = queries.host_lens.tolist()
+
+    def check_lens(self: ReferenceBackend, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        queries = arguments[3]
+        assert queries.planned == queries.local_lens.tolist()
+        planned.append(len(queries.planned))
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(ReferenceBackend, "plan", note_lens)
+    monkeypatch.setattr(ReferenceBackend, "decode", check_lens)
+    options = dict(tp_size=2, dcp_size=2, ranks="threads", device="cpu", max_num_seqs=4)
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    with LLM(str(v2.path), prefill_strategy=strategy, max_num_batched_tokens=8, **options) as llm:
+        llm.generate([make_prompt(21, 128), make_prompt(5, 128)], params)
+    assert len(planned) > 0 and (max(planned) > 2) == (strategy == "gather_q")
