@@ -71,7 +71,9 @@ RUN useradd --uid 1000 --user-group --create-home minidcp \
 USER 1000:1000
 WORKDIR /home/minidcp
 # LOGNAME: a user id without an entry in /etc/passwd has no name, and torch asks for it.
-ENV HOME=/home/minidcp LOGNAME=minidcp PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# FlashInfer, in images built on this one, compiles to where Triton does.
+ENV HOME=/home/minidcp LOGNAME=minidcp PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    FLASHINFER_WORKSPACE_BASE=/home/minidcp/.triton
 
 LABEL org.opencontainers.image.title="minidcp" \
       org.opencontainers.image.description="Decodes DeepSeek-V2 with tensor and decode context parallelism" \

@@ -1,4 +1,5 @@
-"""Our kernels on a GPU beside their bandwidth floors, and Triton decode beside FlashAttention-3.
+"""Our kernels on a GPU beside their bandwidth floors, and Triton decode beside FlashAttention-3 and
+FlashInfer.
 
     python benchmarks/kernel_times.py
 
@@ -9,18 +10,23 @@ CUDA graph that goes through many sets of inputs, so that the L2 cache does not 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from timing import BANDWIDTH, FLOPS, normal, time_each
 
+from minidcp.attention import AttentionBackend
 from minidcp.attention.fa3 import FA3Backend
+from minidcp.attention.flashinfer import FlashInferBackend
+from minidcp.attention.triton import TritonBackend
 from minidcp.batch import CacheQueries
 from minidcp.kernels.fa3 import load_operators
+from minidcp.kernels.flashinfer import load_library
 from minidcp.kernels.kv_store import store_latents
 from minidcp.kernels.merge import merge_partials
-from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
 
 HIDDEN = 5120
@@ -31,10 +37,31 @@ BLOCK_SIZE = 16
 RANKS = 8
 OWN_HEADS = 16
 HEADS = RANKS * OWN_HEADS
+SCALE = (NOPE_DIM + ROPE_DIM) ** -0.5
 NUM_CALLS = 64  # each on inputs of its own
 
 Call = Callable[[], object]
 Calls = tuple[list[Call], float]  # and the bytes that one of them must move
+
+
+def make_fa3() -> AttentionBackend:
+    return FA3Backend(load_operators(), SCALE, HEADS, BLOCK_SIZE)
+
+
+def make_flashinfer() -> AttentionBackend:
+    library = load_library(LATENT_DIM, ROPE_DIM, torch.cuda.get_device_capability())
+    return FlashInferBackend(library, SCALE, HEADS, BLOCK_SIZE, torch.device("cuda"))
+
+
+def make_triton() -> AttentionBackend:
+    return TritonBackend(SCALE)
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "Triton": make_triton,
+    "FA3": make_fa3,
+    "FlashInfer": make_flashinfer,
+}
 
 
 def make_norm_calls(tokens: int) -> Calls:
@@ -104,7 +131,11 @@ def measure_kernel(name: str, tokens: int) -> None:
 
 
 def compare_decode(tokens: int, context: int) -> None:
-    """Print the times of Triton and FA3 for the same decode: 128 heads, blocks of 16 tokens."""
+    """Print the times of the back-ends for the same decode: 128 heads, blocks of 16 tokens.
+
+    The time to plan it on the host, once for all layers, is not in FlashInfer's time: it is behind
+    it.
+    """
     num_blocks = -(-context // BLOCK_SIZE)
     kv = normal(tokens * num_blocks, BLOCK_SIZE, LATENT_DIM + ROPE_DIM)
     block_ids = torch.randperm(tokens * num_blocks, device="cuda")
@@ -112,25 +143,32 @@ def compare_decode(tokens: int, context: int) -> None:
     lens = torch.full((tokens,), context, dtype=torch.int32, device="cuda")
     q = normal(tokens, HEADS, LATENT_DIM)
     q_pe = normal(tokens, HEADS, ROPE_DIM)
-    scale = (NOPE_DIM + ROPE_DIM) ** -0.5
 
-    triton_seconds = time_each([partial(mla_decode, q, q_pe, kv, table, lens, scale)] * 8)
-    line = f"{tokens:5} x {context:6}: Triton {triton_seconds * 1e6:8.1f} µs"
-    try:
-        fa3 = FA3Backend(load_operators(), scale, HEADS, BLOCK_SIZE)
-    except (ImportError, OSError) as error:
-        line += f"   (no FA3: {error})"
-    else:
-        rows = CacheQueries(table, lens, narrow=False)
-        fa3.prepare(rows)
-        fa3_seconds = time_each([partial(fa3.decode, q, q_pe, kv, rows)] * 8)
-        ratio = triton_seconds / fa3_seconds
-        line += f"   FA3 {fa3_seconds * 1e6:8.1f} µs   ratio {ratio:.2f}"
+    texts = [f"{tokens:5} x {context:6}:"]
+    for name, make in BACKENDS.items():
+        queries = CacheQueries(
+            table, lens, np.full(tokens, context), narrow=False, is_replayed=True
+        )
+        try:
+            backend = make()
+            backend.plan(queries)  # loads kernels
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            backend.plan(queries)
+            plan_seconds = time.perf_counter() - begin
+        except (ImportError, OSError, RuntimeError) as error:
+            texts.append(f"(no {name}: {error})")
+            continue
+        backend.prepare(queries)
+        seconds = time_each([partial(backend.decode, q, q_pe, kv, queries)] * 8)
+        texts.append(f"{name} {seconds * 1e6:8.1f} µs")
+        if queries.planned is not None:
+            texts.append(f"(plan {plan_seconds * 1e6:4.0f} µs)")
 
     num_bytes = tokens * context * (LATENT_DIM + ROPE_DIM) * 2
     flops = 2 * tokens * context * HEADS * (2 * LATENT_DIM + ROPE_DIM)
     floor = max(num_bytes / BANDWIDTH, flops / FLOPS)
-    print(f"{line}   floor {floor * 1e6:.1f}")
+    print("  ".join([*texts, f"floor {floor * 1e6:.1f} µs"]))
 
 
 def main() -> None:

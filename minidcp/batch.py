@@ -184,9 +184,12 @@ class CacheQueries:
 
     block_table: Tensor  # [B, W] int32
     local_lens: Tensor  # [B] int32
+    host_lens: Array  # [B] local_lens, on the host
     narrow: bool  # how the queries and their results cross to other ranks
     tokens: slice | None = None  # which tokens of the prefill rows these are; None: decode rows
-    prepared: object = None  # what the attention back-end's `prepare` made for these
+    is_replayed: bool = False  # inputs of a CUDA graph, which change before each replay
+    planned: object = None  # what the attention back-end's `plan` made for these
+    prepared: object = None  # what its `prepare` made for these
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,12 @@ class ForwardBatch:
     decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
     context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
+
+    @property
+    def cache_queries(self) -> list[CacheQueries]:
+        """All queries that meet the cache where it lies."""
+        pieces = (self.decode, *self.context)
+        return [piece for piece in pieces if isinstance(piece, CacheQueries)]
 
     @classmethod
     def build(
@@ -265,7 +274,12 @@ class ForwardBatch:
         decode = None
         if num_decode_tokens > 0:
             narrow = exchanges_narrow(num_decode_tokens)
-            decode = CacheQueries(tensors["block_table"], tensors["local_lens"], narrow)
+            decode = CacheQueries(
+                block_table=tensors["block_table"],
+                local_lens=tensors["local_lens"],
+                host_lens=arrays["local_lens"],
+                narrow=narrow,
+            )
         prefill = None
         if len(chunk_lens) > 0:
             prefill = Varlen.among_themselves(tensors["cu_seqlens"], chunk_lens.tolist())

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from minidcp.config import EngineConfig, require
 from minidcp.kernels.fa3 import COMPILED_DIMS
+from minidcp.kernels.flashinfer import LEAST_CAPABILITY, find_dims_obstacle
 from minidcp.machine import Machine, fa3_dims
 from minidcp.model_config import ModelConfig
 
 Report = Callable[[int, str], None]  # a logging level, and what was chosen and why
+
+FETCH_FA3 = "minidcp fetch-fa3"
 
 
 def choose_attention(
@@ -23,7 +26,7 @@ def choose_attention(
     """The back-end that was asked for, if it can run the model here."""
     backend = config.attention_backend
     if backend == "auto":
-        return choose_fastest_attention(model, machine, device, dtype, report)
+        return choose_fastest_attention(config, model, machine, device, dtype, report)
     if backend == "reference":
         return backend
 
@@ -33,29 +36,44 @@ def choose_attention(
     if backend == "fa3":
         obstacle = find_fa3_obstacle(model, machine)
         require(not obstacle, f"{asked}: {obstacle}; use triton or auto")
+    elif backend == "flashinfer":
+        obstacle = find_flashinfer_obstacle(config, model, machine)
+        require(not obstacle, f"{asked}: {obstacle}; use triton or auto")
     else:
         check_triton(model)
     return backend
 
 
 def choose_fastest_attention(
-    model: ModelConfig, machine: Machine, device: str, dtype: str, report: Report
+    config: EngineConfig,
+    model: ModelConfig,
+    machine: Machine,
+    device: str,
+    dtype: str,
+    report: Report,
 ) -> str:
-    """FlashAttention-3 where it can run, else our Triton kernels; plain torch on CPUs.
+    """FlashAttention-3 where it can run, else FlashInfer, else our Triton kernels; plain torch on
+    CPUs.
 
-    On a GPU plain torch is so slow that it must be asked for: it raises ValueError where neither
-    of the others can run the model, unless --dtype float32 leaves no choice.
+    On a GPU plain torch is so slow that it must be asked for: it raises ValueError where none of
+    the others can run the model, unless --dtype float32 leaves no choice.
     """
     if device == "cpu":
         return "reference"
     if dtype != "bfloat16":
-        reason = "FlashAttention-3 and Triton need --dtype bfloat16"
+        reason = "FlashAttention-3, FlashInfer and Triton need --dtype bfloat16"
         report(logging.WARNING, f"attention: reference, because {reason}")
         return "reference"
+
     obstacle = find_fa3_obstacle(model, machine)
     if not obstacle:
         return "fa3"
-    report(logging.WARNING, f"attention: triton, because FlashAttention-3 {obstacle}")
+    reason = f"FlashAttention-3 {obstacle}"
+    obstacle = find_flashinfer_obstacle(config, model, machine)
+    if not obstacle:
+        report(logging.INFO, f"attention: flashinfer, because {reason}")
+        return "flashinfer"
+    report(logging.WARNING, f"attention: triton, because {reason}, and FlashInfer {obstacle}")
     check_triton(model)
     return "triton"
 
@@ -71,8 +89,27 @@ def find_fa3_obstacle(model: ModelConfig, machine: Machine) -> str:
     if major != 9:
         return f"needs a Hopper GPU (sm_90), this is sm_{major}{minor}"
     if machine.fa3_error:
-        return f"is not installed ({machine.fa3_error})"
+        return f"is not installed ({machine.fa3_error}; get it with: {FETCH_FA3})"
     return ""
+
+
+def find_flashinfer_obstacle(config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
+    """Why FlashInfer cannot run this model here; empty if it can."""
+    if config.speculative_method == "mtp":
+        return "plans on the host, which does not know where the drafts of mtp are"
+    if (machine.torchrun_local_size or config.tp_size) > machine.num_gpus:
+        return "needs a GPU for each rank, because a kernel of it waits for all multiprocessors"
+    major, minor = machine.capability
+    if machine.capability < LEAST_CAPABILITY:
+        least = "".join(map(str, LEAST_CAPABILITY))
+        return f"needs a GPU from sm_{least} on, this is sm_{major}{minor}"
+    obstacle = find_dims_obstacle(model.kv_lora_rank, model.qk_rope_head_dim, machine.capability)
+    if obstacle:
+        return obstacle
+    obstacle = find_flash2_obstacle(model)
+    if obstacle:
+        return f"leaves prompts to FlashAttention-2, which {obstacle}"
+    return machine.flashinfer_error
 
 
 def check_triton(model: ModelConfig) -> None:
@@ -84,12 +121,19 @@ def check_triton(model: ModelConfig) -> None:
         f"{asked}: kv_lora_rank and rope dims {latent_dims} must be powers of two from 16 on; "
         "use reference",
     )
+    obstacle = find_flash2_obstacle(model)
+    require(not obstacle, f"{asked}: FlashAttention-2 {obstacle}; use reference")
+
+
+def find_flash2_obstacle(model: ModelConfig) -> str:
+    """Why torch's FlashAttention-2 cannot run the model's prompts; empty if it can."""
     qk = model.qk_head_dim
     v = model.v_head_dim
-    require(
-        v <= qk <= 256 and qk % 8 == 0 and v % 8 == 0,
-        f"{asked}: qk and v head dims ({qk}, {v}) must be multiples of 8, at most 256, the first "
-        "not below the second; use reference",
+    if v <= qk <= 256 and qk % 8 == 0 and v % 8 == 0:
+        return ""
+    return (
+        f"needs qk and v head dims that are multiples of 8 and at most 256, the first not below "
+        f"the second; the model has ({qk}, {v})"
     )
 
 

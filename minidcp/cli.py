@@ -1,5 +1,5 @@
-"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …` and
-`minidcp plan MODEL --gpu …`."""
+"""The command line: `minidcp serve MODEL …`, `minidcp generate MODEL --prompt …`,
+`minidcp plan MODEL --gpu …` and `minidcp fetch-fa3`."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from minidcp import __version__
 from minidcp.config import EngineConfig, Options, ServeConfig, flag, require
 from minidcp.console import exit_at_once, protect_stderr, protect_stdout
 from minidcp.engine.executor import EngineDeadError, is_driver
+from minidcp.fetch_fa3 import VLLM_VERSIONS, fetch_fa3
 from minidcp.hardware import GPUS
 from minidcp.llm import LLM
 from minidcp.plan import Deployment, find_gpu
@@ -228,6 +229,11 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def fetch(args: argparse.Namespace) -> int:
+    print(f"FlashAttention-3 is in {fetch_fa3(args.vllm_version)}, where minidcp finds it")
+    return 0
+
+
 def parse_counts(name: str, text: str) -> list[int]:
     """Read rising integers: `1,8,64`, or `1..512` for both ends and the powers of two between them.
     `name` is the option's field, for errors."""
@@ -270,6 +276,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_flags(plan_parser)
     add_plan_flags(plan_parser)
     plan_parser.set_defaults(run=plan, parser=plan_parser)
+
+    fetch_parser = commands.add_parser(
+        "fetch-fa3",
+        help="download the FlashAttention-3 that fits the installed torch, for Hopper GPUs",
+        allow_abbrev=False,
+    )
+    known = ", ".join(f"{vllm} for torch {torch}" for torch, vllm in VLLM_VERSIONS.items())
+    fetch_parser.add_argument(
+        "--vllm-version", help=f"the vLLM whose wheel to take it from; default: {known}"
+    )
+    fetch_parser.set_defaults(run=fetch, parser=fetch_parser)
     return parser
 
 

@@ -181,9 +181,10 @@ class EngineConfig(Options):
         "none",
     )
     attention_backend: str = choice(
-        "auto is fa3 where it runs, else triton, and reference on CPUs",
+        "auto is fa3 where it runs, else flashinfer, else triton, and reference on CPUs",
         "auto",
         "fa3",
+        "flashinfer",
         "triton",
         "reference",
     )
@@ -234,8 +235,7 @@ class EngineConfig(Options):
     )
     num_speculative_tokens: int | None = option(
         None,
-        "guesses of a request in one step at most; fewer where they do not pay; default: 3, with "
-        "mtp 1",
+        "guesses of a request in one step at most; fewer where they do not pay; default: 3, mtp 1",
         least=1,
     )
     prompt_lookup_min: int = option(2, "tokens that must occur again, at least", least=1)

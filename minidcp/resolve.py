@@ -41,7 +41,7 @@ class ResolvedConfig:
     device: str  # cpu or cuda
     dtype: str
     quantization: str  # none, or fp8: of matrices; the rest of the weights is in dtype
-    attention_backend: str  # fa3, triton or reference
+    attention_backend: str  # fa3, flashinfer, triton or reference
     prefill_strategy: str  # gather_kv, gather_q, or "cheaper": chosen for each step
     cuda_graph: bool
 

@@ -14,30 +14,47 @@ from hypothesis import strategies as st
 
 from minidcp.cli import build_parser, engine_config, main, read_options
 from minidcp.config import EngineConfig, ServeConfig
+from minidcp.machine import Machine
+from minidcp.model_config import ModelConfig
+from minidcp.resolve import resolve
 from minidcp.worker.cuda_graph import ladder
 
-SEED = "--enable-symm-mem --disable-radix-cache --trust-remote-code"
+# SGLang's pull request 21637, verbatim but for the program's name.
+SEED = """
+--model-path deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8 --dcp-comm-backend ag_rs --attention-backend flashinfer --enable-symm-mem --disable-radix-cache --trust-remote-code
+--model-path deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8 --dcp-comm-backend a2a   --attention-backend fa3        --enable-symm-mem --disable-radix-cache --trust-remote-code
+--model-path deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8 --dcp-comm-backend ag_rs --attention-backend fa3        --enable-symm-mem --disable-radix-cache --trust-remote-code
+"""  # noqa: E501
+EIGHT_HOPPERS = Machine(num_gpus=8, capability=(9, 0), has_peer_access=True)
+SEED_COMMANDS = SEED.strip().splitlines()
 
 
 def parse(command: str) -> EngineConfig:
     return engine_config(build_parser().parse_args(command.split()))
 
 
-@pytest.mark.parametrize("comm", ["a2a", "ag_rs"])
-def test_the_launch_commands_of_the_seed(comm: str) -> None:
-    config = parse(
-        "serve --model-path deepseek-ai/DeepSeek-V2 --tp-size 8 --dcp-size 8 "
-        f"--dcp-comm-backend {comm} --attention-backend fa3 {SEED}"
-    )
+@pytest.mark.parametrize(
+    ("flags", "exchange", "attention"),
+    [
+        (SEED_COMMANDS[0], "ag_rs", "flashinfer"),
+        (SEED_COMMANDS[1], "a2a", "fa3"),
+        (SEED_COMMANDS[2], "ag_rs", "fa3"),
+    ],
+)
+def test_the_launch_commands_of_the_seed(flags: str, exchange: str, attention: str) -> None:
+    config = parse(f"serve {flags}")
     assert config == EngineConfig(
         "deepseek-ai/DeepSeek-V2",
         tp_size=8,
         dcp_size=8,
-        dcp_comm_backend=comm,
-        attention_backend="fa3",
+        dcp_comm_backend=exchange,
+        attention_backend=attention,
         comm="symmetric",
         prefix_cache=False,
     )
+    v2 = ModelConfig.from_hf(Path(__file__).parent.parent / "benchmarks/configs/deepseek-v2")
+    resolved = resolve(config, v2, EIGHT_HOPPERS, report=lambda level, text: None)
+    assert (resolved.attention_backend, resolved.dcp_comm_backend) == (attention, exchange)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +128,7 @@ def test_generate_prints_the_completion_and_the_rate(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     maker = str(root / "examples" / "make_demo_checkpoint.py")
     subprocess.run([sys.executable, maker, str(tmp_path)], check=True, capture_output=True)
-    seed = SEED.replace("--enable-symm-mem", "")
+    seed = "--disable-radix-cache --trust-remote-code"
     flags = f"--tp-size 2 --dcp-size 2 --device cpu --ranks threads {seed}"
     command = [sys.executable, "-m", "minidcp", "generate", str(tmp_path), *flags.split()]
     command += ["--prompt", "Once upon a time", "--max-tokens", "5", "--ignore-eos"]

@@ -24,7 +24,7 @@ FLOORS = [
         "hardware",
         "kernels",
     ),
-    ("machine",),
+    ("fetch_fa3", "machine"),
     ("choose_attention", "kv_cache"),
     ("resolve",),
     ("parallel", "batch"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import EngineConfig
-from minidcp.machine import Machine
+from minidcp.machine import Machine, find_flashinfer_error
 from minidcp.model_config import ModelConfig
 from minidcp.resolve import resolve
 
@@ -42,6 +44,7 @@ def resolve_quietly(config: EngineConfig, machine: Machine, model: ModelConfig =
         capability=st.sampled_from([(8, 0), (9, 0), (10, 0)]),
         has_peer_access=st.booleans(),
         fa3_error=st.sampled_from(["", "no such file"]),
+        flashinfer_error=st.sampled_from(["", "is not installed"]),
     ),
     sizes=st.sampled_from([(1, 1), (2, 1), (2, 2), (8, 4)]),
     policy=st.sampled_from(["auto", "wide", "narrow"]),
@@ -96,19 +99,62 @@ def test_what_is_chosen_on_hopper() -> None:
     assert heard == ["collectives: symmetric (one node, and every GPU can read its peers' memory)"]
 
 
+NO_FA3 = "is not installed (no such file; get it with: minidcp fetch-fa3)"
+NO_HOPPER = "needs a Hopper GPU (sm_90), this is sm_80"
+NO_FLASHINFER = "is not installed; get it with: pip install 'minidcp[flashinfer]'"
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        (Machine(1, (8, 0)), NO_HOPPER),
+        (Machine(1, (9, 0), fa3_error="no such file"), NO_FA3),
+    ],
+)
+def test_no_fallback_is_silent(machine: Machine, reason: str) -> None:
+    resolved, heard = resolve_quietly(EngineConfig("model"), machine)
+    assert resolved.attention_backend == "flashinfer"
+    assert heard == [f"attention: flashinfer, because FlashAttention-3 {reason}"]
+    with pytest.raises(ValueError, match="use triton or auto"):
+        resolve_quietly(EngineConfig("model", attention_backend="fa3"), machine)
+
+    machine = replace(machine, flashinfer_error=NO_FLASHINFER)
+    resolved, heard = resolve_quietly(EngineConfig("model"), machine)
+    assert resolved.attention_backend == "triton"
+    assert heard == [
+        f"attention: triton, because FlashAttention-3 {reason}, and FlashInfer {NO_FLASHINFER}"
+    ]
+
+
 @pytest.mark.parametrize(
     ("machine", "model", "reason"),
     [
-        (Machine(1, (8, 0)), V2, "needs a Hopper GPU (sm_90), this is sm_80"),
-        (Machine(1, (9, 0), fa3_error="no such file"), V2, "is not installed (no such file)"),
+        (replace(HOPPER, flashinfer_error=NO_FLASHINFER), V2, re.escape(NO_FLASHINFER)),
+        (Machine(1, (7, 5)), V2, "needs a GPU from sm_80 on, this is sm_75"),
+        (Machine(1, (8, 0)), TINY, r"rope dims .* to be multiples of 128 and 64"),
+        (HOPPER, replace(V2, kv_lora_rank=384), "on Hopper, the model has 384"),
+        (HOPPER, replace(V2, v_head_dim=320), "FlashAttention-2, which needs .* at most 256"),
     ],
 )
-def test_no_fallback_is_silent(machine: Machine, model: ModelConfig, reason: str) -> None:
-    resolved, heard = resolve_quietly(EngineConfig("model"), machine, model)
-    assert resolved.attention_backend == "triton"
-    assert heard == [f"attention: triton, because FlashAttention-3 {reason}"]
-    with pytest.raises(ValueError, match="use triton or auto"):
-        resolve_quietly(EngineConfig("model", attention_backend="fa3"), machine, model)
+def test_where_flashinfer_is_refused(machine: Machine, model: ModelConfig, reason: str) -> None:
+    config = EngineConfig("model", attention_backend="flashinfer")
+    with pytest.raises(ValueError, match=f"--attention-backend flashinfer: .*{reason}"):
+        resolve_quietly(config, machine, model)
+
+
+def test_flashinfer_can_be_asked_for_where_fa3_runs() -> None:
+    config = EngineConfig("model", attention_backend="flashinfer")
+    resolved, heard = resolve_quietly(config, HOPPER)
+    assert resolved.attention_backend == "flashinfer" and heard == []
+
+
+def test_the_machine_says_that_flashinfer_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    config = EngineConfig("model", attention_backend="flashinfer")
+    assert find_flashinfer_error(config, V2, (9, 0), fa3_error="") == NO_FLASHINFER
+    auto = EngineConfig("model")
+    assert find_flashinfer_error(auto, V2, (9, 0), fa3_error="") == ""  # FA3 runs
+    assert find_flashinfer_error(auto, V2, (9, 0), fa3_error="no") == NO_FLASHINFER
 
 
 def test_dims_that_only_the_reference_takes() -> None:

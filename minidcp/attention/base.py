@@ -18,10 +18,17 @@ class AttentionBackend(Protocol):
     name: str  # for the log
     graphs: bool  # whether CUDA graphs can capture it, which means it never waits for the device
 
+    def plan(self, queries: CacheQueries) -> None:
+        """Decide on the host what `decode` will do, if that is done there; set queries.planned.
+
+        Called before each step, once for each of its CacheQueries, and never while a CUDA graph is
+        captured. Before each replay of a graph it is called with the graph's own CacheQueries.
+        """
+
     def prepare(self, queries: CacheQueries) -> None:
         """Set queries.prepared to what `decode` needs in every layer.
 
-        Called before the first layer, once for each CacheQueries of a step.
+        Called before the first layer, once for each CacheQueries of a step. It is part of graphs.
         """
 
     def decode(

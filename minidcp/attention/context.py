@@ -152,6 +152,7 @@ class ContextPolicy:
                 CacheQueries(
                     block_table=token_table[start:stop],
                     local_lens=tensors["local_lens"][start:stop],
+                    host_lens=arrays["local_lens"][start:stop],
                     narrow=narrow,
                     tokens=slice(begin + start, begin + stop),
                 )

@@ -29,6 +29,9 @@ class FA3Backend:
         self.num_heads = num_heads
         self.block_size = block_size
 
+    def plan(self, queries: CacheQueries) -> None:
+        pass
+
     def prepare(self, queries: CacheQueries) -> None:
         """Compute the scheduler's metadata once for all layers: it saves 2 to 5 % of decode."""
         queries.prepared = self.operators.schedule_decode(

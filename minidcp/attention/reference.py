@@ -19,6 +19,9 @@ class ReferenceBackend:
     def __init__(self, softmax_scale: float) -> None:
         self.softmax_scale = softmax_scale
 
+    def plan(self, queries: CacheQueries) -> None:
+        pass
+
     def prepare(self, queries: CacheQueries) -> None:
         """The local slots [0, L) up to the longest shard."""
         longest = int(queries.local_lens.max())

@@ -5,12 +5,15 @@ back-end in `attention/fa3.py` does."""
 
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+VLLM_LIBRARY = "_vllm_fa3_C.abi3.so"
 
 LATENT_DIM = 512  # of qv and v in decode
 ROPE_DIM = 64  # of q and k in decode
@@ -154,8 +157,9 @@ class Operators:
 def load_operators() -> Operators:
     """The operators of the official `flash_attn_interface` or else of the copy inside vLLM.
 
-    vLLM's one shared object is loaded without importing vLLM. Never load both packages: their
-    symbols collide. Raises ImportError, saying what is missing, if neither is installed.
+    vLLM's one shared object is loaded without importing vLLM: the one that `minidcp fetch-fa3` has
+    taken out of its wheel, or that of an installed vLLM. Never load both packages: their symbols
+    collide. Raises ImportError, saying what is missing, if neither is installed.
     """
     if importlib.util.find_spec("flash_attn_interface") is not None:
         importlib.import_module("flash_attn_interface")  # registers the operators
@@ -164,12 +168,19 @@ def load_operators() -> Operators:
     library = find_vllm_library()
     if library is None:
         raise ImportError("neither flash_attn_interface nor a vLLM with FlashAttention-3 is there")
+    return load_vllm_library(library)
+
+
+def load_vllm_library(library: Path) -> Operators:
     torch.ops.load_library(str(library))
     return Operators("vllm.vllm_flash_attn", torch.ops._vllm_fa3_C, tail=(None, 1, 0, None))
 
 
 def find_vllm_library() -> Path | None:
-    """The shared object with vLLM's copy of FA3, if vLLM is installed."""
+    """The shared object with vLLM's copy of FA3, if it has been fetched or vLLM is installed."""
+    fetched = locate_fetched_library()
+    if fetched.exists():
+        return fetched
     spec = importlib.util.find_spec("vllm")
     if spec is None:
         return None
@@ -177,3 +188,14 @@ def find_vllm_library() -> Path | None:
         for file in Path(folder).glob("vllm_flash_attn/_vllm_fa3_C*.so"):
             return file
     return None
+
+
+def locate_fetched_library() -> Path:
+    """Where `minidcp fetch-fa3` puts the shared object that fits the installed torch."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "minidcp" / f"fa3-torch-{name_torch_release()}" / VLLM_LIBRARY
+
+
+def name_torch_release() -> str:
+    """The part of torch's version for which C++ is compiled: 2.11, for example."""
+    return ".".join(torch.__version__.split(".")[:2])

@@ -367,9 +367,8 @@ class DeepseekForCausalLM:
     ) -> tuple[Tensor, Tensor]:
         """token_ids [T] -> this rank's logits [S, V / tp] of the tokens in batch.sample_index, and
         what they are made from, the hidden states of all tokens [T, hidden]."""
-        for queries in (batch.decode, *batch.context):
-            if isinstance(queries, CacheQueries):
-                self.attention.prepare(queries)
+        for queries in batch.cache_queries:
+            self.attention.prepare(queries)
 
         cos_sin = self.cos_sin[batch.positions]  # shared by all layers
         stream = ResidualStream(self.tp, self.embed_tokens(token_ids))

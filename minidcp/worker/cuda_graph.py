@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidcp.attention import AttentionBackend
 from minidcp.batch import (
     Array,
     BlockTables,
@@ -65,6 +66,7 @@ class GraphInputs:
         self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields[:4]
         self.drafts = self.fields[4] if has_drafts else None
         self.block_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self.host_lens = np.zeros(rows, dtype=np.int64)  # local_lens, on the host
 
         self.slot_mapping.fill_(-1)
 
@@ -72,7 +74,13 @@ class GraphInputs:
         """A decode batch of the first `size` rows."""
         positions = self.positions[:size]
         decode_slots = self.decode_slots[:size]
-        decode = CacheQueries(self.block_table[:size], self.local_lens[:size], narrow)
+        decode = CacheQueries(
+            block_table=self.block_table[:size],
+            local_lens=self.local_lens[:size],
+            host_lens=self.host_lens[:size],
+            narrow=narrow,
+            is_replayed=True,
+        )
         return ForwardBatch(
             num_decode_tokens=size,
             prefill_tokens=positions[:0],
@@ -96,6 +104,7 @@ class GraphInputs:
         padded = np.zeros((len(fields), size), dtype=np.int64)
         padded[1, num_rows:] = -1  # slot_mapping
         padded[:, :num_rows] = fields
+        self.host_lens[:size] = padded[3]
         tensors = upload({"fields": padded, "block_table": block_table}, self.fields.device)
         self.fields[:, :size].copy_(tensors["fields"])
         self.block_table[:num_rows, :width].copy_(tensors["block_table"])
@@ -162,11 +171,13 @@ class DecodeGraphs(GraphLadder):
     def __init__(
         self,
         forward: Forward,
+        attention: AttentionBackend,
         config: ResolvedConfig,
         state: ParallelState,
         tables: BlockTables,
         device: torch.device,
     ) -> None:
+        self.attention = attention
         self.layout = Interleave(config.dcp_size, config.block_size)
         self.tables = tables
         self.config = config
@@ -174,8 +185,13 @@ class DecodeGraphs(GraphLadder):
         has_drafts = config.num_speculative_tokens > 0
         self.inputs = GraphInputs(config.max_decode_tokens, width, has_drafts, device)
 
+        self.queries: dict[int, CacheQueries] = {}  # what attention reads, by size
+
         def prepare(size: int) -> Callable[[], tuple[Tensor, ...]]:
             batch = self.inputs.make_batch(size, config.exchanges_narrow(size))
+            assert batch.decode is not None
+            self.queries[size] = batch.decode
+            attention.plan(batch.decode)
             return lambda: forward(batch)
 
         super().__init__(ladder(config.max_decode_tokens), prepare, state)
@@ -187,7 +203,9 @@ class DecodeGraphs(GraphLadder):
         All are valid until the next replay.
         """
         num_tokens = plan.num_decode_tokens
-        self.fill_inputs(plan, self.find_size(num_tokens))
+        size = self.find_size(num_tokens)
+        self.fill_inputs(plan, size)
+        self.attention.plan(self.queries[size])
         logits, tokens, hidden = self.run(num_tokens)
         batch = self.inputs.make_batch(num_tokens, self.config.exchanges_narrow(num_tokens))
         return batch, logits, tokens, hidden

@@ -52,7 +52,7 @@ class ModelRunner:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.interleave = Interleave(config.dcp_size, config.block_size)
-        self.attention = make_backend(config, model_config)
+        self.attention = make_backend(config, model_config, device)
         self.policy = ContextPolicy(
             config=model_config,
             num_heads=model_config.num_attention_heads // config.tp_size,
@@ -216,7 +216,9 @@ class ModelRunner:
     @torch.inference_mode()
     def make_graphs(self) -> None:
         start = time.perf_counter()
-        self.graphs = DecodeGraphs(self.forward, self.config, self.state, self.tables, self.device)
+        self.graphs = DecodeGraphs(
+            self.forward, self.attention, self.config, self.state, self.tables, self.device
+        )
         num_graphs = len(self.graphs.sizes)
         if self.predictor is not None:
             self.predictor.graphs = PredictionGraphs(
@@ -232,9 +234,12 @@ class ModelRunner:
         rank = self.state.dcp.rank
         exchanges_narrow = self.config.exchanges_narrow
         context = self.policy.build_context(plan, self.tables, rank, exchanges_narrow, self.device)
-        return ForwardBatch.build(
+        batch = ForwardBatch.build(
             plan, self.tables, self.interleave, rank, exchanges_narrow, self.device, context
         )
+        for queries in batch.cache_queries:
+            self.attention.plan(queries)
+        return batch
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's logits [S + K, V / tp] of a batch, the most likely tokens [S] and the hidden

@@ -25,6 +25,9 @@ from minidcp.resolve import ResolvedConfig
 from minidcp.worker.cuda_graph import PredictionGraphs
 from minidcp.worker.drafts import Verdict
 
+# Where drafts are is known on the device only. Back-ends that plan on the host are refused.
+UNKNOWN_LENS = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class SampledRows:
@@ -91,7 +94,7 @@ class SampledRows:
             decode_slots=self.slots,
             sample_index=slice(None),
             sample_slots=self.slots,
-            decode=CacheQueries(self.block_table, local_lens, narrow),
+            decode=CacheQueries(self.block_table, local_lens, UNKNOWN_LENS, narrow),
         )
 
 

@@ -1,15 +1,20 @@
-"""FA3 and our Triton kernels against attention in fp64, with NaN where nothing may be read."""
+"""FA3, FlashInfer and our Triton kernels against attention in fp64, with NaN where nothing may be
+read."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from backends import GPU_BACKENDS
 
 from minidcp.attention import AttentionBackend
 from minidcp.attention.fa3 import FA3Backend
+from minidcp.attention.flashinfer import FlashInferBackend
 from minidcp.attention.triton import TritonBackend
 from minidcp.batch import CacheQueries, Varlen
 from minidcp.kernels.fa3 import load_operators
+from minidcp.kernels.flashinfer import load_library
 
 pytestmark = pytest.mark.gpu
 SCALE = 192**-0.5
@@ -19,6 +24,9 @@ LENS = [594, 0, 1, 15, 16, 17]
 def make_backend(name: str, heads: int, block_size: int) -> AttentionBackend:
     if name == "fa3":
         return FA3Backend(load_operators(), SCALE, heads, block_size)
+    if name == "flashinfer":
+        library = load_library(512, 64, torch.cuda.get_device_capability())
+        return FlashInferBackend(library, SCALE, heads, block_size, torch.device("cuda"))
     return TritonBackend(SCALE)
 
 
@@ -40,7 +48,7 @@ def make_case(
     kv[table.long()] = rows.masked_fill(unused[..., None], torch.nan).view(
         len(lens), blocks_each, block_size, 576
     )
-    batch = CacheQueries(table, local_lens, narrow=False)
+    batch = CacheQueries(table, local_lens, np.array(lens), narrow=False)
     return normal(len(lens), heads, 512), normal(len(lens), heads, 64), kv, batch
 
 
@@ -73,7 +81,7 @@ def check_rows(
     [(16, 1), (16, 16), (32, 16), (64, 8), (128, 1), (128, 8), (128, 16), (128, 32)],
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 128, 512])
-@pytest.mark.parametrize("name", ["fa3", "triton"])
+@pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None:
     cases = [
         [(LENS * 100)[i + shift] for i in range(batch_size)]
@@ -84,6 +92,7 @@ def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None
     for lens in cases:
         q_latent, q_pe, kv, batch = make_case(lens, heads, block_size)
         backend = make_backend(name, heads, block_size)
+        backend.plan(batch)
         backend.prepare(batch)
         out, lse = backend.decode(q_latent, q_pe, kv, batch)
         assert out.shape == q_latent.shape
@@ -94,10 +103,11 @@ def test_decode(name: str, batch_size: int, heads: int, block_size: int) -> None
 
 
 @pytest.mark.parametrize("lens", [[594] * 64, [16384]], ids=["unsplit", "split"])
-@pytest.mark.parametrize("name", ["fa3", "triton"])
+@pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_decode_writes_where_it_is_told(name: str, lens: list[int]) -> None:
     q_latent, q_pe, kv, batch = make_case(lens, 128, 16)
     backend = make_backend(name, 128, 16)
+    backend.plan(batch)
     backend.prepare(batch)
     expected, expected_lse = backend.decode(q_latent, q_pe, kv, batch)
     memory = torch.full_like(q_latent, torch.nan)
@@ -107,7 +117,7 @@ def test_decode_writes_where_it_is_told(name: str, lens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["fa3", "triton"])
+@pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_prefill(name: str, causal: bool) -> None:
     lens_q = [5, 1, 300, 1025]
     lens_k = lens_q if causal else [100, 0, 17, 2000]
@@ -144,16 +154,18 @@ def test_prefill(name: str, causal: bool) -> None:
         assert (lse_i.double() - scores.logsumexp(-1).T).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["fa3", "triton"])
+@pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_a_graph_serves_other_lengths(name: str) -> None:
     """A graph is captured with one set of lengths and replayed with others, also with zero."""
     q_latent, q_pe, kv, batch = make_case([594] * 8, 128, 16)
+    batch.is_replayed = True
     backend = make_backend(name, 128, 16)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         backend.prepare(batch)
         return backend.decode(q_latent, q_pe, kv, batch)
 
+    backend.plan(batch)
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -161,5 +173,7 @@ def test_a_graph_serves_other_lengths(name: str) -> None:
         out, lse = step()
     for lens in ([0] * 8, [1, 0, 16, 17, 594, 593, 2, 0], [594] * 8):
         batch.local_lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        batch.host_lens[:] = lens
+        backend.plan(batch)
         graph.replay()
         check_rows(out, lse, torch.cat([q_latent, q_pe], -1), kv, batch, range(8))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 from accuracy_matrix import list_engines, run_matrix
+from backends import GPU_BACKENDS
 from eval_accuracy import DEMO, make_questions
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("backend", ["fa3", "triton"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("drafts", [1, 3, 7])
 def test_the_demo_model_answers_alike(backend: str, drafts: int) -> None:
     """With CUDA graphs and without. Word problems repeat the words of the examples before them."""

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from backends import HAS_FLASHINFER
 from checkpoints import Oracle, make_prompt, measure_errors
 
 from minidcp import LLM, RequestOutput, SamplingParams
@@ -94,6 +95,21 @@ OPTIONS = {
     ),
     "8x1": dict(tp_size=8, dcp_size=1),
 }
+if HAS_FLASHINFER:
+    OPTIONS |= {
+        "flashinfer": dict(attention_backend="flashinfer", prefill_strategy="gather_q"),
+        "flashinfer, eager": dict(attention_backend="flashinfer", cuda_graph=False),
+    }
+# Each needs a GPU of its own: FlashInfer's kernel begins when it has every multiprocessor.
+for size in (2, 4, 8):
+    if HAS_FLASHINFER and torch.cuda.device_count() >= size:
+        name = f"flashinfer {size}x{size}"
+        options = dict(attention_backend="flashinfer", tp_size=size, dcp_size=size)
+        OPTIONS[name] = options | dict(prefill_strategy="gather_q")
+        OPTIONS[f"{name} ag_rs"] = options | dict(dcp_comm_backend="ag_rs")
+        OPTIONS[f"{name} a2a, narrow"] = options | dict(
+            dcp_comm_backend="a2a", exchange_policy="narrow"
+        )
 if torch.cuda.device_count() >= 2:  # NCCL needs a GPU for each rank
     OPTIONS |= {
         "nccl 2x2": dict(tp_size=2, dcp_size=2, comm="nccl"),

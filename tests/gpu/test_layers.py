@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import NEEDS_FLASHINFER
 from checkpoints import Oracle
 
 from minidcp.batch import Admission, CacheQueries, StepPlan
@@ -79,7 +80,14 @@ def test_layers(checkpoint: Oracle) -> None:
                 assert (error > 4e-2).float().mean() < 0.05, f"layer {i}, {name}: {error.max():.3e}"
 
 
-@pytest.mark.parametrize(("attention", "strategy"), [("fa3", "gather_kv"), ("triton", "gather_q")])
+@pytest.mark.parametrize(
+    ("attention", "strategy"),
+    [
+        ("fa3", "gather_kv"),
+        pytest.param("flashinfer", "gather_q", marks=NEEDS_FLASHINFER),
+        ("triton", "gather_q"),
+    ],
+)
 def test_steps_never_wait_for_the_device(checkpoint: Oracle, attention: str, strategy: str) -> None:
     """Prefill, a chunk on context, a mixed step, and decode steps in graphs."""
     runner = make_runner(

@@ -299,7 +299,7 @@ def test_mla_decode(block_size: int, programs: int, monkeypatch: pytest.MonkeyPa
     kv, table = paged(lens, block_size, 64 + 16)
     q_latent, q_pe = torch.randn(4, 5, 64), torch.randn(4, 5, 16)
     local_lens = torch.tensor(lens, dtype=torch.int32)
-    batch = CacheQueries(table, local_lens, narrow=False)
+    batch = CacheQueries(table, local_lens, local_lens.numpy(), narrow=False)
     backend = ReferenceBackend(0.1)
     backend.prepare(batch)
     properties = DeviceProperties(multiprocessors=programs)
