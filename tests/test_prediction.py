@@ -15,6 +15,7 @@ import torch
 from checkpoints import Oracle
 from predictions import NUM_LAYERS, NUM_TOKENS, PredictionOracle, make_prediction_checkpoint
 from safetensors.torch import load_file, save_file
+from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
@@ -316,6 +317,22 @@ def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> 
     outputs, llm = run(mtp, tp_size=2, dcp_size=2, **changes, **speculate(2))
     same = [a.token_ids == b.token_ids for a, b in zip(outputs, plain, strict=True)]
     assert sum(same) > len(same) / 2
+    assert llm.engine.stats.accepted_drafts > 0
+
+
+def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
+    """As DeepSeek publishes them. Dequantised, drafts change nothing either."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(mtp.path / "model.safetensors").items():
+        tensors[name] = tensor
+        if tensor.dim() == 2 and not any(part in name for part in (*KEPT, "eh_proj", "head")):
+            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor)
+    oracle = replace(mtp, path=Path(edit(mtp.path, tmp_path, tensors)))
+    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(BLOCK))
+    edit_config(tmp_path, quantization_config=quantization)
+    plain, _ = run(oracle)
+    outputs, llm = run(oracle, tp_size=2, dcp_size=2, **speculate(2))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert llm.engine.stats.accepted_drafts > 0
 
 
