@@ -4,6 +4,7 @@ ranks, and change nothing but the number of steps."""
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,12 @@ import torch
 from checkpoints import Oracle
 from predictions import NUM_LAYERS, NUM_TOKENS, PredictionOracle, make_prediction_checkpoint
 from safetensors.torch import load_file, save_file
+from servers import run_local
 from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
+from minidcp.config import ServeConfig
 from minidcp.engine.drafter import Drafter, count_accepted
 from minidcp.models.mtp import PredictionLayer
 from minidcp.request import CompletionOutput
@@ -53,6 +56,16 @@ def run(
 
 def speculate(count: int) -> dict[str, object]:
     return dict(speculative_method="mtp", num_speculative_tokens=count)
+
+
+@pytest.fixture
+def all_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check all that there may be. How many pay is learnt, and depends on the machine."""
+
+    def choose_all(self: Drafter, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
+        return {name: len(drafts) for name, drafts in proposals.items()}
+
+    monkeypatch.setattr(Drafter, "choose_counts", choose_all)
 
 
 @dataclass
@@ -256,13 +269,8 @@ def simulate(oracle: PredictionOracle, most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_as_many_drafts_are_accepted_as_should_be(
-    mtp: PredictionOracle, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def choose_all(self: Drafter, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
-        return {name: len(drafts) for name, drafts in proposals.items()}
-
-    monkeypatch.setattr(Drafter, "choose_counts", choose_all)
+@pytest.mark.usefixtures("all_drafts")
+def test_as_many_drafts_are_accepted_as_should_be(mtp: PredictionOracle, k: int) -> None:
     _, llm = run(mtp, tp_size=2, dcp_size=2, **speculate(k))
     expected = simulate(mtp, k)
     assert llm.engine.stats.accepted_by_place == expected
@@ -288,6 +296,7 @@ def test_preempted_requests_go_on(mtp: PredictionOracle, k: int) -> None:
     ],
     ids=["sampled", "penalties", "bias", "min_tokens"],
 )
+@pytest.mark.usefixtures("all_drafts")
 def test_every_token_is_what_it_would_have_been(
     mtp: PredictionOracle, params: SamplingParams
 ) -> None:
@@ -302,6 +311,7 @@ def test_every_token_is_what_it_would_have_been(
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
+@pytest.mark.usefixtures("all_drafts")
 def test_prompts_that_are_scored(mtp: PredictionOracle) -> None:
     params = replace(GREEDY, prompt_logprobs=1)
     plain, _ = run(mtp, params)
@@ -311,6 +321,7 @@ def test_prompts_that_are_scored(mtp: PredictionOracle) -> None:
 
 
 @pytest.mark.parametrize("changes", [dict(quantization="fp8"), dict(dtype="bfloat16")])
+@pytest.mark.usefixtures("all_drafts")
 def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> None:
     """Rounding may choose another token here and there, so only most of them are compared."""
     plain, _ = run(mtp, tp_size=2, dcp_size=2, **changes)
@@ -320,6 +331,7 @@ def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> 
     assert llm.engine.stats.accepted_drafts > 0
 
 
+@pytest.mark.usefixtures("all_drafts")
 def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
     """As DeepSeek publishes them. Dequantised, drafts change nothing either."""
     tensors: dict[str, torch.Tensor] = {}
@@ -336,6 +348,7 @@ def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
     assert llm.engine.stats.accepted_drafts > 0
 
 
+@pytest.mark.usefixtures("all_drafts")
 def test_random_weights(mtp: PredictionOracle) -> None:
     plain, _ = run(mtp, load_format="dummy")
     outputs, llm = run(mtp, load_format="dummy", **speculate(1))
@@ -391,3 +404,16 @@ def test_models_without_the_layer_are_refused(v2: Oracle) -> None:
 def test_one_draft_is_the_default(mtp: PredictionOracle) -> None:
     with LLM(str(mtp.path), **COMMON, speculative_method="mtp") as llm:
         assert llm.engine.config.num_speculative_tokens == 1
+
+
+@pytest.mark.usefixtures("all_drafts")
+def test_metrics_count_them(mtp: PredictionOracle) -> None:
+    """A prompt's step gives the first token, every other step one and the accepted drafts."""
+    with run_local(mtp.path, ServeConfig(), **speculate(3)) as local:
+        local.api.complete(mtp.prompts[5], max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+        drafts = local.api.http.get("/load").json()["drafts"]
+        text = local.api.http.get("/metrics").text
+    (steps,) = re.findall(r'^minidcp:step_seconds_count{.*kind="decode".*} (.*)$', text, re.M)
+    assert drafts["accepted"] == NUM_TOKENS - 1 - float(steps) > 0
+    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total{.*} (.*)$", text, re.M)
+    assert float(accepted[1]) == drafts["accepted"]
