@@ -4,6 +4,7 @@ ranks, and change nothing but the number of steps."""
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,12 @@ import torch
 from checkpoints import Oracle
 from predictions import NUM_LAYERS, NUM_TOKENS, PredictionOracle, make_prediction_checkpoint
 from safetensors.torch import load_file, save_file
+from servers import run_local
+from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
+from minidcp.config import ServeConfig
 from minidcp.engine import drafter
 from minidcp.engine.drafter import Drafter, count_accepted
 from minidcp.models.mtp import PredictionLayer
@@ -325,6 +329,22 @@ def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> 
     assert llm.engine.stats.accepted_drafts > 0
 
 
+def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
+    """As DeepSeek publishes them. Dequantised, drafts change nothing either."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(mtp.path / "model.safetensors").items():
+        tensors[name] = tensor
+        if tensor.dim() == 2 and not any(part in name for part in (*KEPT, "eh_proj", "head")):
+            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor)
+    oracle = replace(mtp, path=Path(edit(mtp.path, tmp_path, tensors)))
+    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(BLOCK))
+    edit_config(tmp_path, quantization_config=quantization)
+    plain, _ = run(oracle)
+    outputs, llm = run(oracle, tp_size=2, dcp_size=2, **speculate(2))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert llm.engine.stats.accepted_drafts > 0
+
+
 def test_random_weights(mtp: PredictionOracle) -> None:
     plain, _ = run(mtp, load_format="dummy")
     outputs, llm = run(mtp, load_format="dummy", **speculate(1))
@@ -380,3 +400,15 @@ def test_models_without_the_layer_are_refused(v2: Oracle) -> None:
 def test_one_draft_is_the_default(mtp: PredictionOracle) -> None:
     with LLM(str(mtp.path), **COMMON, speculative_method="mtp") as llm:
         assert llm.engine.config.num_speculative_tokens == 1
+
+
+def test_metrics_count_them(mtp: PredictionOracle) -> None:
+    """A prompt's step gives the first token, every other step one and the accepted drafts."""
+    with run_local(mtp.path, ServeConfig(), **speculate(3)) as local:
+        local.api.complete(mtp.prompts[5], max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+        drafts = local.api.http.get("/load").json()["drafts"]
+        text = local.api.http.get("/metrics").text
+    (steps,) = re.findall(r'^minidcp:step_seconds_count{.*kind="decode".*} (.*)$', text, re.M)
+    assert drafts["accepted"] == NUM_TOKENS - 1 - float(steps) > 0
+    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total{.*} (.*)$", text, re.M)
+    assert float(accepted[1]) == drafts["accepted"]

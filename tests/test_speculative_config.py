@@ -38,6 +38,12 @@ def test_keys_that_are_left_out_have_our_defaults() -> None:
     assert config == EngineConfig("MODEL", speculative_method="ngram")
 
 
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp"])
+def test_both_of_vllm_s_names_of_mtp(method: str) -> None:
+    config = parse(f"""serve MODEL -sc '{{"method": "{method}", "num_speculative_tokens": 2}}'""")
+    assert config == EngineConfig("MODEL", speculative_method="mtp", num_speculative_tokens=2)
+
+
 def test_flags_may_give_what_the_object_does_not() -> None:
     config = parse("""serve MODEL --speculative-method ngram -sc '{"prompt_lookup_max": 3}'""")
     assert config == EngineConfig("MODEL", speculative_method="ngram", prompt_lookup_max=3)

@@ -288,19 +288,17 @@ class ModelRunner:
         else:
             batch = self.build_batch(plan)
             logits, best, hidden = self.forward(batch)
-        decode_tokens = best[:0]
-        if plan.drafts:
-            decode_tokens = self.read_decode_tokens(batch)
+        decode_tokens = self.read_decode_tokens(batch) if plan.drafts else None
         sampled, tokens = self.sample(plan, logits, best, decode_tokens)
 
         sample_slots = batch.sample_slots
         verdict = None
         drafts = None
-        if plan.drafts:
+        if decode_tokens is not None:
             verdict = judge(tokens, plan, decode_tokens)
             nowhere = len(self.last_tokens) - 1
             sample_slots = torch.where(verdict.is_last, sample_slots, nowhere)
-            if self.predictor is not None:
+            if self.predictor is not None and self.state.tp.rank == 0:
                 drafts = find_drafts(plan, decode_tokens)
         if plan.sampling:
             self.last_tokens[sample_slots, 0] = tokens
@@ -311,7 +309,7 @@ class ModelRunner:
         return PendingResult(sampled, drafts, begin, self.state.received_bytes)
 
     def sample(
-        self, plan: StepPlan, logits: Tensor, best: Tensor, decode_tokens: Tensor
+        self, plan: StepPlan, logits: Tensor, best: Tensor, decode_tokens: Tensor | None
     ) -> tuple[Sampled, Tensor]:
         """What to report, on rank 0 only; and the tokens [S] of the sampling rows, on all ranks."""
         nothing = Sampled(best[:0])

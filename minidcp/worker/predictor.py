@@ -49,12 +49,17 @@ class SampledRows:
         num_more: int,
         device: torch.device,
     ) -> "SampledRows":
-        """`num_more` positions behind the step's may be computed, all of them below max_len."""
+        """`num_more` positions behind the step's may be computed, all of them below max_len.
+
+        Without any, the block table is empty.
+        """
         sampling = np.array(plan.sampling, dtype=np.int64)
         rows, first, row_of_token = np.unique(sampling, return_index=True, return_inverse=True)
         slots = np.array(plan.slots, dtype=np.int64)[rows]
-        longest = int(find_positions(plan).max()) + 1 + num_more
-        width = layout.num_blocks(min(longest, max_len))
+        width = 0
+        if num_more > 0:
+            longest = int(find_positions(plan).max()) + 1 + num_more
+            width = layout.num_blocks(min(longest, max_len))
         arrays = {
             "slots": slots,
             "first": first,

@@ -102,14 +102,20 @@ class Sampler:
         return any(a.params.logprobs is not None for a in self.get_admissions(plan))
 
     def sample(
-        self, logits: Tensor, plan: StepPlan, best: Tensor, decode_tokens: Tensor
+        self,
+        logits: Tensor,
+        plan: StepPlan,
+        best: Tensor,
+        decode_tokens: Tensor | None = None,
     ) -> Sampled:
         """Choose a token for each of S sampling rows, and collect the wanted log-probabilities.
 
         logits: [S + K, vocab] float32, of the sampling rows and then of the scored tokens.
         best: [S] the most likely token of each sampling row.
-        decode_tokens: [D] the tokens of the decode rows, which are used if some are drafts.
+        decode_tokens: [D] the tokens of the decode rows; None: none of them are drafts.
         """
+        if decode_tokens is None:
+            decode_tokens = best[:0]
         if plan.masks:
             logits = mask_forbidden(logits, plan.masks)
             best = logits[: len(best)].argmax(-1)
@@ -141,7 +147,9 @@ class Sampler:
                 adjusted[index] = self.adjust(logits[index], admission, positions[index], drafts)
         return adjusted
 
-    def adjust(self, logits: Tensor, admission: Admission, position: int, drafts: Tensor) -> Tensor:
+    def adjust(
+        self, logits: Tensor, admission: Admission, position: int, drafts: Tensor | None = None
+    ) -> Tensor:
         """Logits [vocab] of the token at `position` with penalties, biases and bans.
 
         `drafts` [n] are taken to be the last tokens before it.
@@ -154,7 +162,7 @@ class Sampler:
             if slot not in self.counts:
                 self.counts[slot] = count_history(admission, len(logits), device)
             counts = self.counts[slot]
-            if len(drafts) > 0:
+            if drafts is not None and len(drafts) > 0:
                 counts = counts.clone()
                 counts[1].index_add_(0, drafts, torch.ones_like(drafts, dtype=torch.int32))
             logits = penalise(logits, counts, params)
