@@ -1,0 +1,105 @@
+"""The course: its cells run, its exercises can be solved, and what it says of the code is there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "docs" / "tools"), str(ROOT / "docs" / "course")]
+
+from chapters import (  # noqa: E402
+    COURSE,
+    DOCS,
+    QUOTED_LINE,
+    find_line,
+    find_lines,
+    list_chapters,
+    read_cells,
+    read_code_links,
+    read_exercises,
+)
+from make_pictures import FOLDER, PICTURES  # noqa: E402
+
+CHAPTERS = list_chapters()
+PAGES = sorted(DOCS.glob("**/*.md"))
+
+
+def name_of(file: Path) -> str:
+    return file.stem
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+def test_cells_run_and_solutions_pass_their_checks(chapter: Path) -> None:
+    """Unanswered, every check says no. With the solution in the reader's place it says yes."""
+    text = chapter.read_text(encoding="utf-8")
+    exercises = {exercise.check: exercise for exercise in read_exercises(text)}
+    assert len(exercises) >= 2
+    names: dict[str, Any] = {}
+    for cell in read_cells(text):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(cell, str(chapter), "exec"), names)
+        exercise = exercises.pop(cell.strip().splitlines()[-1], None)
+        if exercise is not None:
+            assert f"{exercise.name}: not answered yet" in printed.getvalue()
+            exec(exercise.solution, names)
+            assert eval(exercise.check, names) is True, exercise.name
+    assert not exercises
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+def test_a_cell_fits_on_a_screen(chapter: Path) -> None:
+    for cell in read_cells(chapter.read_text(encoding="utf-8")):
+        assert len(cell.splitlines()) <= 30
+        assert max(map(len, cell.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_code_that_pages_point_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in read_code_links(text, page):
+        assert (ROOT / link.path).is_file(), link.path
+        if link.name is not None:
+            find_line(ROOT / link.path, link.name)  # raises KeyError if it is not there
+    if page in CHAPTERS:
+        assert len(read_code_links(text, page)) >= 2
+
+
+def test_the_lines_that_the_course_quotes_are_there() -> None:
+    quoted = QUOTED_LINE.findall((COURSE / "index.md").read_text(encoding="utf-8"))
+    assert len(quoted) >= 5
+    for line, name, target in quoted:
+        file = (COURSE / target).resolve()
+        first, last = find_lines(file, name)
+        body = file.read_text(encoding="utf-8").splitlines()[first - 1 : last]
+        assert line in [code.strip() for code in body], f"{name}: {line}"
+
+
+def test_functions_that_the_architecture_names_are_there() -> None:
+    """`minidcp/worker/worker.py: watch` in a text, also over a line's end."""
+    text = re.sub(r"\s+", " ", (DOCS / "architecture.md").read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:minidcp|server)/[\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) > 20
+    for path, name in named:
+        find_line(ROOT / path, name)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_what_the_engine_says(name: str) -> None:
+    drawn = PICTURES[name]().render()
+    stored = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == stored, "run: make pictures"
+
+
+def test_every_picture_is_made_by_the_script_and_shown() -> None:
+    assert {file.stem for file in FOLDER.glob("*")} == set(PICTURES)
+    shown = " ".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "README.md"])
+    for name in PICTURES:
+        assert f"pictures/{name}.svg" in shown, name
