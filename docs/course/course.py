@@ -1,12 +1,9 @@
 """What the chapters share: the demo model's files, ranks that are threads, and one layer."""
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the outputs
 
 import torch
 from torch import Tensor
@@ -31,7 +28,6 @@ V2 = ROOT / "benchmarks" / "configs" / "deepseek-v2"  # only the config.json of 
 
 torch.set_num_threads(1)  # ranks are threads here, and share the cores
 torch.set_printoptions(precision=3, sci_mode=False, linewidth=90)
-torch.set_grad_enabled(False)
 
 Result = TypeVar("Result")
 

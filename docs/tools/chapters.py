@@ -4,6 +4,7 @@ What is here needs neither jupytext nor mkdocs."""
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def read_exercises(text: str) -> list[Exercise]:
             exercises.append(Exercise(title[1], check, solutions.pop(title[1], "")))
     unsolved = [exercise.name for exercise in exercises if not exercise.solution]
     if solutions or unsolved:
-        raise ValueError(f"solutions without exercise {list(solutions)}, or the other way {unsolved}")
+        raise ValueError(f"without exercise: {list(solutions)}; without solution: {unsolved}")
     return exercises
 
 
@@ -88,16 +89,23 @@ def find_line(path: Path, name: str) -> int:
 
 def find_lines(path: Path, name: str) -> tuple[int, int]:
     """The first and the last line of what a file defines under that name."""
-    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
-    found: ast.stmt | None = None
-    for part in name.split("."):
-        named = {defined: node for node in body for defined in list_names(node)}
-        if part not in named:
-            raise KeyError(f"{path.relative_to(ROOT)} defines no {name}")
-        found = named[part]
-        body = getattr(found, "body", [])
-    assert found is not None
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    first, *rest = name.split(".")
+    # In the module itself, or else within a function.
+    found = find_name(tree.body, first) or find_name(ast.walk(tree), first)
+    for part in rest:
+        found = find_name(getattr(found, "body", []), part)
+    if found is None:
+        raise KeyError(f"{path.relative_to(ROOT)} defines no {name}")
     return found.lineno, found.end_lineno or found.lineno
+
+
+def find_name(nodes: Iterable[ast.AST], name: str) -> ast.stmt | None:
+    """The first statement among these that defines the name."""
+    for node in nodes:
+        if isinstance(node, ast.stmt) and name in list_names(node):
+            return node
+    return None
 
 
 def list_names(node: ast.stmt) -> list[str]:

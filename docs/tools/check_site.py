@@ -1,5 +1,5 @@
-"""Checks the built site: every link within it leads somewhere, anchors too, and nothing is loaded from
-elsewhere.
+"""Checks the built site: every link within it leads somewhere, anchors too, and nothing is loaded
+from elsewhere.
 
     python docs/tools/check_site.py build/site
 """

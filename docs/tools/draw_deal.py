@@ -1,9 +1,10 @@
 """The moving picture of DCP on four ranks: deal, gather, attend, merge; wide and narrow. And cards
 of one block enlarged to cache rows. Every token's place comes from the engine's `Interleave`."""
 
+from svg import Picture
+
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
-from svg import Picture
 
 LAYOUT = Interleave(size=4, block_size=2)
 SEQ_LEN = 18

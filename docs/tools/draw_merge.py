@@ -1,10 +1,10 @@
 """Chapter 3: the sums Z of four shards, drawn from scores that the engine's `attend` was given."""
 
 import torch
+from svg import Picture
 
 from minidcp.attention.reference import attend
 from minidcp.kv_cache.interleave import Interleave
-from svg import Picture
 
 SCORES = [0.3, -0.6, 0.9]  # three tokens on four ranks: the last rank has none
 BASE = 214
@@ -50,7 +50,7 @@ def draw_merge() -> Picture:
     picture.text(390, BASE - 60, "=", "middle bold")
     picture.text(460, top - 6, f"{whole:.2f}", "small middle")
     picture.text(460, BASE + 18, "Z", "middle")
-    picture.text(14, 274, "out = Σ (Zᵢ / Z) · outᵢ;  an empty shard's outᵢ may be NaN, so it is masked", "")
+    picture.text(14, 274, "out = Σ (Zᵢ / Z) · outᵢ;  an empty shard's outᵢ may be NaN: mask it")
     return picture
 
 

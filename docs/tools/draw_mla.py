@@ -1,8 +1,9 @@
 """Chapter 1: the two forms of MLA, and what the planner says of DeepSeek-V2 on eight H200s."""
 
 from facts import deploy
-from minidcp.model_config import ModelConfig
 from svg import Picture
+
+from minidcp.model_config import ModelConfig
 
 DCP_SIZES = (1, 2, 4, 8)
 BAR = 300  # pixels of the longest bar
@@ -32,7 +33,7 @@ def draw_forms(config: ModelConfig) -> Picture:
     picture.labelled(180, 172, 280, 44, ["c", f"{rank}"], "r2")
     picture.labelled(464, 172, 60, 44, ["k_pe", f"{rope}"], "r3")
     picture.text(14, 190, "cache of a token", "bold")
-    picture.text(14, 208, f"{config.latent_dim} values for all heads", "soft")
+    picture.text(14, 208, f"{config.latent_dim} values, shared", "soft")
 
     picture.text(14, 262, "absorbed: for decoding", "bold")
     picture.labelled(14, 300, 92, 44, ["q", f"{nope} + {rope}"], "r0")
@@ -47,7 +48,9 @@ def draw_forms(config: ModelConfig) -> Picture:
     picture.arrow((426, 322), (474, 322))
     picture.text(450, 314, "W_UV", "middle code")
     picture.labelled(478, 300, 68, 44, ["out", f"{v}"], "r1")
-    picture.text(14, 374, "Widths are DeepSeek-V2's, of one head; so are the demo model's.", "small soft")
+    picture.text(
+        14, 374, "Widths of DeepSeek-V2, for one head. The demo model has the same.", "small soft"
+    )
     return picture
 
 

@@ -70,7 +70,7 @@ def add_file(path: str, files: Files, config: Any) -> None:
     if source.suffix != ".md":
         language = LANGUAGES.get(source.suffix, "text")
         # Four ticks, because the file may have three.
-        text = f"# `{path}`\n\n````` {{ .{language} linenums=\"1\" }}\n{text}\n`````\n"
+        text = f'# `{path}`\n\n````` {{ .{language} linenums="1" }}\n{text}\n`````\n'
     files.append(File.generated(config, uri, content=text))
 
 

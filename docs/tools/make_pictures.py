@@ -8,9 +8,13 @@ A test fails where a picture differs from what this gives.
 from collections.abc import Callable
 from pathlib import Path
 
+import draw_boards
 import draw_deal
+import draw_exchange
 import draw_merge
 import draw_mla
+import draw_prompts
+import draw_step
 from facts import count_received_bytes, read_v2_config
 from svg import Picture
 
@@ -23,6 +27,11 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "mla": lambda: draw_mla.draw_forms(read_v2_config()),
     "plan": draw_mla.draw_plan,
     "merge": draw_merge.draw_merge,
+    "boards": draw_boards.draw_boards,
+    "step": draw_step.draw_step,
+    "prompts": draw_prompts.draw_prompts,
+    "request": draw_step.draw_request,
+    "exchange": lambda: draw_exchange.draw_exchange(read_v2_config()),
 }
 
 

@@ -1,8 +1,9 @@
 """Makes a notebook of a chapter and runs it, with jupytext and nbclient.
 
-    python docs/tools/notebooks.py [FOLDER]    # writes the course's notebooks, with outputs
+python docs/tools/notebooks.py [FOLDER]    # writes the course's notebooks, with outputs
 """
 
+import os
 import re
 import sys
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import jupytext
 import nbformat
+from chapters import COURSE, FENCE, REGION, list_chapters
 from nbclient import NotebookClient
 
-from chapters import COURSE, FENCE, REGION, list_chapters
+os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the outputs
 
 SECONDS_PER_CHAPTER = 60  # the course promises less on a laptop
 
@@ -53,7 +55,7 @@ def read_output(cell: Any) -> str:
     """The text of a cell's outputs."""
     parts = []
     for output in cell.outputs:
-        if output.output_type == "stream":
+        if output.output_type == "stream" and output.name == "stdout":
             parts.append(output.text)
         elif "data" in output:
             parts.append(output.data.get("text/plain", "") + "\n")
