@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "docs" / "tools"), str(ROOT / "docs" / "course")]
 
+import checks  # noqa: E402
 from chapters import (  # noqa: E402
     COURSE,
     DOCS,
@@ -52,6 +54,39 @@ def test_cells_run_and_solutions_pass_their_checks(chapter: Path) -> None:
             exec(exercise.solution, names)
             assert eval(exercise.check, names).is_right, exercise.name
     assert not exercises
+
+
+def forget_to_mask(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (lse_a - lse).exp()[:, None], (lse_b - lse).exp()[:, None]
+    return weight_a * out_a + weight_b * out_b, lse
+
+
+@pytest.mark.parametrize(
+    ("check", "answers", "said"),
+    [
+        (checks.values_per_rank, [{"gqa": 512, "mla": 144, "mla with dcp 4": 144}], "mla"),
+        (checks.multiply_adds, [{"decompressed": 192, "absorbed": 576}], "decompressed, absorbed"),
+        (checks.find_token, [lambda layout, table, rank, row: row], "it gives"),
+        (checks.shared_tokens, [{"dcp 1": 1000, "dcp 8": 1000}], "dcp 1, dcp 8"),
+        (checks.merge_two, [forget_to_mask], "NaN"),
+        (checks.shard_weights, [[0.0, 1.0, 0.0]], "the first, the second"),
+        (checks.dcp_group, [[1, 3, 5, 7], 2], "the group"),
+        (checks.reduce_scatter, [lambda group, x: group.all_reduce(x[:, 0])], "off by"),
+        (checks.count_received, [lambda size, heads, q, out: 2 * heads * (q + out)], "244160"),
+        (checks.row_lengths, [[10, 10, 5, 1, 1, 1, 1]], "7 steps"),
+        (checks.list_local_lens, [lambda layout, p: [p // layout.size] * layout.size], "it gives"),
+        (checks.gathered_places, [[0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 1, 2, 2, 3]], "sent_index"),
+        (checks.draft_lens, [[5, 5, 5, 5]], "not right"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_is_wrong(
+    check: Any, answers: list[Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not check(*answers).is_right
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)

@@ -26,6 +26,7 @@ MOTION = f"""
 .pic .q {{ animation-name: mdcp-gather; }}
 .pic .part {{ animation-name: mdcp-attend; }}
 .pic .sum {{ animation-name: mdcp-merge; }}
+.pic .plus {{ animation: {SECONDS}s linear infinite mdcp-add; }}
 .pic .head {{ animation: {SECONDS}s linear infinite mdcp-now; }}
 @keyframes mdcp-deal {{
   0%, 3% {{ transform: translate(var(--dx), var(--dy)); }}
@@ -44,6 +45,10 @@ MOTION = f"""
   0%, 66% {{ opacity: 0; transform: translate(var(--dx), var(--dy)); }}
   67%, 70% {{ opacity: 1; transform: translate(var(--dx), var(--dy)); }}
   80%, 100% {{ opacity: 1; transform: none; }}
+}}
+@keyframes mdcp-add {{
+  0%, 78% {{ opacity: 0; }}
+  80%, 100% {{ opacity: 1; }}
 }}
 @keyframes mdcp-now {{
   0%, 20% {{ fill: var(--mark); }}
@@ -149,7 +154,7 @@ def draw_chips(picture: Picture, q_pixels: float, out_pixels: float) -> None:
             move = f'style="--dx: {dx}px; --dy: {(source - rank) * ROW}px"'
             picture.rect(x, y, out_pixels, 26, f"sum r{rank}", move)
             if source > 0:
-                picture.text(x - (PITCH - out_pixels) / 2, y + 18, "+", "small middle")
+                picture.text(x - (PITCH - out_pixels) / 2, y + 18, "+", "small middle plus")
 
 
 def fmt_seconds(seconds: float) -> str:

@@ -70,7 +70,8 @@ def add_file(path: str, files: Files, config: Any) -> None:
     if source.suffix != ".md":
         language = LANGUAGES.get(source.suffix, "text")
         # Four ticks, because the file may have three.
-        text = f'# `{path}`\n\n````` {{ .{language} linenums="1" }}\n{text}\n`````\n'
+        front = "---\nsearch:\n  exclude: true\n---\n"
+        text = f'{front}# `{path}`\n\n````` {{ .{language} linenums="1" }}\n{text}\n`````\n'
     files.append(File.generated(config, uri, content=text))
 
 
@@ -97,8 +98,17 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     markdown = CODE_LINK.sub(lambda link: add_line(link, path), markdown)
     markdown = LINK.sub(lambda link: move_link(link, path, uri), markdown)
     if uri in runs:
-        markdown = show_outputs(markdown, runs[uri])
+        markdown = add_run(show_outputs(markdown, runs[uri]), uri)
     return markdown
+
+
+def add_run(markdown: str, uri: str) -> str:
+    """The notebook and how long it took, behind the chapter's title."""
+    title, rest = markdown.split("\n", 1)
+    notebook = posixpath.basename(posixpath.splitext(uri)[0]) + ".ipynb"
+    seconds = runs[uri].seconds
+    note = f"This page is a notebook, [{notebook}]({notebook}). It ran in {seconds:.0f} s on a CPU."
+    return f"{title}\n\n{note}\n{{ .run }}\n{rest}"
 
 
 def add_line(link: re.Match[str], path: str) -> str:
