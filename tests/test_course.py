@@ -27,6 +27,7 @@ from chapters import (  # noqa: E402
     read_code_links,
     read_exercises,
 )
+from check_site import find_faults  # noqa: E402
 from make_pictures import FOLDER, PICTURES  # noqa: E402
 
 CHAPTERS = list_chapters()
@@ -131,6 +132,22 @@ def test_pictures_are_what_the_engine_says(name: str) -> None:
     drawn = PICTURES[name]().render()
     stored = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert drawn == stored, "run: make pictures"
+
+
+def test_the_site_check_finds_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "good.html").write_text(
+        '<p id="here"><a href="#here">x</a><a href="good.html">y</a>'
+    )
+    assert find_faults(tmp_path) == []
+    faulty = '<script src="https://cdn.example/x.js"></script><a href="good.html#gone">x</a>'
+    (tmp_path / "bad.html").write_text(
+        faulty + '<img src="gone.png"><a href="https://a.example">y</a>'
+    )
+    (tmp_path / "bad.css").write_text("@import url(//fonts.example/x.css);")
+    faults = find_faults(tmp_path)
+    for part in ("cdn.example", "good.html#gone", "gone.png", "fonts.example"):
+        assert sum(part in fault for fault in faults) == 1, part
+    assert len(faults) == 4  # a link to another site is none
 
 
 def test_every_picture_is_made_by_the_script_and_shown() -> None:

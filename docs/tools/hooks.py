@@ -31,6 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
         uri = chapter.relative_to(DOCS).as_posix()
         runs[uri] = run_chapter(chapter)
         notebook = posixpath.splitext(uri)[0] + ".ipynb"
+        stored = files.get_file_from_path(notebook)  # perhaps `make notebooks` wrote it
+        if stored is not None:
+            files.remove(stored)
         files.append(File.generated(config, notebook, content=runs[uri].notebook))
 
     for file in files.documentation_pages():
@@ -70,7 +73,7 @@ def add_file(path: str, files: Files, config: Any) -> None:
     if source.suffix != ".md":
         language = LANGUAGES.get(source.suffix, "text")
         # Four ticks, because the file may have three.
-        front = "---\nsearch:\n  exclude: true\n---\n"
+        front = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n"
         text = f'{front}# `{path}`\n\n````` {{ .{language} linenums="1" }}\n{text}\n`````\n'
     files.append(File.generated(config, uri, content=text))
 

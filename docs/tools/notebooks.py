@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the outputs
 
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 SECONDS_PER_CHAPTER = 60  # the course promises less on a laptop
 
 
@@ -35,10 +36,11 @@ def run_chapter(chapter: Path) -> Run:
     """Raises nbclient's CellExecutionError if a cell fails, ValueError if it takes too long."""
     start = time.perf_counter()
     notebook = jupytext.read(chapter, fmt="md")
+    notebook.metadata["kernelspec"] = KERNEL
     client = NotebookClient(
         notebook,
         timeout=SECONDS_PER_CHAPTER,
-        kernel_name="python3",
+        kernel_name=KERNEL["name"],
         extra_arguments=["--log-level=40"],  # errors
         resources={"metadata": {"path": str(COURSE)}},
     )
