@@ -121,7 +121,7 @@ def add_line(link: re.Match[str], path: str) -> str:
         line = find_line(ROOT / join(path, target), label)
     except KeyError:
         return link[0]  # not a name
-    return f"[`{label}`]({target}#__codelineno-0-{line})"
+    return f"[`{label}`]({target}#__span-0-{line})"
 
 
 def move_link(link: re.Match[str], path: str, uri: str) -> str:
