@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := examples/demo-model
 
-.PHONY: demo test test-container format clean
+.PHONY: demo test test-container format docs pictures notebooks clean
 
 demo: $(VENV)/.server  ## serve a small DeepSeek-V2 on the CPU
 	$(BIN)/minidcp serve $(DEMO) --device cpu --ranks threads --tp-size $(TP) --dcp-size $(DCP) \
@@ -26,6 +26,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs  ## build the site with the course, and run its notebooks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python docs/tools/check_site.py build/site
+
+pictures: $(VENV)/.docs  ## draw the course's pictures anew
+	$(BIN)/python docs/tools/make_pictures.py
+
+notebooks: $(VENV)/.docs  ## write the course's chapters as .ipynb
+	$(BIN)/python docs/tools/notebooks.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -35,6 +45,10 @@ $(VENV)/.server: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 $(VENV)/bin/python:
