@@ -21,11 +21,15 @@ from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
-from minidcp.config import ServeConfig
+from minidcp.config import EngineConfig, ServeConfig
 from minidcp.engine import drafter
 from minidcp.engine.drafter import Drafter, count_accepted
+from minidcp.machine import Machine
+from minidcp.model_config import ModelConfig
 from minidcp.models.mtp import PredictionLayer
+from minidcp.parallel.state import build_thread_states
 from minidcp.request import CompletionOutput
+from minidcp.resolve import resolve
 from minidcp.worker.cuda_graph import CapturedStep, GraphLadder, PredictionGraphs
 from minidcp.worker.drafts import Verdict
 from minidcp.worker.model_runner import ModelRunner
@@ -412,3 +416,17 @@ def test_metrics_count_them(mtp: PredictionOracle) -> None:
     assert drafts["accepted"] == NUM_TOKENS - 1 - float(steps) > 0
     accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total{.*} (.*)$", text, re.M)
     assert float(accepted[1]) == drafts["accepted"]
+
+
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+def test_a_rank_warms_up_for_drafts(mtp: PredictionOracle, method: str) -> None:
+    """Alone on a CPU. What it writes there, it writes before any request has a block."""
+    config = EngineConfig(str(mtp.path), device="cpu", max_model_len=64, speculative_method=method)
+    model_config = ModelConfig.from_hf(mtp.path)
+    resolved = resolve(config, model_config, Machine())
+    states, _ = build_thread_states(1, 1)
+    runner = ModelRunner(resolved, model_config, states[0], torch.device("cpu"))
+    runner.allocate_cache(2)
+    runner.warm_up_drafts()
+    assert runner.cache is not None
+    assert runner.cache[:, 0].any() and not runner.cache[:, 1].any()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from minidcp.attention import make_backend
 from minidcp.attention.context import ContextPolicy
-from minidcp.batch import MAX_SCORED_TOKENS, BlockTables, ForwardBatch, StepPlan
+from minidcp.batch import MAX_SCORED_TOKENS, Admission, BlockTables, ForwardBatch, StepPlan
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MoE
 from minidcp.parallel.state import ParallelState, count_ranks_per_gpu
+from minidcp.request import SamplingParams
 from minidcp.resolve import ResolvedConfig
 from minidcp.worker.cuda_graph import DecodeGraphs, PredictionGraphs
 from minidcp.worker.drafts import find_drafts, judge
@@ -212,6 +213,8 @@ class ModelRunner:
             return
 
         self.make_graphs()
+        if self.config.num_speculative_tokens > 0:
+            self.warm_up_drafts()
 
     @torch.inference_mode()
     def make_graphs(self) -> None:
@@ -227,6 +230,22 @@ class ModelRunner:
             num_graphs *= 2
         seconds = time.perf_counter() - start
         self.log(f"captured {num_graphs} CUDA graphs in {seconds:.1f} s")
+
+    def warm_up_drafts(self) -> None:
+        """Run steps with a draft. Loading what only these use takes 10 ms, and the engine would
+        take that for the price of drafts. They write to block 0, which nobody owns yet."""
+        for temperature in (0.0, 1.0):
+            plan = StepPlan(
+                num_decode=1,
+                slots=[0],
+                starts=[0],
+                lengths=[2],
+                drafts=[0],
+                sampling=[0, 0],
+                room=[2],
+                admitted=[Admission(0, SamplingParams(temperature=temperature))],
+            )
+            self.execute(plan).wait()
 
     # Steps.
 
