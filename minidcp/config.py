@@ -158,8 +158,8 @@ class EngineConfig(Options):
         "wide",
         "narrow",
     )
-    narrow_threshold: int = option(
-        16, "requests in a decode step from which --exchange-policy auto is narrow", least=1
+    narrow_threshold: int | None = option(
+        None, "rows from which auto is narrow; default: 128, 32, 16 with 2, 4, 8 ranks", least=1
     )
     q_proj: str = choice(
         "replicated: every rank computes q for all heads of its DCP group and gathers none",

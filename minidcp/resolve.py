@@ -16,6 +16,10 @@ logger = logging.getLogger("minidcp")
 # So many requests can have all their drafts, even if --max-num-seqs is not larger than that.
 REQUESTS_WITH_DRAFTS = 16
 
+# Rows of a step from which narrow is faster, by --dcp-size, as measured (`docs/benchmarks.md`).
+# With more ranks wide sends more bytes, and the products that narrow adds stay the same.
+NARROW_THRESHOLDS = {2: 128, 4: 32, 8: 16}
+
 FP8_CAPABILITY = (8, 9)  # the first GPUs with tensor cores for FP8
 
 
@@ -124,7 +128,7 @@ def resolve(
         comm=comm,
         dcp_comm_backend=choose_dcp_comm_backend(config, comm),
         exchange_policy=choose_exchange_policy(config),
-        narrow_threshold=config.narrow_threshold,
+        narrow_threshold=find_narrow_threshold(config),
         q_proj=config.q_proj if config.dcp_size > 1 else "sharded",
         device=device,
         dtype=dtype,
@@ -346,8 +350,7 @@ def choose_dcp_comm_backend(config: EngineConfig, comm: str) -> str:
 def choose_exchange_policy(config: EngineConfig) -> str:
     """Narrow from --narrow-threshold rows on, if batches get that large.
 
-    Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group. From 16
-    queries on, the default threshold, that is the better trade (`docs/benchmarks.md`). If
+    Narrow moves 3.4 times fewer bytes and multiplies for every head of the DCP group. If
     --max-num-seqs is below the threshold, decode never goes narrow. Then W_UK and W_UV of the
     group's heads are not loaded, to save memory, so prompts that gather q go wide as well.
     """
@@ -356,9 +359,17 @@ def choose_exchange_policy(config: EngineConfig) -> str:
     if config.exchange_policy != "auto":
         return config.exchange_policy
     holds_group_heads = config.q_proj == "replicated"
-    if config.max_num_seqs < config.narrow_threshold and not holds_group_heads:
+    if config.max_num_seqs < find_narrow_threshold(config) and not holds_group_heads:
         return "wide"
     return "by_batch"
+
+
+def find_narrow_threshold(config: EngineConfig) -> int:
+    """Sizes that were not measured get the threshold of the largest one below them."""
+    if config.narrow_threshold is not None:
+        return config.narrow_threshold
+    measured = [size for size in NARROW_THRESHOLDS if size <= config.dcp_size]
+    return NARROW_THRESHOLDS[max(measured, default=min(NARROW_THRESHOLDS))]
 
 
 def choose_prefill_strategy(config: EngineConfig, attention_backend: str) -> str:

@@ -17,8 +17,10 @@ PRIOR_WEIGHT = 2.0  # as many drafts as this
 FORGET = 0.995  # what is known counts so much less a token later
 # Every so many steps one draft of each request is tried, though it may not seem to pay, and again
 # in the next step if half of them were right: else nobody would notice that a text begins to repeat
-# itself. Not in every step, because steps with drafts make the next one wait.
+# itself. Not in every step, because steps with drafts make the next one wait. After each trial that
+# fails the next one is twice as far away, up to a limit.
 TRIAL_STEPS = 32
+MAX_TRIAL_STEPS = 128
 # After so many steps with drafts there are none until a plain step was measured again: drafts are
 # judged by what plain steps take.
 PLAIN_STEPS = 64
@@ -127,6 +129,7 @@ class Drafter:
     max_tokens: int
     times: StepTimes = field(default_factory=StepTimes)
     requests: dict[str, RequestDrafts] = field(default_factory=dict)  # by request id
+    trial_steps: int = TRIAL_STEPS
     steps_since_trial: int = 0
     steps_since_plain: int = 0
     on_trial: dict[str, bool] = field(default_factory=dict)  # by request id: whether it was right
@@ -145,7 +148,7 @@ class Drafter:
             return {}
         counts = self.choose_counts(len(decoding), proposals)
         room = self.max_tokens - len(decoding) - sum(counts.values())
-        if self.steps_since_trial >= TRIAL_STEPS:
+        if self.steps_since_trial >= self.trial_steps:
             untried = [name for name in proposals if counts[name] == 0]
             self.on_trial = dict.fromkeys(untried[:room], False)
             counts.update(dict.fromkeys(self.on_trial, 1))
@@ -208,8 +211,12 @@ class Drafter:
         self.steps_since_plain = 0 if is_plain else self.steps_since_plain + 1
         self.steps_since_trial += 1
         if self.on_trial:
-            was_worth_it = 2 * sum(self.on_trial.values()) >= len(self.on_trial)
-            self.steps_since_trial = TRIAL_STEPS if was_worth_it else 0
+            if 2 * sum(self.on_trial.values()) >= len(self.on_trial):
+                self.trial_steps = TRIAL_STEPS
+                self.steps_since_trial = TRIAL_STEPS
+            else:
+                self.trial_steps = min(2 * self.trial_steps, MAX_TRIAL_STEPS)
+                self.steps_since_trial = 0
             self.on_trial = {}
 
     def drop(self, request: Request) -> None:

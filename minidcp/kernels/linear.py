@@ -9,7 +9,7 @@ from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
 
 # Up to how many tokens the kernel is faster than cuBLAS.
-MAX_TOKENS_OF_HEADS = 64  # with a weight per head
+MAX_TOKENS_OF_HEADS = 32  # with a weight per head
 MAX_TOKENS_OF_ONE_WEIGHT = 1
 
 

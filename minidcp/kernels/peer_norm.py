@@ -73,12 +73,14 @@ def norm_peers(
     total = torch.empty_like(out)
     fp8 = allocate_rows(tokens, dim, x.device) if quantizes_rows(quantizes, tokens) else None
     width = triton.next_power_of_2(dim)
+    # Measured with 5,120 columns: 16 warps for the sum of a token's experts, else 8.
+    values_per_program = width if scales is not None else width // 2
     meeting.launch(
         norm_peers_kernel, tokens,
         pointers, x, scales, staged, residual, weight, out, total,
         None if fp8 is None else fp8.values, None if fp8 is None else fp8.scales,
         x.stride(0), residual.stride(0), dim, eps,
-        tile_size=width,
+        tile_size=values_per_program,
         TOP_K=1 if scales is None else scales.shape[1], DIM=width, BLOCK=min(width, BLOCK),
     )  # fmt: skip
     return out if fp8 is None else Quantized(out, fp8), total

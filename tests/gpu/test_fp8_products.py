@@ -141,8 +141,8 @@ def test_the_norm_quantises_what_it_returns(tokens: int, dim: int) -> None:
     assert isinstance(normed, Quantized)
     plain, plain_total = rms_norm(x, weight, 1e-6, residual)
     assert torch.equal(total, plain_total)
-    # The mean square may be added up in another order, and then the result rounded otherwise.
-    torch.testing.assert_close(normed.rows, plain, atol=0, rtol=2**-7)
+    # The mean square may be added up in another order. The result is rounded twice.
+    torch.testing.assert_close(normed.rows, plain, atol=0, rtol=2**-6)
     assert (normed.rows != plain).float().mean() < 1e-3
     for fp8 in (normed.fp8, quantize(normed.rows)):
         expected = quantize_ref(normed.rows)
