@@ -446,6 +446,19 @@ def test_times_are_learnt() -> None:
     assert times.estimate(8) == 4.0
 
 
+def test_times_are_forgotten() -> None:
+    """One slow step of a size that was not chosen since must not count for ever."""
+    times = StepTimes()
+    for size, seconds in ((1, 1.0), (1, 1.0), (4, 9.0), (4, 9.0)):
+        times.note(size, seconds)
+    assert times.estimate(4) == 9.0
+    for _ in range(600):
+        times.note(1, 1.0)
+    assert times.estimate(4) == 1.0
+    times.note(4, 2.0)
+    assert times.estimate(4) == 2.0
+
+
 def test_waiting_for_drafts_is_counted() -> None:
     times = StepTimes()
     times.note_end(10.0, 0.01, has_drafts=True)

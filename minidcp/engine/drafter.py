@@ -25,6 +25,7 @@ MAX_TRIAL_STEPS = 128
 # judged by what plain steps take.
 PLAIN_STEPS = 64
 SAMPLES = 8  # how many of the last steps of a size count for its time
+REMEMBERED_STEPS = 512  # so long a size is known; then it may be tried again
 SMOOTHING = 0.2  # how much the wait after a step counts for the mean wait
 
 
@@ -74,6 +75,8 @@ class StepTimes:
         self.sizes: list[int] = []  # rising
         self.seconds: dict[int, float] = {}
         self.samples: dict[int, deque[float]] = {}  # of which `seconds` are the least
+        self.num_noted = 0
+        self.last_noted: dict[int, int] = {}  # by size: how many steps were noted then
         self.wait = 0.0
         self.last_end = 0.0
         self.last_had_drafts = False
@@ -90,6 +93,8 @@ class StepTimes:
     def note(self, num_tokens: int, seconds: float) -> None:
         """The fastest of the last steps of a size counts, because what makes some of them slower
         has nothing to do with their size. The first one never does: it may load what it uses."""
+        self.num_noted += 1
+        self.forget()
         samples = self.samples.get(num_tokens)
         if samples is None:
             self.samples[num_tokens] = deque(maxlen=SAMPLES)
@@ -98,6 +103,14 @@ class StepTimes:
             bisect.insort(self.sizes, num_tokens)
         samples.append(seconds)
         self.seconds[num_tokens] = min(samples)
+        self.last_noted[num_tokens] = self.num_noted
+
+    def forget(self) -> None:
+        """Forget sizes that were not measured for long: what made them slow may be over."""
+        oldest = self.num_noted - REMEMBERED_STEPS
+        for size in [size for size in self.sizes if self.last_noted[size] < oldest]:
+            self.sizes.remove(size)
+            self.samples[size].clear()
 
     def estimate(self, num_tokens: int) -> float:
         """Between two known sizes on a line. Beyond the largest no more than that one takes: so

@@ -70,7 +70,9 @@ def glm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 @pytest.fixture(scope="session")
 def mtp(tmp_path_factory: pytest.TempPathFactory) -> PredictionOracle:
-    return make_prediction_checkpoint(tmp_path_factory.mktemp("gpu-mtp"), **GPU_DIMS)
+    # FP8 on tensor cores: blocks of 32 columns at least.
+    dims = GPU_DIMS | {"q_lora_rank": 64}
+    return make_prediction_checkpoint(tmp_path_factory.mktemp("gpu-mtp"), **dims)
 
 
 def make_gpu_checkpoint(style: str, path: Path, **changes: object) -> Oracle:
