@@ -26,6 +26,8 @@ from step_times import StepTimes
 from minidcp.hardware import GPUS
 from minidcp.plan import Deployment
 
+LEAST_SEQS = 64  # short prompts fill a measured step only if so many of them may run
+
 
 def run_emulation(context: Context) -> None:
     """Compare simulation and plan with each row of the serving part."""
@@ -113,7 +115,7 @@ def simulate(context: Context, measured: dict[str, Any], result: dict[str, Any])
     flags += ["--quantization", result["quantization"], "--concurrency", join(levels)]
     for name in ("input_len", "output_len", "spread", "rounds", "least", "seed"):
         flags += [f"--{name.replace('_', '-')}", str(settings[name])]
-    most = max(settings["concurrency"])
+    most = max(LEAST_SEQS, *settings["concurrency"])
     batches = [batch for batch in (1, 8, 16, 32, 64, 128, 256, 512) if batch <= most]
     flags += ["--batch", join(batches), "--repeats", str(context.args.repeats)]
     flags += ["--max-num-seqs", str(most)]

@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 
 from minidcp.config import EngineConfig, ServeConfig
+from minidcp.engine.limits import Limits
 from minidcp.request import FinishReason, OutputDelta, SamplingParams
 
 
@@ -33,6 +34,7 @@ class InstantEngine:
     tokenizer: None = None
     max_model_len: int = 1 << 20
     step_seconds: float = 0.0
+    limits: Limits = field(default_factory=lambda: Limits(1 << 20, 1 << 20, False))
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)  # tokens to come, by request
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
