@@ -26,7 +26,7 @@ from step_times import StepTimes
 from minidcp.hardware import GPUS
 from minidcp.plan import Deployment
 
-LEAST_SEQS = 64  # short prompts fill a measured step only if so many of them may run
+STEP_TOKENS = {"cpu": 2048, "cuda": 8192}  # of the engine, by default
 
 
 def run_emulation(context: Context) -> None:
@@ -115,12 +115,13 @@ def simulate(context: Context, measured: dict[str, Any], result: dict[str, Any])
     flags += ["--quantization", result["quantization"], "--concurrency", join(levels)]
     for name in ("input_len", "output_len", "spread", "rounds", "least", "seed"):
         flags += [f"--{name.replace('_', '-')}", str(settings[name])]
-    most = max(LEAST_SEQS, *settings["concurrency"])
+    # Measured are steps that are full of prompts, which must be allowed to run together.
+    step_tokens = STEP_TOKENS[settings["device"]]
+    most = max(step_tokens // settings["input_len"] + 1, *settings["concurrency"])
     batches = [batch for batch in (1, 8, 16, 32, 64, 128, 256, 512) if batch <= most]
     flags += ["--batch", join(batches), "--repeats", str(context.args.repeats)]
     flags += ["--max-num-seqs", str(most)]
-    if settings["device"] == "cpu":
-        flags += ["--max-num-batched-tokens", "2048"]
+    flags += ["--max-num-batched-tokens", str(step_tokens)]
     args = serving_emulated.parse_args(flags)
     use_conditions_of(args, steps)
 
