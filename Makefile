@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := examples/demo-model
 
-.PHONY: demo test test-container format docs pictures notebooks clean
+.PHONY: demo test test-container format docs pictures notebooks evidence clean
 
 demo: $(VENV)/.server  ## serve a small DeepSeek-V2 on the CPU
 	$(BIN)/minidcp serve $(DEMO) --device cpu --ranks threads --tp-size $(TP) --dcp-size $(DCP) \
@@ -35,6 +35,9 @@ pictures: $(VENV)/.docs  ## draw the course's pictures anew
 
 notebooks: $(VENV)/.docs  ## write the course's chapters as .ipynb
 	$(BIN)/python docs/tools/notebooks.py
+
+evidence: $(VENV)/.dev  ## measure everything on the GPUs of this machine; EVIDENCE has more flags
+	$(BIN)/python benchmarks/evidence.py --out build/evidence $(EVIDENCE)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

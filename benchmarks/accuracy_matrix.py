@@ -121,19 +121,45 @@ def run_matrix(
 
     All cells are compared with the answers of the base at the last concurrency.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    base_name, base_options = base
-    base_cells = list(ask(model, {**common, **base_options}, tokenizer, questions, concurrencies))
-    _, reference, _ = base_cells[-1]
-    for concurrency, answers, seconds in base_cells:
-        yield Cell(base_name, concurrency, seconds, summarize(answers, reference))
-
+    matrix = Matrix(model, common, questions, concurrencies, base)
+    yield from matrix.base_cells
     for name, options in engines.items():
-        merged = {**common, **options}
-        for concurrency, answers, seconds in ask(
-            model, merged, tokenizer, questions, concurrencies
-        ):
-            yield Cell(name, concurrency, seconds, summarize(answers, reference))
+        yield from matrix.compare(name, options)
+
+
+class Matrix:
+    """Asks the base, and then one engine after another."""
+
+    def __init__(
+        self,
+        model: str,
+        common: Options,
+        questions: list[Question],
+        concurrencies: list[int],
+        base: tuple[str, Options] = ("tp1", ONE_RANK),
+    ) -> None:
+        self.model = model
+        self.common = common
+        self.questions = questions
+        self.concurrencies = concurrencies
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+        name, options = base
+        asked = list(self.ask(options))
+        _, self.reference, _ = asked[-1]
+        self.base_cells = [
+            Cell(name, concurrency, seconds, summarize(answers, self.reference))
+            for concurrency, answers, seconds in asked
+        ]
+
+    def ask(self, options: Options) -> Iterator[tuple[int, list[Answer], float]]:
+        merged = {**self.common, **options}
+        return ask(self.model, merged, self.tokenizer, self.questions, self.concurrencies)
+
+    def compare(self, name: str, options: Options) -> Iterator[Cell]:
+        """The cells of one engine, as they are done."""
+        for concurrency, answers, seconds in self.ask(options):
+            yield Cell(name, concurrency, seconds, summarize(answers, self.reference))
 
 
 def size_cache(dcp_size: int, tokens: int, block_size: int) -> int:
@@ -151,7 +177,7 @@ def format_cell(cell: Cell) -> str:
     return "  ".join(parts)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +196,9 @@ def parse_args() -> argparse.Namespace:
     add("--ranks", default="auto", help="use threads on a CPU")
     add("--quantization", default="auto", help="fp8, or none")
     add("--speculative-method", default="none", help="ngram; one rank has none, to compare with")
-    return parser.parse_args()
+    add("--tp-size", type=int, default=RANKS, help="ranks of the engines that are compared")
+    add("--device", default="auto", help="cpu, cuda, or auto")
+    return parser.parse_args(argv)
 
 
 def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]:
@@ -179,6 +207,7 @@ def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]
     max_model_len = args.longest + 256
     tokens = max(concurrencies) * max_model_len
     common = {
+        "device": args.device,
         "num_blocks": size_cache(1, tokens, args.block_size),
         "block_size": args.block_size,
         "ranks": args.ranks,
@@ -193,6 +222,7 @@ def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]
         args.backends.split(","),
         args.policies.split(","),
         [graphs == "on" for graphs in args.graphs.split(",")],
+        args.tp_size,
     )
     engines = {}
     for name, options in all_engines.items():
@@ -203,14 +233,20 @@ def make_engines(args: argparse.Namespace) -> tuple[dict[str, Options], Options]
     return engines, common
 
 
-def main() -> None:
-    args = parse_args()
-    engines, common = make_engines(args)
-    concurrencies = [int(c) for c in args.concurrency.split(",")]
+def draw_questions(args: argparse.Namespace) -> list[Question]:
+    """The questions of every kind."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     questions = []
     for kind in KINDS:
         questions += make_questions(tokenizer, kind, args.questions, args.longest)
+    return questions
+
+
+def main() -> None:
+    args = parse_args()
+    engines, common = make_engines(args)
+    concurrencies = [int(c) for c in args.concurrency.split(",")]
+    questions = draw_questions(args)
 
     print("Columns: engine; questions at a time;")
     print(

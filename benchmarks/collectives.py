@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -116,13 +117,22 @@ def run_rank(rank: int, args: argparse.Namespace, port: int, comm: str, results:
     os._exit(0)
 
 
-def measure(args: argparse.Namespace) -> Times:
+def measure(args: argparse.Namespace, seconds: float = math.inf) -> Times:
+    """Measure each comm. Ranks that take longer than `seconds` are killed, and their times kept."""
+    deadline = time.monotonic() + seconds
     times: Times = {}
     for comm in args.comm.split(","):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with mp.Manager() as manager:
             shared = manager.dict()
-            mp.spawn(run_rank, (args, store.port, comm, shared), nprocs=args.ranks)
+            ranks = mp.spawn(
+                run_rank, (args, store.port, comm, shared), nprocs=args.ranks, join=False
+            )
+            while not ranks.join(timeout=1.0):
+                if time.monotonic() > deadline:
+                    for process in ranks.processes:
+                        process.kill()
+                    break
             times.update(shared)
     return times
 
@@ -137,18 +147,26 @@ def describe(args: argparse.Namespace) -> str:
     return text
 
 
-def print_table(times: Times, sizes: list[int]) -> None:
-    """Print the times in Markdown, in µs."""
+def format_table(times: Times, sizes: list[int]) -> str:
+    """The times in Markdown, in µs. A cell is empty where none was measured."""
     columns = sorted({(name, comm) for name, comm, _ in times})
     titles = " | ".join(f"{name}, {comm}" for name, comm in columns)
-    print(f"| bytes | {titles} |")
-    print("|---" * (len(columns) + 1) + "|")
+    lines = [f"| bytes | {titles} |", "|---" * (len(columns) + 1) + "|"]
     for size in sizes:
         cells = []
         for name, comm in columns:
-            seconds = times[name, comm, size]
+            seconds = times.get((name, comm, size), [])
             cells.append(" / ".join(f"{t * 1e6:.1f}" for t in seconds))
-        print(f"| {size:,} | {' | '.join(cells)} |")
+        lines.append(f"| {size:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def list_microseconds(times: Times) -> dict[str, list[float]]:
+    """The times by collective, comm and size, as JSON has them."""
+    return {
+        f"{name} {comm} {size}": [t * 1e6 for t in seconds]
+        for (name, comm, size), seconds in times.items()
+    }
 
 
 def choose_comm(args: argparse.Namespace) -> str:
@@ -159,7 +177,7 @@ def choose_comm(args: argparse.Namespace) -> str:
     return "symmetric"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def parse_sizes(text: str) -> list[int]:
         return [int(size) for size in text.split(",")]
 
@@ -175,7 +193,7 @@ def parse_args() -> argparse.Namespace:
         "both on GPUs if every rank has one, otherwise symmetric",
     )
     add("--sizes", type=parse_sizes, default=SIZES, help="sizes in bytes, separated by commas")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here; --device cpu shows semantics")
     args.comm = args.comm or choose_comm(args)
@@ -187,12 +205,8 @@ def main() -> None:
     times = measure(args)
     where = describe(args)
     print(f"µs, eager / in a graph; {where}\n")
-    print_table(times, args.sizes)
-
-    microseconds = {}
-    for (name, comm, size), seconds in times.items():
-        microseconds[f"{name} {comm} {size}"] = [t * 1e6 for t in seconds]
-    print(json.dumps({"where": where, "us": microseconds}))
+    print(format_table(times, args.sizes))
+    print(json.dumps({"where": where, "us": list_microseconds(times)}))
 
 
 if __name__ == "__main__":

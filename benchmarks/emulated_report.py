@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from seed_figures import find_tokens_per_s, find_ttft_ms
 from step_times import StepTimes
 
-# Figures of SGLang's pull requests 14194 and 21637 by concurrency: DeepSeek-V2 on 8 real H100s with
-# FA3, but TTFT with FlashInfer.
+# Figures of SGLang's pull requests by concurrency: with FA3, but TTFT with FlashInfer.
 SEED_TOKENS_PER_S = {
-    "TP8": {1: 103, 8: 492, 32: 1058, 64: 1370, 128: 1358, 256: 1384, 512: 1382},
-    "TP8 DCP8 ag_rs": {1: 90, 8: 425, 32: 953, 64: 1358, 128: 1961, 256: 2572, 512: 2930},
-    "TP8 DCP8 a2a": {1: 87, 8: 413, 32: 936, 64: 1341, 128: 1933, 256: 2570, 512: 2951},
+    setup: find_tokens_per_s(setup, "fa3") for setup in ("TP8", "TP8 DCP8 ag_rs", "TP8 DCP8 a2a")
 }
-SEED_TTFT_MS = {
-    "TP8": {32: 413, 64: 5744, 128: 39672, 256: 106844, 512: 239577},
-    "TP8 DCP8 ag_rs": {32: 420, 64: 655, 128: 1095, 256: 1970, 512: 28734},
-}
+SEED_TTFT_MS = {setup: find_ttft_ms(setup, "flashinfer") for setup in ("TP8", "TP8 DCP8 ag_rs")}
 
 
 def format_times(label: str, times: StepTimes) -> str:
@@ -70,7 +65,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], title: str, file: str) -> None:
-    """Draw output tokens/s and mean TTFT over concurrency.
+    """Draw output tokens/s and mean TTFT over concurrency: of simulations, and of real engines.
 
     The dashed lines are the figures of SGLang's pull requests, from real GPUs.
     """
@@ -109,12 +104,14 @@ def draw(results: list[dict[str, Any]], title: str, file: str) -> None:
 
 
 def draw_result(axes: Any, result: dict[str, Any], colour: str) -> None:
-    """Add the lines of one setup and clock to both charts."""
+    """Add the lines of one setup and clock to both charts. Clock "measured" is a real engine."""
     rows = result["rows"]
     levels = [row["concurrency"] for row in rows]
     rates = [row["output_tokens_per_s"] for row in rows]
     ttfts = [row["ttft_ms"][0] for row in rows]
-    label = f"{result['setup']}, emulated, {result['clock']} clock"
-    style = ":x" if result["clock"] == "real" else "-o"
+    clock = result["clock"]
+    kind = "measured" if clock == "measured" else f"emulated, {clock} clock"
+    label = f"{result['setup']}, {kind}"
+    style = {"measured": "-s", "real": ":x", "simulated": "-o"}[clock]
     for axis, values in zip(axes, (rates, ttfts), strict=True):
         axis.plot(levels, values, style, color=colour, label=label)

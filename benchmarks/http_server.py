@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 
 from minidcp.config import EngineConfig, ServeConfig
+from minidcp.engine.limits import Limits
 from minidcp.request import FinishReason, OutputDelta, SamplingParams
 
 
@@ -33,6 +34,7 @@ class InstantEngine:
     tokenizer: None = None
     max_model_len: int = 1 << 20
     step_seconds: float = 0.0
+    limits: Limits = field(default_factory=lambda: Limits(1 << 20, 1 << 20, False))
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)  # tokens to come, by request
     scheduler: Any = field(default_factory=lambda: SimpleNamespace(running=[], waiting=[]))
@@ -121,30 +123,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens per stream")
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of an engine step")
     args = parser.parse_args()
+    result = measure(args.streams, args.tokens, args.step_ms)
+    print(
+        f"{args.streams} streams of {args.tokens} tokens: "
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['us_per_token']:.0f} µs and "
+        f"{result['bytes_per_token']:.0f} bytes per token"
+    )
+    print(json.dumps(result))
 
+
+def measure(streams: int, tokens: int, step_ms: float) -> dict[str, float]:
+    """Start a server in a process of its own, and stream from it."""
     own_end, server_end = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(server_end, args.step_ms * 1e-3), daemon=True
+        target=serve, args=(server_end, step_ms * 1e-3), daemon=True
     )
     process.start()
+    server_end.close()  # so that a server that fails ends the wait for its port
     port = own_end.recv()
     asyncio.run(run(port, 8, 8))  # warm-up
-    seconds, num_events, num_bytes = asyncio.run(run(port, args.streams, args.tokens))
+    seconds, num_events, num_bytes = asyncio.run(run(port, streams, tokens))
     process.terminate()
 
-    assert num_events == args.streams * args.tokens, f"{num_events} events"
-    tokens_per_second = num_events / seconds
-    us_per_token = seconds / num_events * 1e6
-    print(
-        f"{args.streams} streams of {args.tokens} tokens: {tokens_per_second:,.0f} tokens/s, "
-        f"{us_per_token:.0f} µs and {num_bytes / num_events:.0f} bytes per token"
-    )
-    result = {
-        "streams": args.streams,
-        "tokens_per_second": tokens_per_second,
-        "us_per_token": us_per_token,
+    assert num_events == streams * tokens, f"{num_events} events"
+    return {
+        "streams": streams,
+        "tokens_per_second": num_events / seconds,
+        "us_per_token": seconds / num_events * 1e6,
+        "bytes_per_token": num_bytes / num_events,
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

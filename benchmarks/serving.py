@@ -74,11 +74,18 @@ def describe_data(args: argparse.Namespace) -> str:
     )
 
 
-def run_load(args: argparse.Namespace, concurrency: int, model: str, tokenizer: str) -> Row:
+def run_load(
+    args: argparse.Namespace,
+    concurrency: int,
+    model: str,
+    tokenizer: str,
+    timeout: float | None = None,
+) -> Row:
     """Run guidellm at one concurrency.
 
     Raises:
         RuntimeError: guidellm failed or lost a request. The message has the end of its output.
+        subprocess.TimeoutExpired: It took longer than `timeout` seconds.
     """
     count = max(args.least, args.rounds * concurrency)
     backend = f"kind=openai_http,target={args.url},model={model},request_format=/v1/completions"
@@ -98,7 +105,9 @@ def run_load(args: argparse.Namespace, concurrency: int, model: str, tokenizer: 
         if not sys.stderr.isatty():
             command.append("--disable-console")
             stderr = subprocess.STDOUT
-        run = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=stderr, check=False)
+        run = subprocess.run(
+            command, text=True, stdout=subprocess.PIPE, stderr=stderr, timeout=timeout, check=False
+        )
         if run.returncode != 0 or not report.exists():
             raise RuntimeError(f"guidellm ended with {run.returncode}: {run.stdout[-2000:]}")
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
