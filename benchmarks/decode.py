@@ -110,7 +110,14 @@ class KnownAnswers:
 
     def propose(self, request: Request, count: int) -> list[int]:
         num_done = request.num_outputs + request.num_in_flight
-        drafts = self.answers[request.request_id][num_done : num_done + count]
+        return self.find(request, num_done, count)
+
+    def guess(self, request: Request) -> int | None:
+        guesses = self.find(request, request.num_outputs, 1)
+        return guesses[0] if guesses and self.num_predicted == 0 else None
+
+    def find(self, request: Request, place: int, count: int) -> list[int]:
+        drafts = self.answers[request.request_id][place : place + count]
         return [token if self.random.random() < self.rate else token ^ 1 for token in drafts]
 
 

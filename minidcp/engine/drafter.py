@@ -15,10 +15,10 @@ from minidcp.resolve import ResolvedConfig
 PRIOR = 0.5  # how likely a draft is right, before anything is known
 PRIOR_WEIGHT = 2.0  # as many drafts as this
 FORGET = 0.995  # what is known counts so much less a token later
-# Every so many steps one draft of each request is tried, though it may not seem to pay, and again
-# in the next step if half of them were right: else nobody would notice that a text begins to repeat
-# itself. Not in every step, because steps with drafts make the next one wait. After each trial that
-# fails the next one is twice as far away, up to a limit.
+# Where nobody knows a draft's value before it is checked, one of each request is tried now and
+# then, though it may not seem to pay, and again in the next step if half of them were right. Not in
+# every step, because steps with drafts make the next one wait. After each trial that fails the next
+# one is twice as many steps away, up to a limit.
 TRIAL_STEPS = 32
 MAX_TRIAL_STEPS = 128
 # After so many steps with drafts there are none until a plain step was measured again: drafts are
@@ -26,7 +26,6 @@ MAX_TRIAL_STEPS = 128
 PLAIN_STEPS = 64
 SAMPLES = 8  # how many of the last steps of a size count for its time
 REMEMBERED_STEPS = 512  # so long a size is known; then it may be tried again
-SMOOTHING = 0.2  # how much the wait after a step counts for the mean wait
 
 
 def count_accepted(tokens: list[int], drafts: list[int]) -> int:
@@ -42,10 +41,16 @@ def count_accepted(tokens: list[int], drafts: list[int]) -> int:
 
 @dataclass
 class RequestDrafts:
-    """What is known about the drafts of one request."""
+    """What is known about the drafts of one request.
+
+    Attributes:
+        guess: where its next unknown token stands, and what the proposer takes it for. Once the
+            token is known, that tells as much as a draft would have, and costs nothing.
+    """
 
     right: float = PRIOR * PRIOR_WEIGHT
     tried: float = PRIOR_WEIGHT
+    guess: tuple[int, int] | None = None
 
     @property
     def rate(self) -> float:
@@ -78,15 +83,17 @@ class StepTimes:
         self.num_noted = 0
         self.last_noted: dict[int, int] = {}  # by size: how many steps were noted then
         self.wait = 0.0
+        self.waits: deque[float] = deque(maxlen=SAMPLES)  # of which `wait` is the least
         self.last_end = 0.0
         self.last_had_drafts = False
 
     def note_end(self, now: float, seconds: float, has_drafts: bool) -> None:
         """A step of so many seconds has ended."""
         if self.last_had_drafts:
-            wait = max(0.0, now - self.last_end - seconds)
-            # Not the time in which there was nothing to do.
-            self.wait += SMOOTHING * (min(wait, seconds) - self.wait)
+            # The least of the last waits counts: others may hold time in which there was nothing
+            # to do.
+            self.waits.append(max(0.0, now - self.last_end - seconds))
+            self.wait = min(self.waits)
         self.last_end = now
         self.last_had_drafts = has_drafts
 
@@ -162,19 +169,25 @@ class Drafter:
         counts = self.choose_counts(len(decoding), proposals)
         room = self.max_tokens - len(decoding) - sum(counts.values())
         if self.steps_since_trial >= self.trial_steps:
-            untried = [name for name in proposals if counts[name] == 0]
+            untried = [name for name in proposals if self.must_try(name, counts)]
             self.on_trial = dict.fromkeys(untried[:room], False)
             counts.update(dict.fromkeys(self.on_trial, 1))
         return {name: drafts[: counts[name]] for name, drafts in proposals.items() if counts[name]}
+
+    def must_try(self, name: str, counts: dict[str, int]) -> bool:
+        return counts[name] == 0 and self.requests[name].guess is None
 
     def propose_for(self, request: Request) -> list[int]:
         """What may follow the request's next token, whether that is known yet or not."""
         if request.params.structured_outputs is not None:
             return []  # only the next token's mask is known
-        self.requests.setdefault(request.request_id, RequestDrafts())
+        known = self.requests.setdefault(request.request_id, RequestDrafts())
         num_outputs = request.num_outputs + request.num_in_flight
         most = min(self.most, request.max_tokens - num_outputs - 1)
-        return self.proposer.propose(request, max(0, most))
+        drafts = self.proposer.propose(request, max(0, most))
+        guess = self.proposer.guess(request)
+        known.guess = None if guess is None else (len(request.tokens), guess)
+        return drafts
 
     def choose_counts(self, num_rows: int, proposals: dict[str, list[int]]) -> dict[str, int]:
         """How many of each request's drafts give the most tokens a second, by request id.
@@ -209,7 +222,12 @@ class Drafter:
         known = self.requests.get(request.request_id)
         if known is not None:
             known.forget()
-            known.note(num_drafts, num_accepted)
+            if num_drafts > 0:
+                known.note(num_drafts, num_accepted)
+            elif known.guess is not None:
+                place, token = known.guess
+                known.note(1, int(request.tokens[place] == token))
+            known.guess = None
         if request.request_id in self.on_trial:
             self.on_trial[request.request_id] = num_accepted > 0
 

@@ -24,6 +24,9 @@ class Proposer(Protocol):
     def propose(self, request: Request, count: int) -> list[int]:
         """Up to `count` drafts, as StepPlan.drafts has them."""
 
+    def guess(self, request: Request) -> int | None:
+        """The first token that is not known yet, as far as the driver can guess it."""
+
     def drop(self, request: Request) -> None:
         """The request has ended."""
 
@@ -40,6 +43,9 @@ class Predictions:
 
     def propose(self, request: Request, count: int) -> list[int]:
         return [-2 - place for place in range(min(count, self.num_predicted))]
+
+    def guess(self, request: Request) -> int | None:
+        return None
 
     def drop(self, request: Request) -> None:
         pass
@@ -110,6 +116,11 @@ class PromptLookup:
             return []
         num_unknown = request.num_in_flight
         return index.propose(request.tokens, num_unknown + count)[num_unknown:]
+
+    def guess(self, request: Request) -> int | None:
+        index = self.indices.get(request.request_id)
+        first = [] if index is None else index.propose(request.tokens, 1)
+        return first[0] if first else None
 
     def drop(self, request: Request) -> None:
         self.indices.pop(request.request_id, None)
