@@ -15,7 +15,7 @@ CELL = 26
 ROW = 62
 TOP = 118  # of rank 0's row
 SHARD_X, Q_X, PARTIAL_X, OUT_X = 62, 228, 340, 448
-PITCH = 24
+PITCH = 27
 PIXELS_PER_VALUE = 18 / 576
 
 # The base state is the still frame. Each keyframe rule begins before its step and ends after the
@@ -167,7 +167,7 @@ def draw_grid() -> Picture:
         "One block of four ranks, enlarged to cache rows",
         f"Tokens 0 to {SEQ_LEN - 1} on four ranks with block size 2. The second entry of the block "
         "table is block 3, so its tokens lie in cache rows 6 and 7 of every rank.",
-        height=252,
+        height=272,
     )
     index = 1  # the enlarged entry of the block table
     size = LAYOUT.block_size
@@ -196,6 +196,14 @@ def draw_grid() -> Picture:
             picture.rect(392, row_y, 60, 18, f"r{rank}")
             picture.text(422, row_y + 14, str(slot * LAYOUT.size + rank), "small middle")
     x = cell_x(index * size) + 27
-    picture.rect(x, 40, 2 * CELL + 2, 196, "marked")
-    picture.arrow((x + 2 * CELL + 4, 141), (344, 141))
+    picture.rect(x, 40, 2 * CELL + 4, 196, "marked")
+    picture.arrow((x + 2 * CELL + 6, 141), (338, 141))
+    tokens = LAYOUT.tokens_per_block
+    picture.text(
+        14,
+        260,
+        f"{LAYOUT.size} ranks, block size {size}: a block covers {tokens} tokens. "
+        f"Row = block · {size} + place in it.",
+        "small soft",
+    )
     return picture

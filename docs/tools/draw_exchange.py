@@ -14,14 +14,14 @@ def draw_exchange(config: ModelConfig) -> Picture:
     picture = Picture(
         "What crosses, wide and narrow",
         "Wide: W_UK, gather, attend, merge, W_UV. Narrow: gather, W_UK, attend, W_UV, merge.",
-        height=356,
+        height=330,
     )
     picture.text(14, 26, "DeepSeek-V2, tp = dcp = 8: a rank receives, per token and layer", "bold")
-    heads = (SIZE - 1) * config.num_attention_heads // SIZE
+    own_heads = config.num_attention_heads // SIZE
     wide = (config.latent_dim, config.kv_lora_rank)
     narrow = (config.qk_head_dim, config.v_head_dim)
-    draw_pipeline(picture, 46, "wide", ["W_UK", "attend", "W_UV"], (1, 2), wide, heads)
-    draw_pipeline(picture, 200, "narrow", ["W_UK", "attend", "W_UV"], (0, 3), narrow, heads)
+    draw_pipeline(picture, 46, "wide", ["W_UK", "attend", "W_UV"], (1, 2), wide, own_heads)
+    draw_pipeline(picture, 200, "narrow", ["W_UK", "attend", "W_UV"], (0, 3), narrow, own_heads)
     return picture
 
 
@@ -32,10 +32,12 @@ def draw_pipeline(
     operations: list[str],
     crossings: tuple[int, int],
     widths: tuple[int, int],
-    heads: int,
+    own_heads: int,
 ) -> None:
     """Three operations in a row. Before operation number crossings[0] queries cross, and before
     number crossings[1] results do; crossing 3 is behind the last one."""
+    peers = SIZE - 1
+    heads = peers * own_heads  # as many queries come as results
     q_bytes = heads * widths[0] * ITEM_BYTES
     out_bytes = heads * (widths[1] * ITEM_BYTES + LSE_BYTES)
     total = deploy(SIZE, SIZE, policy, memory=1e12).count_dcp_bytes(1)
@@ -44,9 +46,10 @@ def draw_pipeline(
     picture.text(14, y + 20, policy, "bold")
     picture.text(80, y + 20, f"{total:,} bytes", "bold mark")
     middle = y + 78
+    factor = f"{peers} × {own_heads} heads:"
     labels = [
-        (f"q {widths[0]} × {ITEM_BYTES} bytes", f"of {heads} heads:", f"{q_bytes:,}"),
-        (f"out {widths[1]} × {ITEM_BYTES} + {LSE_BYTES}", f"of {heads} heads:", f"{out_bytes:,}"),
+        (f"q {widths[0]} × {ITEM_BYTES} bytes", factor, f"{q_bytes:,}"),
+        (f"out {widths[1]} × {ITEM_BYTES} + {LSE_BYTES}", factor, f"{out_bytes:,}"),
     ]
     x = 14.0
     all_heads = False

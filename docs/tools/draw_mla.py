@@ -26,9 +26,9 @@ def draw_forms(config: ModelConfig) -> Picture:
     picture.text(148, 78, "q · k", "code")
     picture.arrow((140, 104), (206, 72))
     picture.arrow((262, 168), (262, 88))
-    picture.text(268, 130, "W_UK", "code")
+    picture.text(268, 130, "W_UK c, k_pe", "code")
     picture.arrow((420, 168), (420, 88))
-    picture.text(426, 130, "W_UV", "code")
+    picture.text(426, 130, "W_UV c", "code")
 
     picture.labelled(180, 172, 280, 44, ["c", f"{rank}"], "r2")
     picture.labelled(464, 172, 60, 44, ["k_pe", f"{rope}"], "r3")

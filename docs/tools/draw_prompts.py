@@ -18,7 +18,7 @@ def draw_prompts() -> Picture:
         height=318,
     )
     picture.text(14, 26, "who sees whom: 3 new tokens, 6 in the cache, 4 ranks", "bold")
-    picture.text(LEFT, 54, "in the cache, a rank each", "small")
+    picture.text(LEFT, 54, "in the cache of rank r0, r1, …", "small")
     picture.text(LEFT + CACHED * CELL + 24, 54, "new, on every rank", "small")
     picture.text(14, TOP - 12, "sees token", "small soft")
     picture.text(14, TOP + 26, "token", "small soft")
