@@ -88,14 +88,16 @@ class Scheduler:
         proposals = {}
         if self.drafter is not None:
             proposals = self.drafter.propose(decoding)
+        ready = []
         for request in decoding:
-            if request.slot < 0:  # preempted in this very loop
-                continue
-            if self.make_room(request, step):
-                drafts = proposals.get(request.request_id, [])
-                drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
-                self.add_row(step, request, 1, drafts)
-                self.make_room_to_predict(request, step)
+            # A request without a slot was preempted in this very loop.
+            if request.slot >= 0 and self.make_room(request, step):
+                ready.append(request)
+        for request in ready:  # only now, so that drafts get no block that another token needs
+            drafts = proposals.get(request.request_id, [])
+            drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
+            self.add_row(step, request, 1, drafts)
+            self.make_room_to_predict(request, step)
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: ScheduledStep) -> None:
