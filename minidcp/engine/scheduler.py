@@ -131,6 +131,8 @@ class Scheduler:
         if request.num_computed < len(request.blocks) * self.blocks.tokens_per_block:
             return True
 
+        for other in self.running if self.blocks.num_available == 0 else ():
+            self.give_back_room(other)
         blocks = self.blocks.allocate(1)
         while blocks is None:
             youngest = self.running[-1]
@@ -169,8 +171,9 @@ class Scheduler:
         step.plan.room.append(len(request.blocks) * self.blocks.tokens_per_block)
 
     def give_back_room(self, request: Request) -> None:
-        """Give back the blocks that were taken for drafts alone."""
-        num_needed = -(-request.num_computed // self.blocks.tokens_per_block)
+        """Give back the blocks that were taken for drafts alone, not that of the next token."""
+        known = max(request.num_computed, request.prefill_end)
+        num_needed = known // self.blocks.tokens_per_block + 1
         self.blocks.release(request.blocks[num_needed:])
         del request.blocks[num_needed:]
 
