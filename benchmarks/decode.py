@@ -118,7 +118,7 @@ class KnownAnswers:
 
     def find(self, request: Request, place: int, count: int) -> list[int]:
         drafts = self.answers[request.request_id][place : place + count]
-        return [token if self.random.random() < self.rate else token ^ 1 for token in drafts]
+        return [token if self.random.random() < self.rate else abs(token - 1) for token in drafts]
 
 
 def add_requests(

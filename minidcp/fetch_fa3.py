@@ -34,7 +34,7 @@ if len(names) != 37 or names[-4:] != expected:
 def fetch_fa3(vllm_version: str | None = None) -> Path:
     """Download vLLM's wheel, keep its copy of FlashAttention-3, and return where that is.
 
-    Raises ValueError if it does not fit the installed torch, cannot be had, or cannot be loaded.
+    Raises ValueError if it does not fit the installed torch, or cannot be had, kept or loaded.
     """
     require(
         torch.version.cuda is not None,
@@ -42,7 +42,19 @@ def fetch_fa3(vllm_version: str | None = None) -> Path:
     )
     version = vllm_version or find_vllm_version()
     target = locate_fetched_library()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch_into(target, version)
+    except OSError as error:
+        raise ValueError(
+            f"fetch-fa3: cannot write to {folder} ({error.strerror or error}); set XDG_CACHE_HOME "
+            "to a folder where there is room and that the engine can read"
+        ) from None
+    return target
+
+
+def fetch_into(target: Path, version: str) -> None:
     # Beside its place, so that it can be moved there at once.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         with ZipFile(download_wheel(version, Path(folder))) as wheel:
@@ -52,7 +64,6 @@ def fetch_fa3(vllm_version: str | None = None) -> Path:
         check_library(version, library)
         licence.replace(target.parent / "LICENSE")
         library.replace(target)
-    return target
 
 
 def find_vllm_version() -> str:

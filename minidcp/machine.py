@@ -53,14 +53,20 @@ def detect_machine(config: EngineConfig, model: ModelConfig) -> Machine:
         capability=capability,
         has_peer_access=all(torch.cuda.can_device_access_peer(gpu, peer) for gpu, peer in pairs),
         fa3_error=fa3_error,
-        flashinfer_error=find_flashinfer_error(config, model, capability, fa3_error),
+        flashinfer_error=find_flashinfer_error(
+            config,
+            model,
+            capability,
+            fa3_error,
+            shares_gpus=(local_size or config.tp_size) > num_gpus,
+        ),
         torchrun_world_size=world_size,
         torchrun_local_size=local_size,
     )
 
 
 def find_fa3_error(config: EngineConfig, model: ModelConfig, capability: tuple[int, int]) -> str:
-    """Why FlashAttention-3 cannot be loaded; empty if it can, or if nothing else allows it."""
+    """Why FlashAttention-3 cannot be loaded; empty if it can, or if it is ruled out anyway."""
     is_wanted = config.attention_backend in ("auto", "fa3") and config.dtype != "float32"
     if not is_wanted or not fits_fa3(model, capability):
         return ""
@@ -72,17 +78,24 @@ def find_fa3_error(config: EngineConfig, model: ModelConfig, capability: tuple[i
 
 
 def find_flashinfer_error(
-    config: EngineConfig, model: ModelConfig, capability: tuple[int, int], fa3_error: str
+    config: EngineConfig,
+    model: ModelConfig,
+    capability: tuple[int, int],
+    fa3_error: str,
+    shares_gpus: bool = False,
 ) -> str:
-    """What FlashInfer lacks; empty if it can be loaded, if nothing else allows it, or if it is not
-    wanted. Its kernel is compiled here if need be, before any rank starts."""
+    """What FlashInfer lacks; empty if it can be loaded, or if it is ruled out or not wanted anyway.
+
+    Its kernel is compiled here if need be, before any rank starts.
+    """
     latent_dim = model.kv_lora_rank
     rope_dim = model.qk_rope_head_dim
     asked = config.attention_backend
     is_wanted = asked == "flashinfer" or (
         asked == "auto" and (fa3_error or not fits_fa3(model, capability))
     )
-    if not is_wanted or config.dtype == "float32" or capability < LEAST_CAPABILITY:
+    is_ruled_out = config.dtype == "float32" or config.speculative_method == "mtp" or shares_gpus
+    if not is_wanted or is_ruled_out or capability < LEAST_CAPABILITY:
         return ""
     if find_dims_obstacle(latent_dim, rope_dim, capability):
         return ""

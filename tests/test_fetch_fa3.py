@@ -111,6 +111,17 @@ def test_says_that_pip_has_found_nothing(wheels: Path, capfd: pytest.CaptureFixt
     assert "pip could not download vllm==0.24.0" in fail(capfd)
 
 
+def test_says_that_it_cannot_keep_it(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    said = fail(capfd)
+    assert f"cannot write to {locate_fetched_library().parent} (Not a directory)" in said
+    assert "set XDG_CACHE_HOME" in said
+
+
 def test_the_image_has_the_same() -> None:
     dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text()
     defaults = dict(

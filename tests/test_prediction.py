@@ -285,7 +285,7 @@ def test_as_many_drafts_are_accepted_as_should_be(mtp: PredictionOracle, k: int)
 @pytest.mark.usefixtures("crowded")
 @pytest.mark.parametrize("k", [1, 3])
 def test_preempted_requests_go_on(mtp: PredictionOracle, k: int) -> None:
-    outputs, llm = run(mtp, tp_size=2, dcp_size=2, max_model_len=160, num_blocks=22, **speculate(k))
+    outputs, llm = run(mtp, tp_size=2, dcp_size=2, max_model_len=160, num_blocks=20, **speculate(k))
     assert [o.token_ids for o in outputs] == mtp.answers
     assert llm.engine.scheduler.num_preemptions > 0
     assert 0 < llm.engine.stats.accepted_drafts < llm.engine.stats.drafts

@@ -155,6 +155,9 @@ def test_the_machine_says_that_flashinfer_is_missing(monkeypatch: pytest.MonkeyP
     auto = EngineConfig("model")
     assert find_flashinfer_error(auto, V2, (9, 0), fa3_error="") == ""  # FA3 runs
     assert find_flashinfer_error(auto, V2, (9, 0), fa3_error="no") == NO_FLASHINFER
+    # Nothing is compiled for drafts of mtp, with which FlashInfer is refused.
+    mtp = EngineConfig("model", speculative_method="mtp")
+    assert find_flashinfer_error(mtp, V2, (9, 0), fa3_error="no") == ""
 
 
 def test_dims_that_only_the_reference_takes() -> None:

@@ -292,6 +292,47 @@ def test_whoever_is_admitted_leaves_room_to_grow() -> None:
     assert count_running(160, held) == 1  # a single request needs only its own room
 
 
+@pytest.mark.parametrize("num_predicted", [0, 3])
+def test_nobody_is_preempted_for_drafts(num_predicted: int) -> None:
+    """The last free block is for a token of the younger request, not for the older one's drafts."""
+    blocks = BlockManager(5, 4, prefix_cache=False)
+    scheduler = Scheduler(blocks, max_num_seqs=2, budget=64)
+    for request_id, length in ("older", 5), ("younger", 7):
+        scheduler.add(Request(request_id, [5] * length, SamplingParams(), 10, seed=0))
+    with mock.patch("minidcp.engine.scheduler.GROWTH", 0):
+        for _ in range(2):
+            step = scheduler.schedule()
+            assert step is not None
+            scheduler.update(step, [7] * len(step.plan.sampling))
+
+    drafter = mock.Mock()
+    drafter.propose.return_value = {"older": [7, 7, 7]}
+    scheduler.drafter = drafter
+    scheduler.num_predicted = num_predicted
+    step = scheduler.schedule()
+    assert step is not None
+    assert scheduler.num_preemptions == 0
+    assert step.plan.starts == [6, 8] and step.plan.lengths == [2, 1]
+    assert blocks.num_available == 0
+
+
+def test_nobody_is_preempted_for_room_that_drafts_were_given() -> None:
+    """One request got three blocks, where it needs one, for drafts that its ranks make."""
+    scheduler = Scheduler(BlockManager(5, 4, prefix_cache=False), max_num_seqs=2, budget=64)
+    scheduler.drafter = mock.Mock()
+    scheduler.drafter.propose.return_value = {}
+    scheduler.num_predicted = 9
+    for request_id, length in ("older", 1), ("younger", 7):
+        scheduler.add(Request(request_id, [5] * length, SamplingParams(), 20, seed=0))
+    with mock.patch("minidcp.engine.scheduler.GROWTH", 0):
+        for _ in range(3):
+            step = scheduler.schedule()
+            assert step is not None
+            scheduler.update(step, [7] * len(step.plan.sampling))
+    assert step.plan.starts == [2, 8]
+    assert scheduler.num_preemptions == 0
+
+
 def test_scored_prompts_share_a_steps_logits() -> None:
     """Logits are large, so a step has few of them, however many requests want prompt_logprobs."""
     scheduler = Scheduler(BlockManager(400, 16), max_num_seqs=32, budget=8192)

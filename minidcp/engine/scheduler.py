@@ -88,14 +88,15 @@ class Scheduler:
         proposals = {}
         if self.drafter is not None:
             proposals = self.drafter.propose(decoding)
+        ready = []
         for request in decoding:
-            if request.slot < 0:  # preempted in this very loop
-                continue
-            if self.make_room(request, step):
-                drafts = proposals.get(request.request_id, [])
-                drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
-                self.add_row(step, request, 1, drafts)
-                self.make_room_to_predict(request, step)
+            if request.slot >= 0 and self.make_room(request, step):  # else it was preempted here
+                ready.append(request)
+        for request in ready:  # only now, so that drafts get no block that another token needs
+            drafts = proposals.get(request.request_id, [])
+            drafts = drafts[: self.make_room_for_drafts(request, len(drafts), step)]
+            self.add_row(step, request, 1, drafts)
+            self.make_room_to_predict(request, step)
         step.plan.num_decode = len(step.requests)
 
     def add_prefills(self, step: ScheduledStep) -> None:
@@ -129,6 +130,8 @@ class Scheduler:
         if request.num_computed < len(request.blocks) * self.blocks.tokens_per_block:
             return True
 
+        for other in self.running if self.blocks.num_available == 0 else ():
+            self.give_back_room(other)
         blocks = self.blocks.allocate(1)
         while blocks is None:
             youngest = self.running[-1]
@@ -167,8 +170,9 @@ class Scheduler:
         step.plan.room.append(len(request.blocks) * self.blocks.tokens_per_block)
 
     def give_back_room(self, request: Request) -> None:
-        """Give back the blocks that were taken for drafts alone."""
-        num_needed = -(-request.num_computed // self.blocks.tokens_per_block)
+        """Give back the blocks that were taken for drafts alone, not that of the next token."""
+        known = max(request.num_computed, request.prefill_end)
+        num_needed = known // self.blocks.tokens_per_block + 1
         self.blocks.release(request.blocks[num_needed:])
         del request.blocks[num_needed:]
 

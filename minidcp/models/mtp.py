@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minidcp.attention import AttentionBackend
-from minidcp.batch import CacheQueries, ForwardBatch
+from minidcp.batch import ForwardBatch
 from minidcp.kernels.dense import multiply
 from minidcp.kernels.fp8 import widen
 from minidcp.model_config import ModelConfig
@@ -57,9 +57,8 @@ class PredictionLayer:
         self, next_tokens: Tensor, hidden: Tensor, kv: Tensor, batch: ForwardBatch
     ) -> Tensor:
         """The tokens [T] behind those of a batch, and its hidden states [T, hidden] -> new ones."""
-        for queries in (batch.decode, *batch.context):
-            if isinstance(queries, CacheQueries):
-                self.attention.prepare(queries)
+        for queries in batch.cache_queries:
+            self.attention.prepare(queries)
 
         embedded = widen(self.enorm(self.embed_tokens(next_tokens)))
         both = torch.cat([embedded, widen(self.hnorm(hidden))], -1)
