@@ -144,6 +144,7 @@ def measure(streams: int, tokens: int, step_ms: float) -> dict[str, float]:
     asyncio.run(run(port, 8, 8))  # warm-up
     seconds, num_events, num_bytes = asyncio.run(run(port, streams, tokens))
     process.terminate()
+    process.join()
 
     assert num_events == streams * tokens, f"{num_events} events"
     return {
