@@ -40,7 +40,9 @@ def main() -> int:
         help="batch sizes, rising and separated by commas: requests that decode together",
     )
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens per request")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer, but two")
+    parser.add_argument(
+        "--output-len", type=int, default=64, help="answers have two more tokens than this"
+    )
     parser.add_argument(
         "--acceptance", default="", help="probabilities that a draft is right, see above"
     )

@@ -69,8 +69,8 @@ class Operators:
         Packed (prefill): q [T, H, D], k and v [S, H, ...] hold all sequences one after the other;
         sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Gives out [T, H, DV] and lse [H, T].
 
-        num_splits is into how many parts a sequence may be split that many programs share: FA3
-        allocates a float32 copy of `out` for each. 0: FA3 chooses.
+        A sequence is split into at most num_splits parts, so that several programs share it. FA3
+        allocates a float32 copy of `out` for each part. 0: FA3 chooses how many.
 
         The LSE is float32, a natural logarithm; a sequence without keys may get -inf or +inf.
         """
