@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from minidcp.models.mtp import PredictionLayer
 from minidcp.parallel.state import build_thread_states
 from minidcp.request import CompletionOutput
 from minidcp.resolve import resolve
-from minidcp.worker.cuda_graph import CapturedStep, GraphLadder, PredictionGraphs
+from minidcp.worker.cuda_graph import PredictionGraphs
 from minidcp.worker.drafts import Verdict
 from minidcp.worker.model_runner import ModelRunner
 from minidcp.worker.predictor import MadeDrafts, Predictor
@@ -206,21 +206,6 @@ def test_a_cached_prefix_has_the_layer_s_latents(mtp: PredictionOracle, spy: Spy
     check_drafts(mtp, spy, 2)
 
 
-class EagerGraph:
-    """Runs again what was captured, into the same outputs."""
-
-    def __init__(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-        self.run = run
-        self.outputs = tuple(torch.full_like(x, 7) for x in run())
-
-    def pool(self) -> int:
-        return 1
-
-    def replay(self) -> None:
-        for output, value in zip(self.outputs, self.run(), strict=True):
-            output.copy_(value)
-
-
 @pytest.mark.parametrize(("tp", "dcp", "k"), [(1, 1, 3), (4, 2, 1), (2, 2, 2)])
 def test_graphs_are_given_the_right_inputs(
     mtp: PredictionOracle,
@@ -228,18 +213,11 @@ def test_graphs_are_given_the_right_inputs(
     tp: int,
     dcp: int,
     k: int,
+    eager_graphs: list[StepPlan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With graphs in name only, which run on a CPU."""
+    """Also those of short prompts."""
     num_replays = []
-
-    def capture(self: GraphLadder, run: Callable[[], tuple[torch.Tensor, ...]]) -> CapturedStep:
-        graph = EagerGraph(run)
-        return CapturedStep(graph, graph.outputs, 0)
-
-    def allocate_cache(self: ModelRunner, num_blocks: int) -> None:
-        allocate(self, num_blocks)
-        self.make_graphs()
 
     def replay(
         self: PredictionGraphs, next_tokens: torch.Tensor, hidden: torch.Tensor
@@ -247,15 +225,14 @@ def test_graphs_are_given_the_right_inputs(
         num_replays.append(len(next_tokens))
         return replay_prediction(self, next_tokens, hidden)
 
-    allocate = ModelRunner.allocate_cache
     replay_prediction = PredictionGraphs.replay
     monkeypatch.setattr(PredictionGraphs, "replay", replay)
-    monkeypatch.setattr(GraphLadder, "capture", capture)
-    monkeypatch.setattr(ModelRunner, "allocate_cache", allocate_cache)
-    outputs, llm = run(mtp, tp_size=tp, dcp_size=dcp, **speculate(k))
+    layout = dict(tp_size=tp, dcp_size=dcp, prefill_strategy="gather_q", max_num_seqs=24)
+    outputs, llm = run(mtp, **layout, **speculate(k))
     assert [o.token_ids for o in outputs] == mtp.answers
     assert llm.engine.stats.accepted_drafts > 0
     assert len(num_replays) > tp * k * 10
+    assert any(plan.tokens and plan.num_decode for plan in eager_graphs)
     check_drafts(mtp, spy, k, compare_states=False)  # which state is whose is not known
 
 

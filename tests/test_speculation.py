@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import LLM, EngineConfig, SamplingParams
-from minidcp.batch import Admission, StepPlan, find_positions, list_drafts
+from minidcp.batch import Admission, StepPlan, find_positions, list_decode_tokens
 from minidcp.engine.drafter import Drafter, RequestDrafts, StepTimes, count_accepted
 from minidcp.engine.proposers import NgramIndex, Predictions, PromptLookup, Proposer
 from minidcp.request import CompletionOutput, Request
@@ -180,7 +180,7 @@ def test_what_refused_drafts_wrote_is_never_read(
         if plan.drafts:
             # The token at place i of a row is refused if the token sampled before it does not count
             # or is another.
-            decode_tokens = torch.tensor(list_drafts(plan))
+            decode_tokens = torch.tensor(list_decode_tokens(plan))
             counts = judge(tokens[0], plan, decode_tokens).counts
             rows = torch.tensor(plan.sampling)
             is_refused = torch.zeros(len(rows), dtype=torch.bool)
@@ -233,7 +233,7 @@ def test_draws_have_the_distribution_of_the_model() -> None:
             )
             sampler.admit(plan)
             both = logits.repeat(rows, 1)
-            decode_tokens = torch.tensor(list_drafts(plan))
+            decode_tokens = torch.tensor(list_decode_tokens(plan))
             tokens = sampler.sample(both, plan, both.argmax(-1), decode_tokens).tokens
             counts = judge(tokens, plan, decode_tokens).counts.view(rows, 2)
             first, second = tokens.view(rows, 2).T

@@ -27,6 +27,7 @@ from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
 from minidcp.kernels.route import route
 from minidcp.kernels.tiles import list_tiles
+from minidcp.kernels.tokens import read_tokens
 from minidcp.resolve import FP8_CAPABILITY
 
 # Bytes of shared memory that one program can have, by capability, from CUDA's programming guide.
@@ -115,6 +116,7 @@ def launch_layers(fp8: bool) -> None:
     v3 = SimpleNamespace(**vars(v2) | dict(num_experts_per_tok=8, norm_topk_prob=True))
     route(fp32(32, 160), v2, 2)  # type: ignore[arg-type]
     route(fp32(32, 256), v3, 1, fp32(256))  # type: ignore[arg-type]
+    read_tokens(int32(32), torch.zeros(9, 4, dtype=torch.int64), int32(32))
 
 
 def launch_decode() -> None:
