@@ -35,17 +35,19 @@ def add_product(w, x, acc):
     return acc
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def multiply_by_head_kernel(
-    x, weight, out,
+@triton.jit
+def multiply_tile(
+    x, weight, out, h, first_t, first_n,
     tokens, dim_out, dim_in,
     x_t, x_h, w_h, w_n, w_k, out_t, out_h,  # strides
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BN outputs of one head for BM tokens, BK inputs at a time."""
-    h = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """BN outputs of head h for BM tokens, BK inputs at a time.
+
+    It waits for the kernel before this one, whose output x may be.
+    """
+    t = first_t + tl.arange(0, BM)
+    n = first_n + tl.arange(0, BN)
     k = tl.arange(0, BK)
 
     # Tokens and outputs beyond the last wrap around: their products are not stored.
@@ -69,6 +71,21 @@ def multiply_by_head_kernel(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def multiply_by_head_kernel(
+    x, weight, out,
+    tokens, dim_out, dim_in,
+    x_t, x_h, w_h, w_n, w_k, out_t, out_h,  # strides
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program computes one tile."""
+    h = tl.program_id(1).to(tl.int64)
+    multiply_tile(
+        x, weight, out, h, tl.program_id(2) * BM, tl.program_id(0) * BN,
+        tokens, dim_out, dim_in, x_t, x_h, w_h, w_n, w_k, out_t, out_h, BM, BN, BK, EARLY,
+    )  # fmt: skip
+
+
 def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x [T, H, I], weight [H, O, I] -> [T, H, O], accumulated in float32.
 
@@ -90,8 +107,7 @@ def multiply_by_head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
         x, weight, out,
         tokens, dim_out, dim_in,
         *x.stride()[:2], *weight.stride(), *out.stride()[:2],
-        BM=bm, BN=bn, BK=bk,
-        num_warps=2 if bn * bk <= 4096 else 4, **launch_early(),
+        BM=bm, BN=bn, BK=bk, num_warps=choose_num_warps(bn, bk), **launch_early(),
     )  # fmt: skip
     return out
 
@@ -109,3 +125,7 @@ def choose_tile(tokens: int, heads: int, dim_in: int, dim_out: int) -> tuple[int
     bn = 64 if bk <= 128 else 16
     bm = 16 if tokens <= 16 else 32
     return bm, bn, bk
+
+
+def choose_num_warps(bn: int, bk: int) -> int:
+    return 2 if bn * bk <= 4096 else 4

@@ -10,6 +10,7 @@ from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheQueries
 from minidcp.kernels import (
     DeviceProperties,
+    absorb,
     align,
     experts,
     grouped,
@@ -113,7 +114,8 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
     for function in (kv_store.store_latents_ref, kv_store.store_latents):
         cache = torch.full((3, 4, latent + rope_dim), torch.nan, dtype=dtype)
         q = queries.clone()
-        latents = function(kv, q[..., 8:], weight, 1e-6, cos_sin, cache, slots)
+        new = kv_store.NewLatents(kv, weight, 1e-6, cos_sin, cache, slots)
+        latents = function(new, q[..., 8:])
         close(q[..., 8:], turned(queries[..., 8:], turn[:, None]), dtype)
         assert torch.equal(q[..., :8], queries[..., :8])
         rows = cache.view(12, -1)
@@ -124,6 +126,53 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
         results.append(latents)
         close(latents[:, latent:], turned(kv[:, latent:], turn), dtype)
     close(results[1], results[0], dtype)
+
+
+# bf16 with single tokens only, as in `test_multiply`.
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [*((n, torch.float32) for n in (1, 2, 17, 32)), (1, torch.bfloat16)],
+)
+@pytest.mark.parametrize(
+    ("heads", "nope", "latent", "rope_dim"), [(1, 24, 40, 8), (3, 16, 72, 64), (16, 32, 64, 8)]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_absorb(
+    in_place: bool, heads: int, nope: int, latent: int, rope_dim: int, tokens: int,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In one kernel: what its parts do to the cache, the products, and the rotated queries."""
+    torch.manual_seed(tokens)
+    width = latent + rope_dim
+    down, norm_weight = torch.randn(tokens, 5 + width).to(dtype), torch.rand(latent).to(dtype) + 0.5
+    queries = torch.randn(tokens, heads, nope + rope_dim).to(dtype)
+    w_uk = torch.randn(heads, 3 + nope, latent).to(dtype)[:, 3:]  # W_UV's rows come before
+    cos_sin, turn = random_angles(tokens, rope_dim)
+    slots = torch.randperm(36)[:tokens].to(torch.int32)
+    slots[1::3] = -1
+
+    caches = []
+    for is_fused in (True, False):
+        q = queries.clone()
+        cache = torch.full((9, 4, width), torch.nan, dtype=dtype)
+        new = kv_store.NewLatents(down[:, 5:], norm_weight, 1e-6, cos_sin, cache, slots)
+        if is_fused:
+            with monkeypatch.context() as patch:
+                patch.setattr(absorb, "store_latents", None)  # which only the other way calls
+                place = (
+                    None if in_place else torch.full((tokens, heads, width), torch.nan).to(dtype)
+                )
+                q_latent, q_pe = absorb.absorb_query(q, w_uk, new, place)
+            if place is not None:
+                assert torch.equal(torch.cat([q_latent, q_pe], -1), place)
+            expected = torch.einsum("thn,hnc->thc", queries[..., :nope].double(), w_uk.double())
+            close(q_latent / nope**0.5, expected / nope**0.5, dtype)
+            close(q_pe, turned(queries[..., nope:], turn[:, None]), dtype)
+        else:
+            kv_store.store_latents_ref(new, q[..., nope:])
+        caches.append(cache.view(36, width))
+    assert torch.equal(caches[0].isnan(), caches[1].isnan())
+    close(caches[0].nan_to_num(), caches[1].nan_to_num(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from minidcp.kernels import DeviceProperties
+from minidcp.kernels.absorb import absorb_query
 from minidcp.kernels.dense import multiply
 from minidcp.kernels.experts import run_experts
 from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Stack, Fp8Tensor, quantize
-from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.meeting import Meeting
 from minidcp.kernels.merge import merge_partials
@@ -99,7 +100,12 @@ def launch_layers(fp8: bool) -> None:
         quantize(x)
 
     q_pe = bf16(32, 16, 192)[..., 128:]
-    store_latents(bf16(32, 576), q_pe, bf16(512), 1e-6, fp32(32, 64), bf16(9, 16, 576), int32(32))
+    new = NewLatents(bf16(32, 576), bf16(512), 1e-6, fp32(32, 64), bf16(9, 16, 576), int32(32))
+    store_latents(new, q_pe)
+    w_uk = bf16(16, 256, 512)[:, 128:]
+    for tokens in (1, 16, 32):
+        parts = NewLatents(*(p if isinstance(p, float) else p[:tokens] for p in new))
+        absorb_query(bf16(tokens, 16, 192), w_uk, parts, bf16(tokens, 16, 576))
     multiply_by_head(bf16(1, 1, 5120), bf16(1, 1536, 5120))
     for tokens in (1, 16, 64):
         multiply_by_head(bf16(tokens, 16, 128), bf16(16, 512, 128))
