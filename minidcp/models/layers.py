@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.dense import multiply
+from minidcp.kernels.dense import multiply, norm_and_multiply
 from minidcp.kernels.experts import ExpertOutputs, run_experts
 from minidcp.kernels.fp8 import (
     Activations,
@@ -121,9 +121,17 @@ class Linear:
         bias = None if self.bias is None else self.bias[order]
         return Linear(self.weight[order], bias)
 
-    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
-        """x [T, in_dim] -> [T, out_dim], written to `out` if that is given."""
-        result = multiply(x, self.weight, out)
+    def __call__(
+        self, x: Activations, out: Tensor | None = None, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """x [T, in_dim] -> [T, out_dim], written to `out` if that is given.
+
+        If a norm is given, x goes to it first. That may take no launch of its own.
+        """
+        if norm is None:
+            result = multiply(x, self.weight, out)
+        else:
+            result = norm_and_multiply(widen(x), norm.weight, norm.eps, self.weight, out)
         if self.bias is not None:
             result.add_(self.bias)
         return result

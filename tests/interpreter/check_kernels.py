@@ -12,6 +12,7 @@ from minidcp.kernels import (
     DeviceProperties,
     absorb,
     align,
+    dense,
     experts,
     grouped,
     kv_store,
@@ -223,6 +224,24 @@ def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: tor
         assert wide[..., dim_out:].isnan().all()
         exact = linear.multiply_by_head(x, w, torch.empty(tokens, heads, dim_out))
         close(exact / scale, expected / scale, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim_in", "dim_out"), [(40, 24), (100, 33), (1536, 10)])
+def test_norm_and_multiply(
+    dim_in: int, dim_out: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token in one kernel. Input, weight and output are parts of wider rows."""
+    torch.manual_seed(0)
+    x = torch.randn(1, dim_in + 8).to(dtype)[:, :dim_in]
+    norm_weight = torch.rand(dim_in).to(dtype) + 0.5
+    weight = (torch.randn(dim_out, dim_in + 3) / dim_in**0.5).to(dtype)[:, 3:]
+    normed = F.rms_norm(x.double(), (dim_in,), norm_weight.double(), 1e-6)
+    wide = torch.full((1, dim_out + 4), torch.nan, dtype=dtype)
+    monkeypatch.setattr(dense, "rms_norm", None)  # which only other numbers of tokens go to
+    out = dense.norm_and_multiply(x, norm_weight, 1e-6, weight, wide[:, :dim_out])
+    assert out.data_ptr() == wide.data_ptr() and wide[:, dim_out:].isnan().all()
+    close(out, normed @ weight.double().T, dtype)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from minidcp.kernels import DeviceProperties
 from minidcp.kernels.absorb import absorb_query
-from minidcp.kernels.dense import multiply
+from minidcp.kernels.dense import multiply, norm_and_multiply
 from minidcp.kernels.experts import run_experts
 from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Stack, Fp8Tensor, quantize
 from minidcp.kernels.kv_store import NewLatents, store_latents
@@ -107,6 +107,7 @@ def launch_layers(fp8: bool) -> None:
         parts = NewLatents(*(p if isinstance(p, float) else p[:tokens] for p in new))
         absorb_query(bf16(tokens, 16, 192), w_uk, parts, bf16(tokens, 16, 576))
     multiply_by_head(bf16(1, 1, 5120), bf16(1, 1536, 5120))
+    norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, bf16(3072, 1536))
     for tokens in (1, 16, 64):
         multiply_by_head(bf16(tokens, 16, 128), bf16(16, 512, 128))
     for dim in (128, 512):
@@ -160,6 +161,7 @@ def launch_dense_fp8() -> None:
     weight = Fp8Tensor(torch.empty(2048, 1536, dtype=E4M3), fp32(12, 2048))
     for tokens in (1, 16, 64, 256):
         multiply(bf16(tokens, 1536), weight)
+    norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, weight)
 
 
 def launch_collectives() -> None:
