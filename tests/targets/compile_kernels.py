@@ -26,7 +26,7 @@ from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
-from minidcp.kernels.route import route
+from minidcp.kernels.route import multiply_and_route, route
 from minidcp.kernels.tiles import list_tiles
 from minidcp.resolve import FP8_CAPABILITY
 
@@ -122,6 +122,8 @@ def launch_layers(fp8: bool) -> None:
     v3 = SimpleNamespace(**vars(v2) | dict(num_experts_per_tok=8, norm_topk_prob=True))
     route(fp32(32, 160), v2, 2)  # type: ignore[arg-type]
     route(fp32(32, 256), v3, 1, fp32(256))  # type: ignore[arg-type]
+    multiply_and_route(x[:1], bf16(160, 5120), v2, 2, None, int32(1))  # type: ignore[arg-type]
+    multiply_and_route(x[:1], bf16(256, 5120), v3, 1, fp32(256), int32(1))  # type: ignore[arg-type]
 
 
 def launch_decode() -> None:
