@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ SIZE, HEADS = 8, 16
 REPLAYS = 1000
 
 
-def spawn(*work: str) -> None:
+def spawn(*work: Callable[[SymmetricGroup], None]) -> None:
+    """Call these functions on every rank, one after the other."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(run_rank, (store.port, work), nprocs=SIZE)
 
 
-def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
+def run_rank(rank: int, port: int, work: tuple[Callable[[SymmetricGroup], None], ...]) -> None:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank % gpus)
@@ -37,14 +39,14 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     group = SymmetricGroup(dist.group.WORLD, device, max_programs=4)
-    for name in work:
-        globals()[name](group)
+    for function in work:
+        function(group)
     torch.cuda.synchronize()
     dist.barrier()
 
 
 def test_collectives_and_exchanges() -> None:
-    spawn("use_collectives", "use_exchanges", "use_reserved_memory", "use_norms")
+    spawn(use_collectives, use_exchanges, use_reserved_memory, use_norms)
 
 
 def use_collectives(group: SymmetricGroup) -> None:
@@ -169,7 +171,7 @@ def test_replays_of_delayed_ranks() -> None:
 
     The results are bit for bit those of eager steps, and close to fp64.
     """
-    spawn("replay_delayed")
+    spawn(replay_delayed)
 
 
 def replay_delayed(group: SymmetricGroup) -> None:

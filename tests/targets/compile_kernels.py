@@ -21,6 +21,7 @@ from minidcp.kernels.experts import run_experts
 from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Stack, Fp8Tensor, quantize
 from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.mailbox import Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.meeting import Meeting
 from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
@@ -183,6 +184,15 @@ def launch_collectives() -> None:
             bf16(32, 16, dim),
             fp32(32, 16),
         )
+
+    mailbox = Mailbox(3, (pointers, pointers), 256)
+    gather_mail(mailbox, pointers, bf16(2, 16 * 192), bf16(2, 8, 16 * 192))
+    x = bf16(2, 5120)
+    norm_mail(mailbox, pointers, x, None, x, bf16(5120), 1e-6, False)
+    norm_mail(mailbox, pointers, bf16(2, 8, 5120), fp32(2, 8), x, bf16(5120), 1e-6, False)
+    for dim in (128, 512):
+        out = bf16(2, 16, dim)
+        merge_mail(mailbox, pointers, bf16(2, 128, dim), fp32(2, 128), out, fp32(2, 16))
 
 
 def main() -> None:
