@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Oracle
+from fp8_checkpoints import KEPT, edit_config, split_blocks
 from predictions import NUM_LAYERS, NUM_TOKENS, PredictionOracle, make_prediction_checkpoint
 from safetensors.torch import load_file, save_file
 from servers import run_local
-from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
@@ -312,13 +312,14 @@ def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> 
 
 def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
     """As DeepSeek publishes them. Dequantised, drafts change nothing either."""
+    block = (16, 24)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(mtp.path / "model.safetensors").items():
         tensors[name] = tensor
         if tensor.dim() == 2 and not any(part in name for part in (*KEPT, "eh_proj", "head")):
-            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor)
+            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor, block)
     oracle = replace(mtp, path=Path(edit(mtp.path, tmp_path, tensors)))
-    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(BLOCK))
+    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(block))
     edit_config(tmp_path, quantization_config=quantization)
     plain, _ = run(oracle)
     outputs, llm = run(oracle, tp_size=2, dcp_size=2, **speculate(2))
