@@ -108,7 +108,10 @@ class PeerGroup(Protocol):
 
 
 class PeerToPeer(Exchange):
-    """One kernel that waits for the peers, reads their partials where they lie, and merges them."""
+    """One kernel that waits for the peers' partials and merges them.
+
+    It reads them where they lie; small ones the peers write into this rank's inbox.
+    """
 
     def __init__(self, group: Any) -> None:
         """`group` is a Group and a PeerGroup; `resolve.py` asks for p2p only where there is one."""

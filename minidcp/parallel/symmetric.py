@@ -1,6 +1,6 @@
-"""Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink. The
-buffers are allocated once, alike on every rank, so CUDA graphs can hold their addresses. The
-contract is in `group.py`; the kernels are in `kernels/peer.py`, those for small tensors in
+"""Collectives over symmetric memory: each rank reads its peers' buffers over NVLink, or for small
+tensors writes into their inboxes. Both are allocated once, alike on every rank, so CUDA graphs can
+hold their addresses. The contract is in `group.py`, the kernels are in `kernels/peer.py` and
 `kernels/mailbox.py`. Next: `attention/base.py`."""
 
 import math
@@ -27,8 +27,8 @@ HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 # A larger all-reduce is a reduce-scatter and an all-gather: it reads each value twice, not N times.
 ONE_SHOT_BYTES = 512 << 10
 
-# Up to so many bytes from one rank to another go by mail; more are read where they lie, which moves
-# them once less. At most PLACE_BYTES.
+# Up to so many bytes from one rank to another go by mail. That is one trip instead of two, but the
+# data is written to memory once more. The limits are at most PLACE_BYTES.
 GATHER_MAIL_BYTES = 128 << 10
 NORM_MAIL_BYTES = 128 << 10
 MERGE_MAIL_BYTES = 128 << 10
