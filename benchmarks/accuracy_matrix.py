@@ -5,6 +5,10 @@
 Each engine runs with CUDA graphs and without. It is asked one question at a time and many together,
 and its answers are compared with those of one rank. Eight ranks may share one GPU; start NVIDIA's
 MPS first. The last line is JSON.
+
+    python benchmarks/accuracy_matrix.py --tp-size 4 --speculative-method ngram
+
+speculates in all engines but that one rank, whose answers must not change by that.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ class Cell:
     concurrency: int
     seconds: float
     summary: dict[str, dict[str, Any]]  # as `eval_accuracy.summarize` returns it
+    accepted_drafts: int = 0  # tokens of these answers that were drafts
 
     def agrees_with(self, base: Cell) -> bool:
         """Whether every accuracy is within the 95 % interval of the base."""
@@ -99,14 +104,17 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
     concurrencies: list[int],
-) -> Iterator[tuple[int, list[Answer], float]]:
-    """Ask one engine. Yields each concurrency, its answers, and the seconds that they took."""
+) -> Iterator[tuple[int, list[Answer], float, int]]:
+    """Ask one engine. Yields each concurrency, its answers, the seconds that they took, and how
+    many drafts were accepted in them."""
     with LLM(model, **options) as llm:
         complete = use_engine(llm, find_ends(tokenizer))
         for concurrency in concurrencies:
             start = time.perf_counter()
+            accepted_before = llm.engine.stats.accepted_drafts
             answers = answer_all(tokenizer, questions, complete, concurrency)
-            yield concurrency, answers, time.perf_counter() - start
+            accepted = llm.engine.stats.accepted_drafts - accepted_before
+            yield concurrency, answers, time.perf_counter() - start, accepted
 
 
 def run_matrix(
@@ -146,20 +154,22 @@ class Matrix:
 
         name, options = base
         asked = list(self.ask(options))
-        _, self.reference, _ = asked[-1]
-        self.base_cells = [
-            Cell(name, concurrency, seconds, summarize(answers, self.reference))
-            for concurrency, answers, seconds in asked
-        ]
+        _, self.reference, *_ = asked[-1]
+        self.base_cells = [self.summarize(name, *asked_at) for asked_at in asked]
 
-    def ask(self, options: Options) -> Iterator[tuple[int, list[Answer], float]]:
+    def summarize(
+        self, name: str, concurrency: int, answers: list[Answer], seconds: float, accepted: int
+    ) -> Cell:
+        return Cell(name, concurrency, seconds, summarize(answers, self.reference), accepted)
+
+    def ask(self, options: Options) -> Iterator[tuple[int, list[Answer], float, int]]:
         merged = {**self.common, **options}
         return ask(self.model, merged, self.tokenizer, self.questions, self.concurrencies)
 
     def compare(self, name: str, options: Options) -> Iterator[Cell]:
         """The cells of one engine, as they are done."""
-        for concurrency, answers, seconds in self.ask(options):
-            yield Cell(name, concurrency, seconds, summarize(answers, self.reference))
+        for asked_at in self.ask(options):
+            yield self.summarize(name, *asked_at)
 
 
 def size_cache(dcp_size: int, tokens: int, block_size: int) -> int:
@@ -173,7 +183,7 @@ def format_cell(cell: Cell) -> str:
         drift = "-" if row["drift"] is None else f"{row['drift']:.1e}"
         accuracy = f"{row['accuracy']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
         parts.append(f"{accuracy} {row['differ']:>3} {drift:>7}")
-    parts.append(f"{cell.seconds:>6.1f}")
+    parts.append(f"{cell.seconds:>6.1f} {cell.accepted_drafts:>6}")
     return "  ".join(parts)
 
 
@@ -252,7 +262,8 @@ def main() -> None:
     print(
         f"for {' and '.join(KINDS)}: accuracy (95 % interval), answers with other tokens than one"
     )
-    print("rank's, largest difference in log-probability of answers with the same tokens; seconds.")
+    print("rank's, largest difference in log-probability of answers with the same tokens;")
+    print("seconds; drafts that were accepted.")
     cells: list[Cell] = []
     for cell in run_matrix(args.model, engines, common, questions, concurrencies):
         cells.append(cell)
@@ -266,7 +277,13 @@ def main() -> None:
         "questions": args.questions,
         "outside": outside,
         "cells": [
-            {"name": cell.name, "concurrency": cell.concurrency, **cell.summary} for cell in cells
+            {
+                "name": cell.name,
+                "concurrency": cell.concurrency,
+                "accepted_drafts": cell.accepted_drafts,
+                **cell.summary,
+            }
+            for cell in cells
         ],
     }
     print(json.dumps(result))

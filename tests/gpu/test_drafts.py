@@ -46,3 +46,4 @@ def test_many_ranks_answer_as_one_without_drafts(matrix: Matrix, name: str) -> N
     for cell in matrix.compare(name, LAYOUTS[name] | speculate(3)):
         assert cell.summary["words"]["differ"] == 0
         assert cell.summary["words"]["accuracy"] == 1.0
+        assert cell.accepted_drafts > 0
