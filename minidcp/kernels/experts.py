@@ -41,13 +41,16 @@ class ExpertOutputs(NamedTuple):
     values: Tensor
     weights: Tensor
 
-    def sum(self) -> Tensor:
-        """[T, hidden], added in float32 and in the order of a token's experts."""
-        if not use_triton(self.values):
-            return sum_scaled_ref(self.values, self.weights)
+    def sum(self, out: Tensor | None = None) -> Tensor:
+        """[T, hidden], added in float32 and in the order of a token's experts.
 
+        It is written to `out` if that is given.
+        """
         tokens, top_k, hidden = self.values.shape
-        out = self.values.new_empty(tokens, hidden)
+        if out is None:
+            out = self.values.new_empty(tokens, hidden)
+        if not use_triton(self.values):
+            return out.copy_(sum_scaled_ref(self.values, self.weights))
         sum_experts_kernel[tokens, triton.cdiv(hidden, 1024)](
             self.values, self.weights, out, hidden, TOP_K=top_k, BN=1024, **launch_early()
         )

@@ -60,9 +60,10 @@ class Group:
     ) -> tuple[Activations, Tensor]:
         """`rms_norm` of the sum over all ranks of x, with the residual added; see there."""
         if self.size > 1:
-            summand = x if scales is None else ExpertOutputs(x, scales).sum()
-            x = self.all_reduce(summand)
-            scales = None
+            if scales is not None:
+                x = ExpertOutputs(x, scales).sum(self.empty(tuple(residual.shape), x))
+                scales = None
+            x = self.all_reduce(x)
         return rms_norm(x, weight, eps, residual, scales, quantizes)
 
     def all_gather(self, x: Tensor) -> Tensor:
