@@ -25,6 +25,7 @@ from minidcp.kernels import (
     route,
     tiles,
 )
+from minidcp.kernels.tokens import read_tokens, read_tokens_ref
 from minidcp.model_config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -465,3 +466,15 @@ def test_norm_of_peers(has_parts: bool, size: int, programs: int) -> None:
     expected = buffers.sum(0) + residual
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(normed, F.rms_norm(expected, (dim,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_tokens_of_decode_rows(rows: int) -> None:
+    """Given ones, and those that are remembered of a slot."""
+    remembered = torch.randint(1000, 2000, (9, 4))
+    codes = torch.randint(-4, 20, (rows,), dtype=torch.int32)
+    slots = torch.randint(9, (rows,), dtype=torch.int32)
+    pairs = zip(codes.tolist(), slots.tolist(), strict=True)
+    expected = [code if code >= 0 else int(remembered[slot, -1 - code]) for code, slot in pairs]
+    assert read_tokens(codes, remembered, slots).tolist() == expected
+    assert read_tokens_ref(codes, remembered, slots).tolist() == expected
