@@ -75,10 +75,9 @@ def norm_and_multiply(
     With a weight in FP8 that is not faster.
     """
     tokens, dim_in = x.shape
-    is_fp8 = isinstance(weight, Fp8Tensor)
     is_short = tokens <= MAX_TOKENS_OF_ONE_WEIGHT and dim_in <= MAX_NORMED
-    if is_fp8 or not use_triton(x) or not is_short:
-        normed, _ = rms_norm(x, norm_weight, eps, quantizes=is_fp8)
+    if isinstance(weight, Fp8Tensor) or not use_triton(x) or not is_short:
+        normed, _ = rms_norm(x, norm_weight, eps, quantizes=isinstance(weight, Fp8Tensor))
         return multiply(normed, weight, out)
 
     if out is None:
