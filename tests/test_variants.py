@@ -83,8 +83,6 @@ def multiply_in_fp8(tokens: int) -> None:
     for rows, columns in ((2048, 10944), (200, 192)):
         weight = fp8.quantize_weight(empty(rows, columns))
         dense.multiply(empty(tokens, columns).bfloat16(), weight)
-    norm_weight = empty(192).bfloat16()
-    dense.norm_and_multiply(empty(tokens, 192).bfloat16(), norm_weight, 1e-6, weight)
 
 
 def merge_prefill(tokens: int) -> None:

@@ -11,7 +11,6 @@ from minidcp.kernels.align import one_expert
 from minidcp.kernels.fp8 import (
     BLOCK,
     E4M3,
-    MAX_UNQUANTIZED_ROWS,
     Activations,
     Fp8Tensor,
     Quantized,
@@ -56,7 +55,7 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
     bm, tile = choose_dense_tile(tokens)
     blocks = one_expert(tokens, bm)
     if blocks.is_direct:
-        multiply_vector(rows, weight, blocks, tile, out)
+        multiply_vector(rows.contiguous(), weight, blocks, tile, out)
         return out
 
     fp8 = x.fp8 if isinstance(x, Quantized) else quantize(rows)
@@ -72,23 +71,18 @@ def norm_and_multiply(
 ) -> Tensor:
     """rms_norm(x [T, I]) @ weight [O, I].T -> [T, O], written to `out` if that is given.
 
-    In one kernel where each of its programs reads all of x anyway: for one token, or two in FP8.
+    One token is normed by the product's kernel, each of whose programs reads all of x anyway.
+    With a weight in FP8 that is not faster.
     """
     tokens, dim_in = x.shape
-    is_fp8 = isinstance(weight, Fp8Tensor)
-    max_tokens = MAX_UNQUANTIZED_ROWS if is_fp8 else MAX_TOKENS_OF_ONE_WEIGHT
-    if not use_triton(x) or tokens > max_tokens or dim_in > MAX_NORMED:
-        normed, _ = rms_norm(x, norm_weight, eps, quantizes=is_fp8)
+    is_short = tokens <= MAX_TOKENS_OF_ONE_WEIGHT and dim_in <= MAX_NORMED
+    if isinstance(weight, Fp8Tensor) or not use_triton(x) or not is_short:
+        normed, _ = rms_norm(x, norm_weight, eps, quantizes=isinstance(weight, Fp8Tensor))
         return multiply(normed, weight, out)
 
     if out is None:
         out = x.new_empty(tokens, len(weight))
-    if isinstance(weight, Tensor):
-        multiply_normed_row(x, norm_weight, eps, weight, out)
-    else:
-        bm, tile = choose_dense_tile(tokens)
-        blocks = one_expert(tokens, bm)
-        multiply_vector(x, weight, blocks, tile, out, norm=(norm_weight, eps))
+    multiply_normed_row(x, norm_weight, eps, weight, out)
     return out
 
 

@@ -23,7 +23,7 @@ from minidcp.kernels.fp8 import (
 )
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.route import multiply_and_route
+from minidcp.kernels.route import route
 from minidcp.kernels.tiles import list_tiles
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import WHOLE, Shard, Weights
@@ -264,8 +264,6 @@ class MoE:
                 "gate.e_score_correction_bias", config.n_routed_experts, dtype=torch.float32
             )
 
-        self.route_counter = torch.zeros(1, dtype=torch.int32, device=self.gate.device)
-
         num_experts = self.num_shared + config.n_routed_experts
         for index in range(num_experts):
             expert = self.read_expert(index, tp, weights)
@@ -295,11 +293,12 @@ class MoE:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts.
 
-        Shared experts are included.
+        Shared experts are included. Logits are in float32, as in the original: the products of
+        bf16 values are exact then.
         """
-        return multiply_and_route(
-            x, self.gate, self.config, self.num_shared, self.gate_bias, self.route_counter
-        )
+        logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
+        multiply_by_head(x[:, None], self.gate[None], logits[:, None])
+        return route(logits, self.config, self.num_shared, self.gate_bias)
 
     def __call__(self, x: Activations) -> ExpertOutputs:
         """x [T, hidden] -> the outputs of each token's experts, not added up yet."""

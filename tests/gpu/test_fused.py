@@ -11,12 +11,9 @@ from torch import Tensor
 
 from minidcp.kernels.absorb import absorb_query
 from minidcp.kernels.dense import multiply, norm_and_multiply
-from minidcp.kernels.fp8 import Weight, quantize_weight
 from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.route import multiply_and_route, route
-from minidcp.model_config import ModelConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -83,14 +80,11 @@ def test_absorb(tokens: int, heads: int, in_place: bool) -> None:
     close(cache.nan_to_num(), expected_cache.nan_to_num())
 
 
-@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("columns", "rows"), [(1536, 6144), (1536, 100), (768, 2048)])
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_norm_and_multiply(tokens: int, columns: int, rows: int, fp8: bool) -> None:
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_norm_and_multiply(tokens: int, columns: int, rows: int) -> None:
     torch.manual_seed(tokens)
-    weight: Weight = normal(rows, columns) * columns**-0.5
-    if fp8:
-        weight = quantize_weight(weight)
+    weight = normal(rows, columns) * columns**-0.5
     x, norm_weight = normal(tokens, columns + 576)[:, :columns], normal(columns)
     results: list[Tensor] = []
 
@@ -100,52 +94,4 @@ def test_norm_and_multiply(tokens: int, columns: int, rows: int, fp8: bool) -> N
     graph = capture(work)
     x.normal_()
     graph.replay()
-    expected = multiply(rms_norm(x, norm_weight, 1e-6)[0], weight)
-    if not fp8:
-        close(results[0], expected)
-        return
-    # Another last bit of the norm may be rounded to another FP8 value.
-    error = (results[0].double() - expected.double()).norm() / expected.double().norm()
-    assert error < 5e-3, f"{error:.1e}"
-
-
-@pytest.mark.parametrize(
-    ("experts", "groups", "hidden", "has_bias"),
-    [(160, 8, 5120, False), (64, 1, 2048, False), (256, 8, 7168, True)],
-)
-def test_multiply_and_route(experts: int, groups: int, hidden: int, has_bias: bool) -> None:
-    """Many times in a row, because programs meet in it."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        *[8] * 9,
-        n_routed_experts=experts,
-        n_group=groups,
-        topk_group=min(groups, 3),
-        num_experts_per_tok=6,
-        norm_topk_prob=has_bias,
-        sigmoid_router=has_bias,
-        routed_scaling_factor=16.0,
-    )
-    gate = normal(experts, hidden) * hidden**-0.5
-    bias = torch.rand(experts, device="cuda") if has_bias else None
-    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-    x = normal(1, hidden)
-    xs = normal(300, 1, hidden)
-    results: list[Tensor] = []
-
-    def work() -> None:
-        results[:] = multiply_and_route(x, gate, config, 2, bias, counter)
-
-    graph = capture(work)
-    num_others = 0
-    for row in xs:
-        x.copy_(row)
-        graph.replay()
-        logits = multiply_by_head(row[:, None], gate[None], torch.empty(1, 1, experts).cuda())[:, 0]
-        weights, ids = route(logits, config, 2, bias)
-        assert counter.item() == 0
-        if not torch.equal(results[1], ids):
-            num_others += 1  # logits that are equal up to the order of a sum
-            continue
-        torch.testing.assert_close(results[0], weights, atol=1e-5, rtol=1e-5)
-    assert num_others <= 3, num_others
+    close(results[0], multiply(rms_norm(x, norm_weight, 1e-6)[0], weight))

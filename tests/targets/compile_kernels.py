@@ -27,7 +27,7 @@ from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
-from minidcp.kernels.route import multiply_and_route, route
+from minidcp.kernels.route import route
 from minidcp.kernels.tiles import list_tiles
 from minidcp.kernels.tokens import read_tokens
 from minidcp.resolve import FP8_CAPABILITY
@@ -125,8 +125,6 @@ def launch_layers(fp8: bool) -> None:
     route(fp32(32, 160), v2, 2)  # type: ignore[arg-type]
     route(fp32(32, 256), v3, 1, fp32(256))  # type: ignore[arg-type]
     read_tokens(int32(32), torch.zeros(9, 4, dtype=torch.int64), int32(32))
-    multiply_and_route(x[:1], bf16(160, 5120), v2, 2, None, int32(1))  # type: ignore[arg-type]
-    multiply_and_route(x[:1], bf16(256, 5120), v3, 1, fp32(256), int32(1))  # type: ignore[arg-type]
 
 
 def launch_decode() -> None:
@@ -166,7 +164,6 @@ def launch_dense_fp8() -> None:
     weight = Fp8Tensor(torch.empty(2048, 1536, dtype=E4M3), fp32(12, 2048))
     for tokens in (1, 16, 64, 256):
         multiply(bf16(tokens, 1536), weight)
-    norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, weight)
 
 
 def launch_collectives() -> None:
