@@ -335,8 +335,11 @@ def get_itemsize(config: ResolvedConfig) -> int:
 def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) -> int:
     """Memory of a rank that is neither weights nor cache: CUDA graphs, the process, the tensors of
     the largest step, and symmetric buffers."""
-    expert_outputs = model_config.num_experts_per_tok + model_config.n_shared_experts
-    values_per_token = (expert_outputs + PREFILL_TENSORS) * model_config.hidden_size
+    tensors_per_token = model_config.num_experts_per_tok + model_config.n_shared_experts
+    tensors_per_token += PREFILL_TENSORS
+    if config.tp_size > 1 and config.comm == "symmetric":
+        tensors_per_token -= 1  # what a rank adds to the sum of all is built in its buffer
+    values_per_token = tensors_per_token * model_config.hidden_size
     step_bytes = config.max_num_batched_tokens * values_per_token * get_itemsize(config)
     return GRAPH_BYTES + PROCESS_BYTES + step_bytes + count_symmetric_bytes(config)
 
