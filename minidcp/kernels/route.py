@@ -10,6 +10,7 @@ from minidcp.kernels.compiler import tl, triton
 from minidcp.model_config import ModelConfig
 
 NEVER = tl.constexpr(-1e30)  # how much an expert is wanted that cannot be chosen
+TAKEN = tl.constexpr(-(2**31))  # a key below those of all floats
 
 
 def route_ref(
@@ -65,54 +66,94 @@ def find_scale(config: ModelConfig) -> float:
     return config.routed_scaling_factor
 
 
-@triton.jit(do_not_specialize=["num_routed", "num_shared", "top_k"])
+@triton.jit
+def make_key(x):
+    """An integer for each float, in the same order: a warp finds the largest in one instruction."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def read_key(key):
+    """The float whose key this is."""
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def score_groups(key, member, NUM_BEST: tl.constexpr):
+    """For each expert, the key of its group's score: the sum of the NUM_BEST best there."""
+    best_key = tl.max(key, 1, keep_dims=True)
+    group_key = best_key
+    if NUM_BEST == 2:
+        best = tl.min(tl.where(key == best_key, member, key.shape[1]), 1, keep_dims=True)
+        second_key = tl.max(tl.where(member == best, TAKEN, key), 1, keep_dims=True)
+        group_key = make_key(read_key(best_key) + read_key(second_key))
+    return tl.broadcast_to(group_key, key.shape)
+
+
+@triton.jit(do_not_specialize=["num_routed", "group_size", "num_shared", "top_k"])
 def route_kernel(
     logits, bias, weights, ids,
-    num_routed, scale, num_shared, top_k,
-    EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    NORM: tl.constexpr, EARLY: tl.constexpr,
+    num_routed, group_size, scale, num_shared, top_k,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, CHOICES: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program routes one token. A router without bias scores by a softmax, else a sigmoid."""
-    wait_for_previous(EARLY)
-    t = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, EXPERTS)
-    choice = tl.arange(0, CHOICES)
+    """One warp routes one token. A router without bias scores by a softmax, else a sigmoid.
 
-    # The scores, and how much each expert is wanted: NEVER if it cannot be chosen.
-    x = tl.load(logits + t * num_routed + e, mask=e < num_routed, other=-float("inf"))
+    Experts stand in a row for each group, [GROUPS, MEMBERS]. From 32 members on a thread has the
+    same columns of all rows, and compares groups without the other threads.
+    """
+    group = tl.arange(0, GROUPS)[:, None]
+    member = tl.arange(0, MEMBERS)[None, :]
+    e = group * group_size + member
+    exists = (member < group_size) & (e < num_routed)
+    if bias is not None:
+        # It may come from far, but need not wait for the kernel before this one.
+        advantage = tl.load(bias + e, mask=exists, other=0.0)
+    wait_for_previous(EARLY)
+
+    # The scores, and how much each expert is wanted.
+    t = tl.program_id(0).to(tl.int64)
+    x = tl.load(logits + t * num_routed + e, mask=exists, other=-float("inf"))
     if bias is None:
-        x = tl.exp(x - tl.max(x, 0))
-        scores = x / tl.sum(x, 0)
-        wanted = tl.where(e < num_routed, scores, NEVER)
+        x = tl.exp(x - tl.max(x))
+        scores = x / tl.sum(x)
+        wanted = scores
+        excluded = 0.0  # as in the original
     else:
         scores = 1 / (1 + tl.exp(-x))
-        wanted = scores + tl.load(bias + e, mask=e < num_routed, other=0.0)
-        wanted = tl.where(e < num_routed, wanted, NEVER)
+        wanted = scores + advantage
+        excluded = NEVER
+    key = make_key(tl.where(exists, wanted, NEVER))
 
-    # Mark the best groups, one after the other, and exclude the other groups.
+    # Only experts of the best groups keep their key. These are found one after the other.
     if GROUPS > 1:
-        group = e // (num_routed // GROUPS)
-        group_scores = score_groups(wanted, group, e, GROUPS, 1 if bias is None else 2)
-        is_best = tl.zeros([EXPERTS], tl.int1)
-        for _ in tl.static_range(TOP_GROUPS):
-            best_group = tl.argmax(group_scores, 0) // (num_routed // GROUPS)
-            is_best = is_best | (group == best_group)
-            group_scores = tl.where(group == best_group, NEVER, group_scores)
-        # The softmax's excluded experts have score 0, as in the original.
-        excluded = tl.where(e < num_routed, 0.0, NEVER) if bias is None else NEVER
-        wanted = tl.where(is_best & (e < num_routed), wanted, excluded)
+        group_key = score_groups(key, member, 1 if bias is None else 2)
+        own_key = key
+        key = make_key(tl.full([GROUPS, MEMBERS], excluded, tl.float32))
+        for _ in range(TOP_GROUPS):
+            best_group = tl.argmax(group_key, 0, keep_dims=True)
+            key = tl.where(group == best_group, own_key, key)
+            group_key = tl.where(group == best_group, TAKEN, group_key)
 
-    # Take the best experts, one after the other.
+    # What is no expert is chosen by nobody, whatever its number says.
+    key = tl.where(exists, key, TAKEN)
+    e = tl.where(exists, e, num_routed)
+
+    # Take the best experts, one after the other: of equals the first, and NaN before all.
+    bits = scores.to(tl.int32, bitcast=True)
+    choice = tl.arange(0, CHOICES)
     token_weights = tl.full([CHOICES], 1.0, tl.float32)
     token_ids = choice  # right for the shared experts
     total = 0.0
     for i in range(num_shared, top_k):
-        best = tl.minimum(tl.argmax(wanted, 0), num_routed - 1)  # NaN must not reach beyond
-        best_score = tl.sum(tl.where(e == best, scores, 0.0), 0)
+        best_key = tl.max(key)
+        best = tl.min(tl.where(key == best_key, e, num_routed - 1))
+        best_score = tl.sum(tl.where(e == best, bits, 0)).to(tl.float32, bitcast=True)
         token_ids = tl.where(choice == i, num_shared + best, token_ids)
         token_weights = tl.where(choice == i, best_score, token_weights)
-        wanted = tl.where(e == best, NEVER, wanted)
+        key = tl.where(e == best, TAKEN, key)
         total += best_score
 
     factor = scale
@@ -121,20 +162,6 @@ def route_kernel(
     token_weights = tl.where(choice < num_shared, 1.0, token_weights * factor)
     tl.store(weights + t * top_k + choice, token_weights, mask=choice < top_k)
     tl.store(ids + t * top_k + choice, token_ids, mask=choice < top_k)
-
-
-@triton.jit
-def score_groups(wanted, group, e, GROUPS: tl.constexpr, NUM_BEST: tl.constexpr):
-    """For each expert, the sum of the NUM_BEST best of its group."""
-    group_scores = tl.zeros_like(wanted) + NEVER
-    for g in tl.static_range(GROUPS):
-        members = tl.where(group == g, wanted, NEVER)
-        score = tl.max(members, 0)
-        if NUM_BEST == 2:
-            second = tl.where(e == tl.argmax(members, 0), NEVER, members)
-            score += tl.max(second, 0)
-        group_scores = tl.where(group == g, score, group_scores)
-    return group_scores
 
 
 def route(
@@ -158,14 +185,15 @@ def route(
         return route_ref(logits, config, num_shared, bias)
 
     tokens, num_routed = logits.shape
+    group_size = num_routed // config.n_group
     top_k = config.num_experts_per_tok + num_shared
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     route_kernel[(tokens,)](
         logits, bias, weights, ids,
-        num_routed, find_scale(config), num_shared, top_k,
-        EXPERTS=triton.next_power_of_2(num_routed), CHOICES=triton.next_power_of_2(top_k),
-        GROUPS=config.n_group, TOP_GROUPS=config.topk_group, NORM=normalises(config),
-        num_warps=1, **launch_early(),
+        num_routed, group_size, find_scale(config), num_shared, top_k,
+        GROUPS=triton.next_power_of_2(config.n_group),
+        MEMBERS=triton.next_power_of_2(group_size), CHOICES=triton.next_power_of_2(top_k),
+        TOP_GROUPS=config.topk_group, NORM=normalises(config), num_warps=1, **launch_early(),
     )  # fmt: skip
     return weights, ids

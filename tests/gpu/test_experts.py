@@ -148,6 +148,7 @@ def test_a_token_without_numbers_stays_among_the_experts(checkpoint: Oracle) -> 
     )
     ids = route(torch.full((3, 160), torch.nan, device="cuda"), config, 2)[1]
     assert (ids >= 0).all() and (ids < 162).all()
+    assert all(len(row.unique()) == ids.shape[1] for row in ids)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 65])

@@ -248,7 +248,8 @@ def test_norm_and_multiply(
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)]
+    ("count", "groups", "chosen", "top_k"),
+    [(12, 1, 1, 3), (18, 3, 2, 5), (20, 4, 2, 6), (160, 8, 3, 6), (256, 8, 4, 8)],
 )
 def test_route(
     count: int, groups: int, chosen: int, top_k: int, has_bias: bool, normalise: bool
@@ -268,6 +269,23 @@ def test_route(
         route.route(logits, config, 2, bias), route.route_ref(logits, config, 2, bias), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about NaN
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("count", "groups", "chosen"), [(12, 1, 1), (18, 3, 2), (160, 8, 3)])
+def test_route_of_equals(count: int, groups: int, chosen: int, has_bias: bool) -> None:
+    """The first experts are chosen; with NaN everywhere, different ones."""
+    config = ModelConfig(
+        *[8] * 9, n_routed_experts=count, n_group=groups, topk_group=chosen, num_experts_per_tok=7
+    )
+    bias = torch.full([count], 7.0) if has_bias else None
+    ids = route.route(torch.zeros(1, count), config, 2, bias)[1]
+    assert torch.equal(ids[0], torch.arange(2 + 7, dtype=torch.int32))
+
+    weights, ids = route.route(torch.full((1, count), torch.nan), config, 2, bias)
+    assert weights[0, 2:].isnan().all()
+    assert len(ids.unique()) == 2 + 7 and ids.max() < 2 + count
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])
