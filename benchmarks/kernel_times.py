@@ -25,7 +25,7 @@ from minidcp.attention.triton import TritonBackend
 from minidcp.batch import CacheQueries
 from minidcp.kernels.fa3 import load_operators
 from minidcp.kernels.flashinfer import load_library
-from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.norm import rms_norm
 
@@ -84,7 +84,8 @@ def make_store_calls(tokens: int) -> Calls:
         cos_sin = torch.randn(tokens, ROPE_DIM, device="cuda")
         cache = normal(tokens // BLOCK_SIZE + 1, BLOCK_SIZE, LATENT_DIM + ROPE_DIM)
         slots = torch.randperm(tokens, device="cuda").to(torch.int32)
-        calls.append(partial(store_latents, latents, q_pe, weight, 1e-6, cos_sin, cache, slots))
+        new = NewLatents(latents, weight, 1e-6, cos_sin, cache, slots)
+        calls.append(partial(store_latents, new, q_pe))
     # Reads the latents, writes them and stores them; rotates q in place.
     return calls, 3 * latents.nbytes + cos_sin.nbytes + 2 * q_pe.nbytes
 

@@ -89,7 +89,7 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, block id)
     admitted: list[Admission] = field(default_factory=list)
     # Of the decode rows, one after the other. A draft that the ranks have made themselves is -2 for
-    # a request's first one, -3 for its second: see ForwardBatch.drafts.
+    # a request's first one, -3 for its second: see ForwardBatch.decode_tokens.
     drafts: list[int] = field(default_factory=list)
     # Rows after whose last token one is sampled. A row with drafts is there once for each of its
     # tokens: a token is sampled after each.
@@ -108,6 +108,10 @@ class StepPlan:
     @property
     def num_decode_tokens(self) -> int:
         return self.num_decode + len(self.drafts)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode_tokens + len(self.tokens)
 
     @property
     def sampled_positions(self) -> Array:
@@ -223,7 +227,7 @@ class ForwardBatch:
     sample_slots: Tensor  # [S] the request slots that get a token
     # [D] the tokens of the decode rows: token ids, or what the ranks remember of the slot: -1 is
     # the token that was sampled last, -2 the first draft behind it, and so on. None: all are -1.
-    drafts: Tensor | None = None
+    decode_tokens: Tensor | None = None
     decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
     context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
@@ -265,7 +269,7 @@ class ForwardBatch:
             arrays["block_table"] = tables.table[slots[:num_decode_tokens], :width]
             arrays["local_lens"] = layout.local_len(decode_positions + 1, rank)
         if plan.drafts:
-            arrays["drafts"] = list_drafts(plan)
+            arrays["decode_tokens"] = list_decode_tokens(plan)
         chunk_lens = lengths[plan.num_decode :]
         if len(chunk_lens) > 0:
             arrays["cu_seqlens"] = offsets(chunk_lens)
@@ -291,7 +295,7 @@ class ForwardBatch:
             decode_slots=tensors["decode_slots"],
             sample_index=tensors["sample_index"],
             sample_slots=tensors["sample_slots"],
-            drafts=tensors.get("drafts"),
+            decode_tokens=tensors.get("decode_tokens"),
             decode=decode,
             prefill=prefill,
             context=context,
@@ -323,8 +327,8 @@ def find_positions(plan: StepPlan) -> Array:
     return np.repeat(starts, lengths) + ranges(lengths)
 
 
-def list_drafts(plan: StepPlan) -> Array:
-    """The tokens of the decode rows, as ForwardBatch.drafts has them."""
+def list_decode_tokens(plan: StepPlan) -> Array:
+    """The tokens of the decode rows, as ForwardBatch.decode_tokens has them."""
     lengths = np.array(plan.lengths[: plan.num_decode], dtype=np.int64)
     is_draft = ranges(lengths) > 0
     tokens = np.full(len(is_draft), -1, dtype=np.int64)

@@ -11,6 +11,7 @@ import torch
 
 from minidcp.config import EngineConfig, require
 from minidcp.hardware import DEFAULT_CAPABILITY, GPUS
+from minidcp.kernels.mailbox import PLACE_BYTES
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
@@ -341,15 +342,16 @@ def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) 
 
 
 def count_symmetric_bytes(config: ResolvedConfig) -> int:
-    """Two halves of a buffer for the TP group, and for the DCP group where it is another group."""
+    """Buffer and inbox of the TP group, and of the DCP group where it is another group."""
     if config.comm == "nccl":
         return 0
-    num_groups = 0
+    sizes = []
     if config.tp_size > 1:
-        num_groups += 1
+        sizes.append(config.tp_size)
     if 1 < config.dcp_size < config.tp_size:
-        num_groups += 1
-    return num_groups * 2 * HALF_BYTES
+        sizes.append(config.dcp_size)
+    # Either has two halves, or regions. A region has a place for every rank.
+    return sum(2 * HALF_BYTES + 2 * size * PLACE_BYTES for size in sizes)
 
 
 def find_gpu(text: str) -> dict[str, float]:

@@ -15,6 +15,9 @@ logger = logging.getLogger("minidcp")
 
 # So many requests can have all their drafts, even if --max-num-seqs is not larger than that.
 REQUESTS_WITH_DRAFTS = 16
+# Up to so many tokens drafts may make a step larger than that. CUDA graphs are captured and logits
+# have room for every size.
+MAX_TOKENS_WITH_DRAFTS = 512
 
 # Rows of a step from which narrow is faster, by --dcp-size, as measured (`docs/benchmarks.md`).
 # With more ranks wide sends more bytes, and the products that narrow adds stay the same.
@@ -199,8 +202,25 @@ def check_prediction_layer(config: EngineConfig, model: ModelConfig) -> None:
 def choose_num_speculative_tokens(config: EngineConfig) -> int:
     if config.speculative_method == "none":
         return 0
-    default = 1 if config.speculative_method == "mtp" else 3
-    return config.num_speculative_tokens or default
+    asked = config.num_speculative_tokens
+    if asked is None:
+        return 1 if config.speculative_method == "mtp" else 3
+    given = f"--num-speculative-tokens {asked}"
+    requests = min(config.max_num_seqs, REQUESTS_WITH_DRAFTS)
+    tokens = max(config.max_num_seqs, MAX_TOKENS_WITH_DRAFTS)
+    most = tokens // requests - 1
+    require(
+        asked <= most,
+        f"{given}: must be at most {most} with --max-num-seqs {config.max_num_seqs}; with more, "
+        f"{requests} requests and all their drafts would be over {tokens} tokens in a step",
+    )
+    batched_tokens = config.max_num_batched_tokens
+    require(
+        batched_tokens is None or asked < batched_tokens,
+        f"{given}: must be less than --max-num-batched-tokens {batched_tokens}, because a step "
+        "checks a request's drafts together with the token before them",
+    )
+    return asked
 
 
 def choose_dtype(config: EngineConfig, device: str) -> str:

@@ -228,12 +228,14 @@ def test_plans_of_one_step_do_not_overwrite_each_other(backend: FlashInferBacken
 
 def test_the_host_knows_the_lengths_that_a_graph_reads() -> None:
     """Also those of the padding."""
-    inputs = GraphInputs(rows=8, width=3, has_drafts=False, device=CPU)
+    inputs = GraphInputs(rows=8, width=3, device=CPU)
     batch = inputs.make_batch(4, narrow=False)
     assert batch.decode is not None and batch.decode.is_replayed
     for lens in ([5, 6, 7], [9]):
         row = np.zeros(len(lens), dtype=np.int64)
-        inputs.fill([row, row, row, np.array(lens)], np.zeros((len(lens), 2), dtype=np.int64), 4)
+        inputs.fill(
+            [row, row, row, np.array(lens), row], np.zeros((len(lens), 2), dtype=np.int64), 4
+        )
         assert batch.decode.local_lens.tolist() == lens + [0] * (4 - len(lens))
         assert batch.decode.host_lens.tolist() == batch.decode.local_lens.tolist()
 

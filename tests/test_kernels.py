@@ -13,7 +13,7 @@ import pytest
 CHECKS = Path(__file__).parent / "interpreter"
 
 
-@pytest.mark.parametrize("file", ["check_kernels.py", "check_fp8.py"])
+@pytest.mark.parametrize("file", ["check_kernels.py", "check_fp8.py", "check_mailbox.py"])
 def test_kernels_under_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS / file)]
     env = os.environ | {"TRITON_INTERPRET": "1"}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Oracle
+from fp8_checkpoints import KEPT, edit_config, split_blocks
 from predictions import NUM_LAYERS, NUM_TOKENS, PredictionOracle, make_prediction_checkpoint
 from safetensors.torch import load_file, save_file
 from servers import run_local
-from test_fp8_checkpoints import BLOCK, KEPT, edit_config, split_blocks
 
 from minidcp import LLM, SamplingParams
 from minidcp.batch import ForwardBatch, StepPlan
@@ -30,7 +30,7 @@ from minidcp.models.mtp import PredictionLayer
 from minidcp.parallel.state import build_thread_states
 from minidcp.request import CompletionOutput
 from minidcp.resolve import resolve
-from minidcp.worker.cuda_graph import CapturedStep, GraphLadder, PredictionGraphs
+from minidcp.worker.cuda_graph import PredictionGraphs
 from minidcp.worker.drafts import Verdict
 from minidcp.worker.model_runner import ModelRunner
 from minidcp.worker.predictor import MadeDrafts, Predictor
@@ -206,21 +206,6 @@ def test_a_cached_prefix_has_the_layer_s_latents(mtp: PredictionOracle, spy: Spy
     check_drafts(mtp, spy, 2)
 
 
-class EagerGraph:
-    """Runs again what was captured, into the same outputs."""
-
-    def __init__(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-        self.run = run
-        self.outputs = tuple(torch.full_like(x, 7) for x in run())
-
-    def pool(self) -> int:
-        return 1
-
-    def replay(self) -> None:
-        for output, value in zip(self.outputs, self.run(), strict=True):
-            output.copy_(value)
-
-
 @pytest.mark.parametrize(("tp", "dcp", "k"), [(1, 1, 3), (4, 2, 1), (2, 2, 2)])
 def test_graphs_are_given_the_right_inputs(
     mtp: PredictionOracle,
@@ -228,18 +213,11 @@ def test_graphs_are_given_the_right_inputs(
     tp: int,
     dcp: int,
     k: int,
+    eager_graphs: list[StepPlan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With graphs in name only, which run on a CPU."""
+    """Also those of short prompts."""
     num_replays = []
-
-    def capture(self: GraphLadder, run: Callable[[], tuple[torch.Tensor, ...]]) -> CapturedStep:
-        graph = EagerGraph(run)
-        return CapturedStep(graph, graph.outputs, 0)
-
-    def allocate_cache(self: ModelRunner, num_blocks: int) -> None:
-        allocate(self, num_blocks)
-        self.make_graphs()
 
     def replay(
         self: PredictionGraphs, next_tokens: torch.Tensor, hidden: torch.Tensor
@@ -247,15 +225,14 @@ def test_graphs_are_given_the_right_inputs(
         num_replays.append(len(next_tokens))
         return replay_prediction(self, next_tokens, hidden)
 
-    allocate = ModelRunner.allocate_cache
     replay_prediction = PredictionGraphs.replay
     monkeypatch.setattr(PredictionGraphs, "replay", replay)
-    monkeypatch.setattr(GraphLadder, "capture", capture)
-    monkeypatch.setattr(ModelRunner, "allocate_cache", allocate_cache)
-    outputs, llm = run(mtp, tp_size=tp, dcp_size=dcp, **speculate(k))
+    layout = dict(tp_size=tp, dcp_size=dcp, prefill_strategy="gather_q", max_num_seqs=24)
+    outputs, llm = run(mtp, **layout, **speculate(k))
     assert [o.token_ids for o in outputs] == mtp.answers
     assert llm.engine.stats.accepted_drafts > 0
     assert len(num_replays) > tp * k * 10
+    assert any(plan.tokens and plan.num_decode for plan in eager_graphs)
     check_drafts(mtp, spy, k, compare_states=False)  # which state is whose is not known
 
 
@@ -335,13 +312,14 @@ def test_in_other_formats(mtp: PredictionOracle, changes: dict[str, object]) -> 
 
 def test_a_checkpoint_in_fp8(mtp: PredictionOracle, tmp_path: Path) -> None:
     """As DeepSeek publishes them. Dequantised, drafts change nothing either."""
+    block = (16, 24)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(mtp.path / "model.safetensors").items():
         tensors[name] = tensor
         if tensor.dim() == 2 and not any(part in name for part in (*KEPT, "eh_proj", "head")):
-            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor)
+            tensors[name], tensors[f"{name}_scale_inv"] = split_blocks(tensor, block)
     oracle = replace(mtp, path=Path(edit(mtp.path, tmp_path, tensors)))
-    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(BLOCK))
+    quantization = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(block))
     edit_config(tmp_path, quantization_config=quantization)
     plain, _ = run(oracle)
     outputs, llm = run(oracle, tp_size=2, dcp_size=2, **speculate(2))

@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidcp import LLM, EngineConfig, SamplingParams
-from minidcp.batch import Admission, StepPlan, find_positions, list_drafts
+from minidcp.batch import Admission, StepPlan, find_positions, list_decode_tokens
 from minidcp.engine.drafter import Drafter, RequestDrafts, StepTimes, count_accepted
 from minidcp.engine.proposers import NgramIndex, Predictions, PromptLookup, Proposer
+from minidcp.machine import Machine
+from minidcp.model_config import ModelConfig
 from minidcp.request import CompletionOutput, Request
+from minidcp.resolve import ResolvedConfig, resolve
 from minidcp.worker.drafts import judge
 from minidcp.worker.model_runner import ModelRunner
 from minidcp.worker.sampler import Sampler
@@ -180,7 +183,7 @@ def test_what_refused_drafts_wrote_is_never_read(
         if plan.drafts:
             # The token at place i of a row is refused if the token sampled before it does not count
             # or is another.
-            decode_tokens = torch.tensor(list_drafts(plan))
+            decode_tokens = torch.tensor(list_decode_tokens(plan))
             counts = judge(tokens[0], plan, decode_tokens).counts
             rows = torch.tensor(plan.sampling)
             is_refused = torch.zeros(len(rows), dtype=torch.bool)
@@ -233,7 +236,7 @@ def test_draws_have_the_distribution_of_the_model() -> None:
             )
             sampler.admit(plan)
             both = logits.repeat(rows, 1)
-            decode_tokens = torch.tensor(list_drafts(plan))
+            decode_tokens = torch.tensor(list_decode_tokens(plan))
             tokens = sampler.sample(both, plan, both.argmax(-1), decode_tokens).tokens
             counts = judge(tokens, plan, decode_tokens).counts.view(rows, 2)
             first, second = tokens.view(rows, 2).T
@@ -517,6 +520,42 @@ def test_nothing_changes_without_it(v2: Oracle) -> None:
 def test_lookup_bounds_are_checked() -> None:
     with pytest.raises(ValueError, match="--prompt-lookup-min 5: must be at most"):
         EngineConfig("model", prompt_lookup_min=5)
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "most"),
+    [(256, 31), (16, 31), (4, 127), (1, 511), (2048, 127)],  # a step has 512 tokens, or 2048
+)
+def test_the_most_drafts(v2: Oracle, max_num_seqs: int, most: int) -> None:
+    model = ModelConfig.from_hf(v2.path)
+    options = dict(speculative_method="ngram", max_num_seqs=max_num_seqs, device="cpu")
+
+    def resolve_with(count: int, **others: int) -> ResolvedConfig:
+        config = EngineConfig("model", num_speculative_tokens=count, **options, **others)
+        return resolve(config, model, Machine())
+
+    resolved = resolve_with(most)
+    assert resolved.num_speculative_tokens == most
+    assert resolved.max_decode_tokens == max(512, max_num_seqs)
+    expected = f"--num-speculative-tokens {most + 1}: must be at most {most} with --max-num-seqs"
+    with pytest.raises(ValueError, match=expected):
+        resolve_with(most + 1)
+
+
+def test_drafts_that_no_step_has_room_for(v2: Oracle) -> None:
+    options = dict(COMMON, max_num_batched_tokens=8, max_num_seqs=4)
+    speculate = dict(speculative_method="ngram", num_speculative_tokens=8)
+    expected = "--num-speculative-tokens 8: must be less than --max-num-batched-tokens 8"
+    with pytest.raises(ValueError, match=expected):
+        LLM(str(v2.path), **(options | speculate))
+    # One request has room for them, or several for some.
+    speculate["num_speculative_tokens"] = 7
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    answers = [tokens[:24] for tokens in v2.tokens[:4]]
+    outputs, llm = run(str(v2.path), v2.prompts[:4], params, answers, **(options | speculate))
+    assert [output.token_ids for output in outputs] == answers
+    assert 0 < llm.engine.stats.accepted_drafts < llm.engine.stats.drafts
+    assert len(llm.engine.stats.accepted_by_place) == 7
 
 
 def test_prompt_lookup_saves_steps(v2: Oracle) -> None:

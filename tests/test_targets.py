@@ -12,10 +12,12 @@ import pytest
 
 COMPILE = Path(__file__).parent / "targets" / "compile_kernels.py"
 EVERYWHERE = {
-    "align_kernel", "count_kernel", "merge_partials_kernel", "merge_peers_kernel",
-    "mla_decode_kernel", "multiply_blocks_kernel", "multiply_by_head_kernel",
-    "multiply_direct_kernel", "read_peers_kernel", "rms_norm_kernel", "route_kernel",
-    "store_latents_kernel", "sum_experts_kernel", "sum_peers_kernel",
+    "absorb_query_kernel", "align_kernel", "count_kernel", "gather_mail_kernel",
+    "merge_mail_kernel", "merge_partials_kernel", "merge_peers_kernel", "mla_decode_kernel",
+    "multiply_and_route_kernel", "multiply_blocks_kernel", "multiply_by_head_kernel",
+    "multiply_direct_kernel", "multiply_normed_kernel", "norm_mail_kernel", "read_peers_kernel",
+    "read_tokens_kernel", "rms_norm_kernel", "route_kernel", "store_latents_kernel",
+    "sum_experts_kernel", "sum_peers_kernel",
 }  # fmt: skip
 FP8 = {"multiply_fp8_kernel", "multiply_vector_kernel", "quantize_kernel"}
 BOXES = {"gather_rows_kernel", "multiply_sorted_kernel"}  # copied by the tensor memory accelerator

@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from minidcp.kernels import (
     DeviceProperties,
+    absorb,
     dense,
     experts,
     fp8,
@@ -49,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]:
         seen.add((self.fn.__name__, tuple(integers), tuple(sorted(options.items()))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (dense, experts, fp8, kv_store, linear, merge, norm):
+    for module in (absorb, dense, experts, fp8, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
     for module in (grouped, grouped_fp8_hopper, tiles):
@@ -86,6 +87,8 @@ def multiply_in_fp8(tokens: int) -> None:
     for rows, columns in ((2048, 10944), (200, 192)):
         weight = fp8.quantize_weight(empty(rows, columns))
         dense.multiply(empty(tokens, columns).bfloat16(), weight)
+    norm_weight = empty(192).bfloat16()
+    dense.norm_and_multiply(empty(tokens, 192).bfloat16(), norm_weight, 1e-6, weight)
 
 
 def merge_prefill(tokens: int) -> None:
@@ -123,7 +126,7 @@ def compare_best_tokens(rows: int) -> None:
     read_peers(MEETING, POINTERS, 2, 0, empty(rows, 8, 2, dtype=torch.float64))
 
 
-def absorb(tokens: int) -> None:
+def multiply_heads(tokens: int) -> None:
     linear.multiply_by_head(
         empty(tokens, HEADS, 192).bfloat16()[..., :128], empty(HEADS, 512, 128).bfloat16()
     )
@@ -143,9 +146,9 @@ def normalise(tokens: int) -> None:
 def store(tokens: int) -> None:
     kv, q = empty(tokens, 576).bfloat16(), empty(tokens, HEADS, 192).bfloat16()
     slots, cache = empty(tokens, dtype=torch.int32), empty(10, 16, 576).bfloat16()
-    kv_store.store_latents(
-        kv, q[..., 128:], empty(512).bfloat16(), 1e-6, empty(tokens, 64), cache, slots
-    )
+    new = kv_store.NewLatents(kv, empty(512).bfloat16(), 1e-6, empty(tokens, 64), cache, slots)
+    kv_store.store_latents(new, q[..., 128:])
+    absorb.absorb_query(q, empty(HEADS, 128, 512).bfloat16(), new)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_what_whole_steps_run(run: Callable[[int], None], launched: Variants) ->
     check(run, ladder(256), launched)
 
 
-@pytest.mark.parametrize("run", [store, absorb, read_from_peers])
+@pytest.mark.parametrize("run", [store, multiply_heads, read_from_peers])
 def test_what_prompts_and_decode_rows_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched, decoding=1)
 

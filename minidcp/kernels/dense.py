@@ -11,6 +11,7 @@ from minidcp.kernels.align import one_expert
 from minidcp.kernels.fp8 import (
     BLOCK,
     E4M3,
+    MAX_UNQUANTIZED_ROWS,
     Activations,
     Fp8Tensor,
     Quantized,
@@ -20,7 +21,13 @@ from minidcp.kernels.fp8 import (
     widen,
 )
 from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_vector
-from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.linear import (
+    MAX_NORMED,
+    MAX_TOKENS_OF_ONE_WEIGHT,
+    multiply_by_head,
+    multiply_normed_row,
+)
+from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.tiles import choose_dense_tile
 
 ROWS_ALIGN = 4  # cuBLAS wants the scales of each block to begin at a multiple of 16 bytes
@@ -49,7 +56,7 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
     bm, tile = choose_dense_tile(tokens)
     blocks = one_expert(tokens, bm)
     if blocks.is_direct:
-        multiply_vector(rows.contiguous(), weight, blocks, tile, out)
+        multiply_vector(rows, weight, blocks, tile, out)
         return out
 
     fp8 = x.fp8 if isinstance(x, Quantized) else quantize(rows)
@@ -57,6 +64,31 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
         multiply_by_cublas(fp8, weight, out)
     else:
         multiply_fp8_blocks(fp8, weight, blocks, tile, out)
+    return out
+
+
+def norm_and_multiply(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, out: Tensor | None = None
+) -> Tensor:
+    """rms_norm(x [T, I]) @ weight [O, I].T -> [T, O], written to `out` if that is given.
+
+    In one kernel where each of its programs reads all of x anyway: for one token, or two in FP8.
+    """
+    tokens, dim_in = x.shape
+    is_fp8 = isinstance(weight, Fp8Tensor)
+    max_tokens = MAX_UNQUANTIZED_ROWS if is_fp8 else MAX_TOKENS_OF_ONE_WEIGHT
+    if not use_triton(x) or tokens > max_tokens or dim_in > MAX_NORMED:
+        normed, _ = rms_norm(x, norm_weight, eps, quantizes=is_fp8)
+        return multiply(normed, weight, out)
+
+    if out is None:
+        out = x.new_empty(tokens, len(weight))
+    if isinstance(weight, Tensor):
+        multiply_normed_row(x, norm_weight, eps, weight, out)
+    else:
+        bm, tile = choose_dense_tile(tokens)
+        blocks = one_expert(tokens, bm)
+        multiply_vector(x, weight, blocks, tile, out, norm=(norm_weight, eps))
     return out
 
 

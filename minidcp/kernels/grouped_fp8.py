@@ -13,6 +13,7 @@ from minidcp.kernels.compiler import TensorDescriptor, tl, triton
 from minidcp.kernels.fp8 import BLOCK, Fp8Stack, Fp8Tensor, allocate_rows, find_scale
 from minidcp.kernels.grouped import can_copy_boxes, limit_stages
 from minidcp.kernels.grouped_fp8_hopper import multiply_on_hopper
+from minidcp.kernels.norm import norm_row
 from minidcp.kernels.tiles import Tile
 
 X_BLOCK = tl.constexpr(BLOCK)
@@ -20,15 +21,16 @@ X_BLOCK = tl.constexpr(BLOCK)
 
 @triton.jit(do_not_specialize=["choices_per_row", "num_tiles"])
 def multiply_vector_kernel(
-    x, weight, weight_scales, experts, out,
-    choices_per_row, dim_in, dim_out, num_tiles, weight_e, weight_b, weight_n,
+    x, norm_weight, weight, weight_scales, experts, out,
+    choices_per_row, dim_in, dim_out, num_tiles, eps, x_t, weight_e, weight_b, weight_n,
     GATED: tl.constexpr, W_BLOCK: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of one choice. x is quantised here, because a launch for that takes longer.
+    """BN outputs of one choice. x is quantised here, because a launch for that takes longer. If
+    norm_weight is not None, x is normed before that; then BK covers all of dim_in.
 
-    The names are those of `grouped.py`. `experts` is None if there is only one. The last three
-    numbers are strides of the weight: of an expert, a block and a row.
+    The names are those of `grouped.py`. `experts` is None if there is only one. The last four
+    numbers are strides: of x's rows, and of an expert, a block and a row of the weight.
     """
     wait_for_previous(EARLY)
     choice = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -39,7 +41,7 @@ def multiply_vector_kernel(
         expert = tl.load(experts + choice).to(tl.int64)
         weight += expert * weight_e
         weight_scales += expert * num_blocks * num_rows
-    x_row = x + choice // choices_per_row * dim_in
+    x_row = x + choice // choices_per_row * x_t
 
     # Of the blocks that are multiplied at once, [BN, BK / W_BLOCK, W_BLOCK].
     row = n % dim_out
@@ -51,7 +53,7 @@ def multiply_vector_kernel(
     acc = tl.zeros([BN], tl.float32)
     up = tl.zeros([BN], tl.float32)
     for first in range(0, dim_in, BK):
-        inputs = load_rounded(x_row, first, dim_in, BK)
+        inputs = load_rounded(x_row, norm_weight, eps, first, dim_in, BK)
         inputs = tl.reshape(inputs, [1, BK // W_BLOCK, W_BLOCK])
         now = first // W_BLOCK + block
         is_block = now < num_blocks
@@ -70,10 +72,13 @@ def multiply_vector_kernel(
 
 
 @triton.jit
-def load_rounded(x_row, first, dim_in, BK: tl.constexpr):
+def load_rounded(x_row, norm_weight, eps, first, dim_in, BK: tl.constexpr):
     """Inputs [first, first + BK) as they are once quantised, in float32."""
     k = first + tl.arange(0, BK)
     inputs = tl.load(x_row + k, mask=k < dim_in, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        scale = tl.load(norm_weight + k, mask=k < dim_in, other=0.0).to(tl.float32)
+        inputs = norm_row(inputs, scale, dim_in, eps, x_row).to(tl.float32)
     by_block = tl.reshape(inputs, [BK // X_BLOCK, X_BLOCK])
     scale = find_scale(by_block, 1)[:, None]
     by_block = (by_block / scale).to(tl.float8e4nv).to(tl.float32) * scale
@@ -220,21 +225,25 @@ def multiply_vector(
     tile: Tile,
     out: Tensor,
     gated: bool = False,
+    norm: tuple[Tensor, float] | None = None,
 ) -> None:
     """One product where every choice is a block of its own. x is not in FP8 yet.
 
     Args:
-        x: [T, I], or [T · K, I] with a row for each choice.
+        x: [T, I], or [T · K, I] with a row for each choice; contiguous in I.
         weight: [E, O, I], or [E, 2 O, I] if gated; a matrix [O, I] stands for one expert.
         out: [T · K, O], where the result is written.
         gated: the result is silu(gate) · up.
+        norm: the weight [I] and eps of a norm to which x goes first. I is at most `tile.bk`.
     """
     w = make_operand(weight)
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    assert x.stride(1) == 1 and (norm is None or w.dim_in <= tile.bk)
     num_choices, dim_out = out.shape
     num_tiles = triton.cdiv(dim_out, tile.bn)
     multiply_vector_kernel[(num_choices * num_tiles,)](
-        x, w.values, w.scales, blocks.experts, out,
-        num_choices // len(x), w.dim_in, dim_out, num_tiles, *w.strides,
+        x, norm_weight, w.values, w.scales, blocks.experts, out,
+        num_choices // len(x), w.dim_in, dim_out, num_tiles, eps, x.stride(0), *w.strides,
         GATED=gated, W_BLOCK=w.block, BN=tile.bn, BK=tile.bk,
         num_warps=tile.warps, **launch_early(),
     )  # fmt: skip

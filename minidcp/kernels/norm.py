@@ -52,6 +52,15 @@ def sum_parts(x, scales, out, t, x_t, dim, d, mask, TOP_K: tl.constexpr, DIM: tl
 
 
 @triton.jit
+def norm_row(row, weight, dim, eps, like):
+    """row / rms(row) · weight, both in float32. Rounded to like's type before the product with the
+    weight, and after it."""
+    normed = row * tl.rsqrt(tl.sum(row * row, 0) / dim + eps)
+    normed = normed.to(like.dtype.element_ty).to(tl.float32) * weight
+    return normed.to(like.dtype.element_ty)
+
+
+@triton.jit
 def add_and_norm_row(
     row, residual, weight, out, total, fp8_values, fp8_scales,
     t, tokens, residual_t, dim, eps, d, mask,
@@ -65,11 +74,8 @@ def add_and_norm_row(
         tl.store(total + t * dim + d, rounded, mask=mask)
         row = rounded.to(tl.float32)
 
-    # Normalise, round, and multiply by the weight.
-    normed = row * tl.rsqrt(tl.sum(row * row, 0) / dim + eps)
     scale = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
-    normed = normed.to(out.dtype.element_ty).to(tl.float32) * scale
-    normed = normed.to(out.dtype.element_ty)
+    normed = norm_row(row, scale, dim, eps, out)
     tl.store(out + t * dim + d, normed, mask=mask)
 
     if fp8_values is not None:

@@ -1,12 +1,15 @@
-"""The router's choice: which experts each token goes to, and with which weights.
+"""The router: which experts each token goes to, and with which weights.
 
-The logits come from the model; `experts.py` runs the experts that are chosen here."""
+`experts.py` runs the experts that are chosen here."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
+from minidcp.kernels.linear import multiply_by_head, multiply_tile
 from minidcp.model_config import ModelConfig
 
 NEVER = tl.constexpr(-1e30)  # how much an expert is wanted that cannot be chosen
@@ -65,17 +68,14 @@ def find_scale(config: ModelConfig) -> float:
     return config.routed_scaling_factor
 
 
-@triton.jit(do_not_specialize=["num_routed", "num_shared", "top_k"])
-def route_kernel(
+@triton.jit
+def route_token(
     logits, bias, weights, ids,
-    num_routed, scale, num_shared, top_k,
+    t, num_routed, scale, num_shared, top_k,
     EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    NORM: tl.constexpr, EARLY: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One program routes one token. A router without bias scores by a softmax, else a sigmoid."""
-    wait_for_previous(EARLY)
-    t = tl.program_id(0).to(tl.int64)
+    """Route token t. A router without bias scores by a softmax, else a sigmoid."""
     e = tl.arange(0, EXPERTS)
     choice = tl.arange(0, CHOICES)
 
@@ -123,6 +123,49 @@ def route_kernel(
     tl.store(ids + t * top_k + choice, token_ids, mask=choice < top_k)
 
 
+@triton.jit(do_not_specialize=["num_routed", "num_shared", "top_k"])
+def route_kernel(
+    logits, bias, weights, ids,
+    num_routed, scale, num_shared, top_k,
+    EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program routes one token."""
+    wait_for_previous(EARLY)
+    route_token(
+        logits, bias, weights, ids, tl.program_id(0).to(tl.int64),
+        num_routed, scale, num_shared, top_k, EXPERTS, CHOICES, GROUPS, TOP_GROUPS, NORM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_routed", "num_shared", "top_k"])
+def multiply_and_route_kernel(
+    x, gate, counter, logits, bias, weights, ids,
+    hidden, gate_n, num_routed, scale, num_shared, top_k,
+    BK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program computes one logit of the one token. The last one to be done routes the token.
+
+    The counter is 0 between launches.
+    """
+    multiply_tile(
+        x, gate, logits, 0, 0, tl.program_id(0),
+        1, num_routed, hidden, 0, 0, 0, gate_n, 1, 0, 0, 1, 1, BK, EARLY,
+    )  # fmt: skip
+    tl.debug_barrier()  # the logit is written
+    num_before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if num_before == tl.num_programs(0) - 1:
+        tl.debug_barrier()  # no thread reads the logits of others earlier
+        tl.store(counter, 0)
+        route_token(
+            logits, bias, weights, ids, 0,
+            num_routed, scale, num_shared, top_k, EXPERTS, CHOICES, GROUPS, TOP_GROUPS, NORM,
+        )  # fmt: skip
+
+
 @triton.jit
 def score_groups(wanted, group, e, GROUPS: tl.constexpr, NUM_BEST: tl.constexpr):
     """For each expert, the sum of the NUM_BEST best of its group."""
@@ -158,14 +201,62 @@ def route(
         return route_ref(logits, config, num_shared, bias)
 
     tokens, num_routed = logits.shape
-    top_k = config.num_experts_per_tok + num_shared
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    weights, ids = allocate_choices(tokens, config, num_shared, logits.device)
     route_kernel[(tokens,)](
         logits, bias, weights, ids,
-        num_routed, find_scale(config), num_shared, top_k,
+        num_routed, find_scale(config), num_shared, ids.shape[1],
+        **choose_constants(num_routed, ids.shape[1], config), num_warps=1, **launch_early(),
+    )  # fmt: skip
+    return weights, ids
+
+
+def allocate_choices(
+    tokens: int, config: ModelConfig, num_shared: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Room for weights and ids."""
+    top_k = config.num_experts_per_tok + num_shared
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    return weights, torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+
+
+def choose_constants(num_routed: int, top_k: int, config: ModelConfig) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return dict(
         EXPERTS=triton.next_power_of_2(num_routed), CHOICES=triton.next_power_of_2(top_k),
         GROUPS=config.n_group, TOP_GROUPS=config.topk_group, NORM=normalises(config),
-        num_warps=1, **launch_early(),
+    )  # fmt: skip
+
+
+def multiply_and_route(
+    x: Tensor,
+    gate: Tensor,
+    config: ModelConfig,
+    num_shared: int,
+    bias: Tensor | None,
+    counter: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`route` by the logits x @ gate.T, in one kernel for one token.
+
+    The logits are in float32, as in the original: the products of bf16 values are exact then.
+
+    Args:
+        x: [T, hidden], contiguous in hidden.
+        gate: [routed experts, hidden], contiguous in hidden.
+        counter: [1] int32, zero, and again zero afterwards. Only one launch at a time may use it.
+    """
+    num_routed, hidden = gate.shape
+    logits = torch.empty(len(x), num_routed, dtype=torch.float32, device=x.device)
+    if not use_triton(x) or len(x) > 1:
+        multiply_by_head(x[:, None], gate[None], logits[:, None])
+        return route(logits, config, num_shared, bias)
+
+    assert x.stride(1) == 1 and gate.stride(1) == 1
+    weights, ids = allocate_choices(1, config, num_shared, x.device)
+    # A single warp, so that it routes without waiting for others.
+    multiply_and_route_kernel[(num_routed,)](
+        x, gate, counter, logits, bias, weights, ids,
+        hidden, gate.stride(0), num_routed, find_scale(config), num_shared, ids.shape[1],
+        BK=min(2048, triton.next_power_of_2(hidden)),
+        **choose_constants(num_routed, ids.shape[1], config), num_warps=1, **launch_early(),
     )  # fmt: skip
     return weights, ids

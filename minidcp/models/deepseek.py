@@ -9,8 +9,9 @@ from torch import Tensor
 
 from minidcp.attention import AttentionBackend
 from minidcp.batch import CacheQueries, ContextPiece, ForwardBatch, OutAndLse, Varlen
+from minidcp.kernels.absorb import absorb_query
 from minidcp.kernels.fp8 import Activations, widen
-from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.merge import merge_partials
 from minidcp.model_config import ModelConfig
@@ -121,8 +122,8 @@ class MLAAttention:
         if batch.decode is not None:
             rows = slice(0, batch.num_decode_tokens)
             q = self.project_decode_q(q_input[rows], batch.decode)
-            self.store(new_latents[rows], q, cos_sin[rows], kv, batch.slot_mapping[rows])
-            out, _ = self.attend_cache(q, kv, batch.decode)
+            new = self.describe(new_latents[rows], cos_sin[rows], kv, batch.slot_mapping[rows])
+            out, _ = self.attend_cache(q, kv, batch.decode, new)
             outs.append(out)
         if batch.prefill is not None:
             rows = slice(batch.num_decode_tokens, None)
@@ -140,7 +141,7 @@ class MLAAttention:
         if self.replicates_q:
             return self.query.project_group(q_input)
         if queries.narrow:
-            # q is gathered as it is. Only `store`, which rotates it in place, comes between.
+            # q is gathered as it is. Only its rotation, which is in place, comes between.
             return self.query.project_own(q_input, self.exchange.q_buffer)
         return self.query.project_own(q_input)
 
@@ -163,60 +164,69 @@ class MLAAttention:
 
         Returns all latents [T, C + rope], normed and rotated.
         """
-        q_pe = q[..., -self.config.qk_rope_head_dim :]
+        new = self.describe(new_latents, cos_sin, kv, slot_mapping)
+        return store_latents(new, q[..., self.config.qk_nope_head_dim :])
+
+    def describe(
+        self, new_latents: Tensor, cos_sin: Tensor, kv: Tensor, slot_mapping: Tensor
+    ) -> NewLatents:
+        """Latents that are to be stored."""
         norm = self.kv_a_layernorm
-        return store_latents(new_latents, q_pe, norm.weight, norm.eps, cos_sin, kv, slot_mapping)
+        return NewLatents(new_latents, norm.weight, norm.eps, cos_sin, kv, slot_mapping)
 
-    def split_q(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q_nope [T, …, nope] and q_pe [T, …, rope]."""
-        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return q_nope, q_pe
-
-    def attend_cache(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+    def attend_cache(
+        self, q: Tensor, kv: Tensor, queries: CacheQueries, new: NewLatents | None = None
+    ) -> OutAndLse:
         """Absorbed attention over the sharded cache, of decode rows or of prompts that gather q.
 
-        q is rotated, [T, H, nope + rope], or [T, G, nope + rope] if it is replicated. Returns the
-        output [T, H, v] and lse [T, H].
+        q is [T, H, nope + rope], or [T, G, nope + rope] if it is replicated. `new` are latents of
+        the same tokens. They are stored and q is rotated before anything else; without them q is
+        rotated already. Returns the output [T, H, v] and lse [T, H].
         """
         if self.dcp.size == 1:
-            return self.decode_alone(q, kv, queries)
+            return self.decode_alone(q, kv, queries, new)
         if queries.narrow:
-            return self.decode_narrow(q, kv, queries)
-        return self.decode_wide(q, kv, queries)
+            return self.decode_narrow(q, kv, queries, new)
+        return self.decode_wide(q, kv, queries, new)
 
-    def decode_alone(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+    def decode_alone(
+        self, q: Tensor, kv: Tensor, queries: CacheQueries, new: NewLatents | None
+    ) -> OutAndLse:
         """One rank has the whole context: nothing crosses."""
-        q_nope, q_pe = self.split_q(q)
-        q_latent = multiply_by_head(q_nope, self.w_uk.mT)  # [T, H, C]
+        q_latent, q_pe = absorb_query(q, self.w_uk, new)  # [T, H, C] and [T, H, rope]
         latent, lse = self.attention.decode(q_latent, q_pe, kv, queries)  # [T, H, C]
         return multiply_by_head(latent, self.w_uv), lse
 
-    def decode_wide(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+    def decode_wide(
+        self, q: Tensor, kv: Tensor, queries: CacheQueries, new: NewLatents | None
+    ) -> OutAndLse:
         """q crosses after W_UK, results before W_UV: each rank multiplies for its own heads only.
 
         If q is replicated, none of it crosses, and W_UK is applied for all heads of the group.
         """
         if self.replicates_q:
-            q_nope, q_pe = self.split_q(q)
-            q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
+            q_latent, q_pe = absorb_query(q, self.group_w_uk, new)  # [T, G, C] and [T, G, rope]
         else:
-            q_latent, q_pe = self.gather_absorbed(q)
+            q_latent, q_pe = self.gather_absorbed(q, new)
 
         partial = self.exchange.out_buffer(q_latent.shape, q)  # [T, G, C]
         partial, lse = self.attention.decode(q_latent, q_pe, kv, queries, partial)
         latent, lse = self.exchange.merge(partial, lse)  # [T, H, C]
         return multiply_by_head(latent, self.w_uv), lse
 
-    def decode_narrow(self, q: Tensor, kv: Tensor, queries: CacheQueries) -> OutAndLse:
+    def decode_narrow(
+        self, q: Tensor, kv: Tensor, queries: CacheQueries, new: NewLatents | None
+    ) -> OutAndLse:
         """q crosses before W_UK, results after W_UV: each rank multiplies for the group's heads.
 
         W_UK acts on each head of q by itself, and the merge weights are scalars per head, so the
         result is that of `decode_wide`. If q is replicated, none of it crosses.
         """
+        if new is not None:
+            store_latents(new, q[..., self.config.qk_nope_head_dim :])
         if not self.replicates_q:
             q = self.exchange.gather_q(q)  # [T, G, nope + rope]
-        q_nope, q_pe = self.split_q(q)
-        q_latent = multiply_by_head(q_nope, self.group_w_uk.mT)  # [T, G, C]
+        q_latent, q_pe = absorb_query(q, self.group_w_uk)  # [T, G, C] and [T, G, rope]
         latent, lse = self.attention.decode(q_latent, q_pe, kv, queries)  # [T, G, C]
 
         shape = (*latent.shape[:2], self.config.v_head_dim)
@@ -224,14 +234,12 @@ class MLAAttention:
         multiply_by_head(latent, self.group_w_uv, partial)
         return self.exchange.merge(partial, lse)
 
-    def gather_absorbed(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_absorbed(self, q: Tensor, new: NewLatents | None) -> tuple[Tensor, Tensor]:
         """q [T, H, nope + rope] -> q_latent [T, G, C] and q_pe [T, G, rope]."""
-        latent_rank = self.config.kv_lora_rank
-        q_nope, q_pe = self.split_q(q)
         absorbed = self.exchange.q_buffer((*q.shape[:2], self.config.latent_dim), q)
-        multiply_by_head(q_nope, self.w_uk.mT, absorbed[..., :latent_rank])
-        absorbed[..., latent_rank:] = q_pe
+        absorb_query(q, self.w_uk, new, absorbed)
         gathered = self.exchange.gather_q(absorbed)  # [T, G, C + rope]
+        latent_rank = self.config.kv_lora_rank
         return gathered[..., :latent_rank], gathered[..., latent_rank:]
 
     def prefill(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidcp.kernels.dense import multiply
+from minidcp.kernels.dense import multiply, norm_and_multiply
 from minidcp.kernels.experts import ExpertOutputs, run_experts
 from minidcp.kernels.fp8 import (
     Activations,
@@ -23,7 +23,7 @@ from minidcp.kernels.fp8 import (
 )
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.route import route
+from minidcp.kernels.route import multiply_and_route
 from minidcp.kernels.tiles import list_tiles
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import WHOLE, Shard, Weights
@@ -121,9 +121,17 @@ class Linear:
         bias = None if self.bias is None else self.bias[order]
         return Linear(self.weight[order], bias)
 
-    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
-        """x [T, in_dim] -> [T, out_dim], written to `out` if that is given."""
-        result = multiply(x, self.weight, out)
+    def __call__(
+        self, x: Activations, out: Tensor | None = None, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """x [T, in_dim] -> [T, out_dim], written to `out` if that is given.
+
+        If a norm is given, x goes to it first. That may take no launch of its own.
+        """
+        if norm is None:
+            result = multiply(x, self.weight, out)
+        else:
+            result = norm_and_multiply(widen(x), norm.weight, norm.eps, self.weight, out)
         if self.bias is not None:
             result.add_(self.bias)
         return result
@@ -256,6 +264,8 @@ class MoE:
                 "gate.e_score_correction_bias", config.n_routed_experts, dtype=torch.float32
             )
 
+        self.route_counter = torch.zeros(1, dtype=torch.int32, device=self.gate.device)
+
         num_experts = self.num_shared + config.n_routed_experts
         for index in range(num_experts):
             expert = self.read_expert(index, tp, weights)
@@ -285,12 +295,11 @@ class MoE:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32 and ids [T, K] of its experts.
 
-        Shared experts are included. Logits are in float32, as in the original: the products of
-        bf16 values are exact then.
+        Shared experts are included.
         """
-        logits = torch.empty(len(x), len(self.gate), dtype=torch.float32, device=x.device)
-        multiply_by_head(x[:, None], self.gate[None], logits[:, None])
-        return route(logits, self.config, self.num_shared, self.gate_bias)
+        return multiply_and_route(
+            x, self.gate, self.config, self.num_shared, self.gate_bias, self.route_counter
+        )
 
     def __call__(self, x: Activations) -> ExpertOutputs:
         """x [T, hidden] -> the outputs of each token's experts, not added up yet."""

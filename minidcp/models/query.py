@@ -37,7 +37,11 @@ class Query(Protocol):
 
 
 class HeadProjection:
-    """The product that gives q by head; its weight is q_b_proj's or q_proj's."""
+    """The product that gives q by head; its weight is q_b_proj's or q_proj's.
+
+    Attributes:
+        norm: where its input goes first, or None.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,9 @@ class HeadProjection:
         replicates_q: bool,
         in_dim: int,
         weights: Weights,
+        norm: RMSNorm | None = None,
     ) -> None:
+        self.norm = norm
         self.head_dim = config.qk_head_dim
         dcp = state.dcp
         shard = shard_heads(state, of_group=replicates_q)
@@ -66,11 +72,11 @@ class HeadProjection:
         if make_buffer is not None:
             rows = widen(x)
             out = make_buffer((len(rows), len(self.own.weight)), rows)
-        q = self.own(x, out)
+        q = self.own(x, out, self.norm)
         return q.view(len(q), -1, self.head_dim)
 
     def project_group(self, x: Activations) -> Tensor:
-        q = self.all(x)
+        q = self.all(x, norm=self.norm)
         return q.view(len(q), -1, self.head_dim)
 
 
@@ -82,12 +88,12 @@ class LowRankQuery:
     ) -> None:
         rank = config.q_lora_rank
         assert rank is not None
-        self.q_a_layernorm = RMSNorm(rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
-        self.q_b_proj = HeadProjection(config, state, replicates_q, rank, weights.scope("q_b_proj"))
-        self.q_a_layernorm.quantizes = self.q_b_proj.all.is_fp8
+        norm = RMSNorm(rank, weights.scope("q_a_layernorm"), LATENT_NORM_EPS)
+        scope = weights.scope("q_b_proj")
+        self.q_b_proj = HeadProjection(config, state, replicates_q, rank, scope, norm)
 
     def make_input(self, x: Activations, q_down: Tensor) -> Activations:
-        return self.q_a_layernorm(q_down)
+        return q_down
 
     def project_own(self, q_input: Activations, make_buffer: MakeBuffer | None = None) -> Tensor:
         return self.q_b_proj.project_own(q_input, make_buffer)

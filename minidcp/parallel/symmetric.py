@@ -1,6 +1,7 @@
 """Collectives over symmetric memory: every rank reads its peers' buffers itself, over NVLink. The
 buffers are allocated once, alike on every rank, so CUDA graphs can hold their addresses. The
-contract is in `group.py`; the kernels are in `kernels/peer.py`. Next: `attention/base.py`."""
+contract is in `group.py`; the kernels are in `kernels/peer.py`, those for small tensors in
+`kernels/mailbox.py`. Next: `attention/base.py`."""
 
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from minidcp.batch import OutAndLse
 from minidcp.kernels.fp8 import Activations
+from minidcp.kernels.mailbox import ABSENT, PLACE_BYTES, Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.meeting import MAX_PROGRAMS, Meeting
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
 from minidcp.kernels.peer_norm import norm_peers
@@ -25,6 +27,12 @@ HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 # A larger all-reduce is a reduce-scatter and an all-gather: it reads each value twice, not N times.
 ONE_SHOT_BYTES = 512 << 10
 
+# Up to so many bytes from one rank to another go by mail; more are read where they lie, which moves
+# them once less. At most PLACE_BYTES.
+GATHER_MAIL_BYTES = 128 << 10
+NORM_MAIL_BYTES = 128 << 10
+MERGE_MAIL_BYTES = 128 << 10
+
 
 class SymmetricGroup(Group):
     """Ranks whose GPUs can read each other's memory. Several may share one GPU, for tests.
@@ -37,6 +45,14 @@ class SymmetricGroup(Group):
     came there only after their kernels of collective n had read what the half held. A CUDA graph
     repeats the halves that it was captured with, so each step begins with `begin_step`.
 
+    Small tensors go by mail instead (`kernels/mailbox.py`): each rank writes what a peer needs into
+    the peer's inbox, and the peer clears what it has read. An inbox has two regions, which the
+    calls by mail use in turn. Two are enough: a rank that writes for call n + 2 has got every
+    peer's mail of call n + 1, and that was sent after the peer's kernel of call n had ended, which
+    left its region clear. This needs nothing of the meetings in between. So each kind of call takes
+    turns by itself, and which kind a call is must depend only on what is the same on all ranks.
+    `begin_step` is a barrier behind all earlier calls: then either kind starts anew.
+
     At most `max_programs` programs of a kernel wait at the same time. Where ranks share a GPU,
     they must leave room for the programs that they wait for.
     """
@@ -45,6 +61,7 @@ class SymmetricGroup(Group):
         self.rank = group.rank()
         self.size = group.size()
         self.num_calls = 0
+        self.num_mails = 0
         self.is_reserved = False  # `empty` has handed out the half of the next collective
 
         self.buffer = symm_mem.empty(2 * HALF_BYTES, dtype=torch.uint8, device=device)
@@ -53,8 +70,9 @@ class SymmetricGroup(Group):
         self.half_addresses = [addresses, addresses + HALF_BYTES]  # by half: of every rank's
 
         self.meeting = self.make_meeting(group, device, max_programs)
+        self.mailbox = self.make_mailbox(group, device, self.meeting.programs)
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody comes to a meeting before all pads are zero
+        dist.barrier(group)  # nobody meets or sends before all pads are zero and all inboxes clear
 
     def make_meeting(
         self, group: dist.ProcessGroup, device: torch.device, max_programs: int
@@ -74,10 +92,23 @@ class SymmetricGroup(Group):
             programs=int(num_programs),
         )
 
+    def make_mailbox(
+        self, group: dist.ProcessGroup, device: torch.device, programs: int
+    ) -> Mailbox:
+        """Inboxes in which nothing has come yet."""
+        region_bytes = self.size * PLACE_BYTES
+        self.inbox = symm_mem.empty(2 * region_bytes // 4, dtype=torch.int32, device=device)
+        self.inbox.fill_(ABSENT.value)
+        pointers = symm_mem.rendezvous(self.inbox, group).buffer_ptrs
+        addresses = torch.tensor(pointers, dtype=torch.int64, device=device)
+        return Mailbox(self.rank, (addresses, addresses + region_bytes), programs)
+
     def begin_step(self) -> None:
-        """Wait until all ranks have read what earlier steps staged; start with the first half."""
+        """Wait until all ranks have read what earlier steps staged or sent; start with the first
+        half, and the first region."""
         self.handle.barrier(channel=0)
         self.num_calls = 0
+        self.num_mails = 0
         self.is_reserved = False
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -133,6 +164,29 @@ class SymmetricGroup(Group):
             piece = slice(start, start + rows_per_piece)
             yield piece, self.stage(x[piece])
 
+    def goes_by_mail(self, x: Tensor, width: int, nbytes: int, limit: int) -> bool:
+        """Whether rows of x, of `width` values, are fit for the inboxes.
+
+        `nbytes` is what each rank sends to each. Whether the rows are whole words of floats matters
+        because a word that looks absent is sent as another NaN.
+        """
+        consists_of_words = x.dtype == torch.float32 or (
+            x.dtype in (torch.bfloat16, torch.float16) and width % 2 == 0
+        )
+        return consists_of_words and 0 < nbytes <= min(limit, PLACE_BYTES)
+
+    def open_region(self, x: Tensor) -> Tensor:
+        """Begin a call by mail, which reads x wherever it is. Returns where the region is.
+
+        If x is memory from `empty`, that is free again. No peer reads it, so the half stays the one
+        for the next meeting.
+        """
+        self.is_staged(x)  # raises if x came in place of what is reserved
+        self.is_reserved = False
+        inboxes = self.mailbox.regions[self.num_mails % 2]
+        self.num_mails += 1
+        return inboxes
+
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.nbytes > ONE_SHOT_BYTES and x.shape[1] % self.size == 0:
             part = self.reduce_scatter(x.reshape(len(x), self.size, -1))
@@ -156,6 +210,10 @@ class SymmetricGroup(Group):
     ) -> tuple[Activations, Tensor]:
         if residual.nbytes > ONE_SHOT_BYTES:
             return super().all_reduce_and_norm(x, scales, residual, weight, eps, quantizes)
+        if self.goes_by_mail(x, residual.shape[1], residual.nbytes, NORM_MAIL_BYTES):
+            inboxes = self.open_region(x)
+            self.count_received(residual, self.size - 1)
+            return norm_mail(self.mailbox, inboxes, x, scales, residual, weight, eps, quantizes)
         is_staged = self.is_staged(x)
         place = None if is_staged else self.place(tuple(residual.shape), x)
         addresses = self.end_turn()
@@ -166,6 +224,12 @@ class SymmetricGroup(Group):
 
     def all_gather(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[1:])
+        if self.goes_by_mail(x, width, x.nbytes, GATHER_MAIL_BYTES):
+            out = x.new_empty(len(x), self.size, *x.shape[1:])
+            inboxes = self.open_region(x)
+            gather_mail(self.mailbox, inboxes, x.reshape(len(x), width).contiguous(), out)
+            self.count_received(x, self.size - 1)
+            return out
         return self.read_columns(x, width, 0).view(len(x), self.size, *x.shape[1:])
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -192,13 +256,21 @@ class SymmetricGroup(Group):
     def merge(self, out: Tensor, lse: Tensor) -> OutAndLse:
         """The p2p exchange in one kernel; `parallel/exchange.py` has its contract.
 
-        The kernel itself puts the LSEs behind the outputs, because attention back-ends write them
-        where they like.
+        Where it meets, the kernel itself puts the LSEs behind the outputs, because attention
+        back-ends write them where they like.
         """
         tokens, all_heads, dim = out.shape
         own_heads = all_heads // self.size
         merged = out.new_empty(tokens, own_heads, dim)
         merged_lse = lse.new_empty(tokens, own_heads)
+        self.count_received(merged, self.size - 1)
+        self.count_received(merged_lse, self.size - 1)
+        sent_bytes = merged.nbytes + merged_lse.nbytes
+        if self.goes_by_mail(out, dim, sent_bytes, MERGE_MAIL_BYTES):
+            inboxes = self.open_region(out)
+            merge_mail(self.mailbox, inboxes, out.contiguous(), lse, merged, merged_lse)
+            return merged, merged_lse
+
         for piece, addresses in self.stage_pieces(out):
             lse_piece = lse[piece]
             half_start = (self.num_calls - 1) % 2 * HALF_BYTES  # the half that was just staged
@@ -213,6 +285,4 @@ class SymmetricGroup(Group):
                 merged[piece],
                 merged_lse[piece],
             )
-        self.count_received(merged, self.size - 1)
-        self.count_received(merged_lse, self.size - 1)
         return merged, merged_lse

@@ -1,10 +1,11 @@
-"""CUDA graphs of pure decode steps, one for each batch size of a ladder, and of the MTP layer.
-Smaller batches are padded. A padded row has local length 0 and slot_mapping -1: it reads nothing
-from the cache, writes nothing there, and nobody looks at its token. Next: `sampler.py`."""
+"""CUDA graphs of steps, one for each number of tokens of a ladder, and of the MTP layer. In a graph
+every token is a decode row of its own, also those of short prompts. Fewer tokens are padded. A
+padded row has local length 0 and slot_mapping -1: it reads nothing from the cache, writes nothing
+there, and nobody looks at its token. Next: `sampler.py`."""
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from minidcp.batch import (
     ForwardBatch,
     StepPlan,
     find_positions,
-    list_drafts,
+    find_wanted_tokens,
+    list_decode_tokens,
     upload,
 )
 from minidcp.kv_cache.interleave import Interleave
@@ -56,15 +58,14 @@ class CapturedStep:
 class GraphInputs:
     """The tensors that all graphs read. The graph of size B reads the first B rows.
 
-    A row is a token of a decode row of the plan. `drafts` is there only if there can be any.
+    A row is a token of the plan.
     """
 
-    def __init__(self, rows: int, width: int, has_drafts: bool, device: torch.device) -> None:
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
         # The first fields are views of one tensor, so that one copy fills them.
-        num_fields = 5 if has_drafts else 4
-        self.fields = torch.zeros(num_fields, rows, dtype=torch.int32, device=device)
+        self.fields = torch.zeros(5, rows, dtype=torch.int32, device=device)
         self.positions, self.slot_mapping, self.decode_slots, self.local_lens = self.fields[:4]
-        self.drafts = self.fields[4] if has_drafts else None
+        self.decode_tokens = self.fields[4]
         self.block_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.host_lens = np.zeros(rows, dtype=np.int64)  # local_lens, on the host
 
@@ -89,16 +90,15 @@ class GraphInputs:
             decode_slots=decode_slots,
             sample_index=slice(None),
             sample_slots=decode_slots,
-            drafts=None if self.drafts is None else self.drafts[:size],
+            decode_tokens=self.decode_tokens[:size],
             decode=decode,
         )
 
     def fill(self, fields: Sequence[Array], block_table: Array, size: int) -> None:
-        """Copy positions, slot_mapping, decode_slots, local_lens, and drafts where there can be
-        any, of n rows, padded to `size`.
+        """Copy positions, slot_mapping, decode_slots, local_lens and decode_tokens of n rows, and
+        their block_table [n, W]. They are padded to `size`.
 
-        block_table is [n, W]. It takes two copies on the device, which lie between the graphs of
-        two steps.
+        It takes two copies on the device, which lie between the graphs of two steps.
         """
         num_rows, width = block_table.shape
         padded = np.zeros((len(fields), size), dtype=np.int64)
@@ -156,6 +156,9 @@ class GraphLadder:
         """The smallest graph that so many rows fit in."""
         return self.sizes[bisect.bisect_left(self.sizes, num_rows)]
 
+    def has_room(self, num_rows: int) -> bool:
+        return num_rows <= self.sizes[-1]
+
     def run(self, num_rows: int) -> tuple[Tensor, ...]:
         """Replay the graph for so many rows: its outputs for them, valid until the next replay."""
         step = self.steps[self.find_size(num_rows)]
@@ -182,8 +185,7 @@ class DecodeGraphs(GraphLadder):
         self.tables = tables
         self.config = config
         width = tables.table.shape[1]
-        has_drafts = config.num_speculative_tokens > 0
-        self.inputs = GraphInputs(config.max_decode_tokens, width, has_drafts, device)
+        self.inputs = GraphInputs(config.max_decode_tokens, width, device)
 
         self.queries: dict[int, CacheQueries] = {}  # what attention reads, by size
 
@@ -197,18 +199,29 @@ class DecodeGraphs(GraphLadder):
         super().__init__(ladder(config.max_decode_tokens), prepare, state)
 
     def replay(self, plan: StepPlan) -> tuple[ForwardBatch, Tensor, Tensor, Tensor]:
-        """Run a pure decode step of D tokens: its batch, logits [D, V / tp], the best tokens [D]
-        and hidden states [D, hidden], if drafts are made of them.
+        """Run a step of T tokens: its batch, and what `forward` gives for it. The hidden states
+        [T, hidden] are there only if drafts are made of them.
 
         All are valid until the next replay.
         """
-        num_tokens = plan.num_decode_tokens
+        num_tokens = plan.num_tokens
         size = self.find_size(num_tokens)
         self.fill_inputs(plan, size)
         self.attention.plan(self.queries[size])
-        logits, tokens, hidden = self.run(num_tokens)
+        logits, best, hidden = self.run(num_tokens)
         batch = self.inputs.make_batch(num_tokens, self.config.exchanges_narrow(num_tokens))
-        return batch, logits, tokens, hidden
+        if not plan.tokens:
+            return batch, logits, best, hidden
+
+        # A graph computes logits of all its tokens. Of prompts only a few of them are wanted.
+        wanted = {
+            "tokens": find_wanted_tokens(plan, np.cumsum(plan.lengths)),
+            "slots": np.array([plan.slots[row] for row in plan.sampling], dtype=np.int64),
+        }
+        tensors = upload(wanted, logits.device)
+        tokens = tensors["tokens"]
+        batch = replace(batch, sample_index=tokens, sample_slots=tensors["slots"])
+        return batch, logits[tokens], best[tokens[: len(plan.sampling)]], hidden
 
     def fill_inputs(self, plan: StepPlan, size: int) -> None:
         rank = self.state.dcp.rank
@@ -216,9 +229,8 @@ class DecodeGraphs(GraphLadder):
         slots = np.repeat(np.array(plan.slots, dtype=np.int64), plan.lengths)
         slot_mapping = self.tables.find_cache_rows(slots, positions, self.layout, rank)
         local_lens = self.layout.local_len(positions + 1, rank)
-        fields = [positions, slot_mapping, slots, local_lens]
-        if self.inputs.drafts is not None:
-            fields.append(list_drafts(plan))
+        tokens = np.concatenate([list_decode_tokens(plan), np.array(plan.tokens, dtype=np.int64)])
+        fields = [positions, slot_mapping, slots, local_lens, tokens]
         width = self.layout.num_blocks(int(positions.max()) + 1)
         block_table = self.tables.table[slots, :width]
         self.inputs.fill(fields, block_table, size)

@@ -13,6 +13,7 @@ from torch import Tensor
 from minidcp.attention import make_backend
 from minidcp.attention.context import ContextPolicy
 from minidcp.batch import MAX_SCORED_TOKENS, Admission, BlockTables, ForwardBatch, StepPlan
+from minidcp.kernels.tokens import read_tokens
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.model_config import ModelConfig
 from minidcp.models.layers import MoE
@@ -282,11 +283,21 @@ class ModelRunner:
 
     def read_decode_tokens(self, batch: ForwardBatch) -> Tensor:
         """The tokens of the decode rows [D]."""
-        if batch.drafts is None:
+        if batch.decode_tokens is None:
             return self.last_tokens[batch.decode_slots, 0]
-        remembered = (-1 - batch.drafts).clamp(min=0)
-        token_ids = self.last_tokens[batch.decode_slots, remembered]
-        return torch.where(batch.drafts < 0, token_ids, batch.drafts)
+        return read_tokens(batch.decode_tokens, self.last_tokens, batch.decode_slots)
+
+    def can_replay(self, plan: StepPlan) -> bool:
+        """Whether a CUDA graph runs this step. All ranks decide alike.
+
+        Prompts in graphs are decode rows. Their kernels are not launched one by one, which takes
+        the host up to a millisecond a layer, however few tokens there are.
+        """
+        if self.graphs is None:
+            return False
+        if plan.num_decode == len(plan.slots):
+            return True
+        return self.graphs.has_room(plan.num_tokens) and self.policy.suits_decode(plan)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -301,13 +312,14 @@ class ModelRunner:
 
         self.tables.update(plan)
         self.sampler.admit(plan)
-        is_pure_decode = plan.num_decode == len(plan.slots)
-        if self.graphs is not None and is_pure_decode:
+        if self.graphs is not None and self.can_replay(plan):
             batch, logits, best, hidden = self.graphs.replay(plan)
         else:
             batch = self.build_batch(plan)
             logits, best, hidden = self.forward(batch)
-        decode_tokens = self.read_decode_tokens(batch) if plan.drafts else None
+        decode_tokens = None
+        if plan.drafts:
+            decode_tokens = self.read_decode_tokens(batch)[: plan.num_decode_tokens]
         sampled, tokens = self.sample(plan, logits, best, decode_tokens)
 
         sample_slots = batch.sample_slots

@@ -152,26 +152,28 @@ class Predictor:
         hidden: [T, hidden] of the batch. tokens: [S] that were sampled. The verdict says which of
         them count; None: all, because there were no drafts.
         """
+        is_replayed = batch.decode is not None and batch.decode.is_replayed
+        next_tokens = find_next_tokens(plan, tokens)
         if not plan.sampling:
-            self.run_layer(find_next_tokens(plan, tokens), hidden, batch)
+            if self.graphs is not None and is_replayed:
+                self.graphs.replay(next_tokens, hidden)
+            else:
+                self.run_layer(next_tokens, hidden, batch)
             return None
         num_more = self.config.num_predicted - 1
         rows = SampledRows.build(
             plan, self.tables, self.layout, self.config.max_model_len, num_more, tokens.device
         )
         last = rows.find_last(verdict)
-        if self.graphs is not None and plan.num_decode == len(plan.slots):
-            hidden, best = self.graphs.replay(tokens, hidden)
+        if isinstance(batch.sample_index, Tensor):
+            last = batch.sample_index[last]  # among all tokens of the step
+        if self.graphs is not None and is_replayed:
+            hidden, best = self.graphs.replay(next_tokens, hidden)
             hidden, best = hidden[last], best[last]
-            positions = batch.positions[last]
         else:
-            hidden = self.run_layer(find_next_tokens(plan, tokens), hidden, batch)
-            last_tokens = last
-            if isinstance(batch.sample_index, Tensor):
-                last_tokens = batch.sample_index[last]
-            hidden = hidden[last_tokens]
+            hidden = self.run_layer(next_tokens, hidden, batch)[last]
             best = self.layer.choose_best(hidden)
-            positions = batch.positions[last_tokens]
+        positions = batch.positions[last]
 
         drafts = [best]
         for place in range(1, 1 + num_more):

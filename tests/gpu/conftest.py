@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import Oracle, make_checkpoint, make_prompt
+from fp8_checkpoints import load_dequantized, quantize_checkpoint
 from predictions import PredictionOracle, make_prediction_checkpoint
 
 # The head dims that FA3 is compiled for. Everything else is tiny.
@@ -66,6 +68,22 @@ def glm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """With the head dims and the number of heads of GLM-4.7-Flash."""
     dims = dict(num_attention_heads=20, qk_nope_head_dim=192, v_head_dim=256)
     return make_gpu_checkpoint("glm", tmp_path_factory.mktemp("gpu-glm"), **dims)
+
+
+@pytest.fixture(scope="session")
+def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """In DeepSeek-V3's blocks, of which experts and their shares on two ranks are no multiples.
+
+    A token is sent to all experts, because rounding to FP8 would often choose others, and that
+    would hide smaller errors.
+    """
+    path = tmp_path_factory.mktemp("gpu-fp8")
+    every_expert = dict(n_routed_experts=8, num_experts_per_tok=8, n_group=1, topk_group=1)
+    sizes = dict(q_lora_rank=64, moe_intermediate_size=192, initializer_range=0.05)
+    oracle = make_gpu_checkpoint("v3", path, **every_expert, **sizes)
+    quantize_checkpoint(path, (128, 128), spread=2.0)
+    scratch = tmp_path_factory.mktemp("gpu-fp8-dequantised")
+    return replace(oracle, model=load_dequantized(path, scratch))
 
 
 @pytest.fixture(scope="session")

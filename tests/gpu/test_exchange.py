@@ -1,8 +1,12 @@
-"""Collectives over symmetric memory and the p2p exchange: eight ranks that share one GPU."""
+"""Collectives over symmetric memory and the p2p exchange: eight ranks that share one GPU.
+
+EXCHANGE_RANKS in the environment makes it another number of ranks, such as one for each GPU.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,16 +23,18 @@ from minidcp.parallel.exchange import EXCHANGES
 from minidcp.parallel.symmetric import BUFFER_BYTES, ONE_SHOT_BYTES, SymmetricGroup
 
 pytestmark = pytest.mark.gpu
-SIZE, HEADS = 8, 16
+SIZE = int(os.environ.get("EXCHANGE_RANKS", "8"))
+HEADS = 16
 REPLAYS = 1000
 
 
-def spawn(*work: str) -> None:
+def spawn(*work: Callable[[SymmetricGroup], None]) -> None:
+    """Call these functions on every rank, one after the other."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(run_rank, (store.port, work), nprocs=SIZE)
 
 
-def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
+def run_rank(rank: int, port: int, work: tuple[Callable[[SymmetricGroup], None], ...]) -> None:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank % gpus)
@@ -37,14 +43,14 @@ def run_rank(rank: int, port: int, work: tuple[str, ...]) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     group = SymmetricGroup(dist.group.WORLD, device, max_programs=4)
-    for name in work:
-        globals()[name](group)
+    for function in work:
+        function(group)
     torch.cuda.synchronize()
     dist.barrier()
 
 
 def test_collectives_and_exchanges() -> None:
-    spawn("use_collectives", "use_exchanges", "use_reserved_memory", "use_norms")
+    spawn(use_collectives, use_exchanges, use_reserved_memory, use_norms)
 
 
 def use_collectives(group: SymmetricGroup) -> None:
@@ -145,8 +151,8 @@ def use_exchanges(group: SymmetricGroup) -> None:
             for name, exchange in EXCHANGES.items():
                 check(exchange(group).merge(out, lse), expected)
                 if name == "p2p":
-                    own = HEADS // SIZE
-                    assert group.received_bytes - before == 7 * tokens * own * (dim * 2 + 4)
+                    per_peer = tokens * HEADS // SIZE * (dim * 2 + 4)
+                    assert group.received_bytes - before == (SIZE - 1) * per_peer
                 before = group.received_bytes
     # As much as fits into a buffer, built in place, and more than that.
     for tokens in (BUFFER_BYTES // (HEADS * 512 * 2), BUFFER_BYTES // (HEADS * 512 * 2) + 5):
@@ -169,7 +175,7 @@ def test_replays_of_delayed_ranks() -> None:
 
     The results are bit for bit those of eager steps, and close to fp64.
     """
-    spawn("replay_delayed")
+    spawn(replay_delayed)
 
 
 def replay_delayed(group: SymmetricGroup) -> None:
@@ -237,12 +243,13 @@ def replay_delayed(group: SymmetricGroup) -> None:
             assert all(torch.equal(a, b) for a, b in zip(kept, eager, strict=True)), f"replay {i}"
             results = kept
         expected = merge_in_fp64(i, tokens, dim, group.rank)
-        gathered = (i % 251 + torch.arange(8) / 8).bfloat16()
+        gathered = (i % 251 + torch.arange(SIZE) / 8).bfloat16()
+        summed = SIZE * (i % 31) + sum(range(SIZE))
         for layer in range(2):
             everyone, merged, merged_lse, total, normed, sums = results[6 * layer : 6 * layer + 6]
             check((merged, merged_lse), expected)
             assert torch.equal(everyone, gathered[None, :, None, None].expand_as(everyone)), (
                 f"replay {i}"
             )
-            assert (total == 8 * (i % 31) + 28).all(), f"replay {i}"
+            assert (total == summed).all(), f"replay {i}"
             assert (sums == total).all() and (normed == 1).all(), f"replay {i}"

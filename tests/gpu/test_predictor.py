@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from checkpoints import measure_errors
@@ -10,11 +12,13 @@ from test_layers import make_plans, make_runner
 
 from minidcp import LLM, RequestOutput, SamplingParams
 from minidcp.batch import Admission, StepPlan
+from minidcp.engine.listener import EngineStats
 
 pytestmark = pytest.mark.gpu
 
 
-def run(oracle: PredictionOracle, **options: object) -> tuple[list[RequestOutput], LLM]:
+@functools.cache
+def run(oracle: PredictionOracle, **options: object) -> tuple[list[RequestOutput], EngineStats]:
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
     defaults = dict(
         device="cuda",
@@ -26,7 +30,7 @@ def run(oracle: PredictionOracle, **options: object) -> tuple[list[RequestOutput
     if options.get("tp_size", 1) == 1:
         defaults["ranks"] = "threads"
     with LLM(str(oracle.path), **(defaults | options)) as llm:
-        return llm.generate(oracle.prompts, params), llm
+        return llm.generate(oracle.prompts, params), llm.engine.stats
 
 
 def speculate(count: int) -> dict[str, object]:
@@ -50,8 +54,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_answers_are_as_near_fp32_as_without(mtp: PredictionOracle, name: str, k: int) -> None:
     plain, _ = run(mtp, **OPTIONS[name])
-    outputs, llm = run(mtp, **OPTIONS[name], **speculate(k))
-    stats = llm.engine.stats
+    outputs, stats = run(mtp, **OPTIONS[name], **speculate(k))
     print(f"{name}, {k}: {stats.accepted_drafts} of {stats.drafts}, {stats.accepted_by_place}")
     assert 0 < stats.accepted_drafts < stats.drafts
     errors, plain_errors = (
@@ -66,8 +69,7 @@ def test_as_many_are_right_with_graphs(mtp: PredictionOracle, k: int) -> None:
     """Rounding may make a draft wrong, or a text another one, here and there."""
     rates = []
     for cuda_graph in (True, False):
-        _, llm = run(mtp, cuda_graph=cuda_graph, **speculate(k))
-        stats = llm.engine.stats
+        _, stats = run(mtp, cuda_graph=cuda_graph, **speculate(k))
         rates.append(stats.accepted_by_place[0] / stats.rows_with_drafts)
     assert rates[0] == pytest.approx(rates[1], abs=0.15)
 

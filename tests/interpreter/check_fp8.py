@@ -56,6 +56,22 @@ def test_dense_of_rows_that_are_part_of_others(tokens: int) -> None:
     torch.testing.assert_close(dense.multiply(x, weight).double(), expected, atol=1e-2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 256), (17, 32), (10, 1536)])
+def test_norm_and_multiply(
+    tokens: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one kernel. The rows are part of others."""
+    torch.manual_seed(0)
+    weight = fp8.quantize_weight(torch.randn(rows, columns))
+    x, norm_weight = torch.randn(tokens, columns + 9)[:, 9:], torch.rand(columns) + 0.5
+    normed = norm.rms_norm_ref(x, norm_weight, 1e-6)[0]
+    expected = fp8.quantize_ref(normed).dequantize() @ weight.dequantize().T
+    monkeypatch.setattr(dense, "rms_norm", None)  # which only other numbers of tokens go to
+    actual = dense.norm_and_multiply(x, norm_weight, 1e-6, weight)
+    assert relative_error(actual, expected) < 0.15
+
+
 @pytest.mark.parametrize(
     ("tokens", "bm", "is_sorted"), [(1, 1, False), (2, 1, False), (9, 16, False), (40, 32, True)]
 )

@@ -10,7 +10,9 @@ from minidcp.attention.reference import ReferenceBackend
 from minidcp.batch import CacheQueries
 from minidcp.kernels import (
     DeviceProperties,
+    absorb,
     align,
+    dense,
     experts,
     grouped,
     kv_store,
@@ -23,6 +25,7 @@ from minidcp.kernels import (
     route,
     tiles,
 )
+from minidcp.kernels.tokens import read_tokens, read_tokens_ref
 from minidcp.model_config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,7 +116,8 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
     for function in (kv_store.store_latents_ref, kv_store.store_latents):
         cache = torch.full((3, 4, latent + rope_dim), torch.nan, dtype=dtype)
         q = queries.clone()
-        latents = function(kv, q[..., 8:], weight, 1e-6, cos_sin, cache, slots)
+        new = kv_store.NewLatents(kv, weight, 1e-6, cos_sin, cache, slots)
+        latents = function(new, q[..., 8:])
         close(q[..., 8:], turned(queries[..., 8:], turn[:, None]), dtype)
         assert torch.equal(q[..., :8], queries[..., :8])
         rows = cache.view(12, -1)
@@ -124,6 +128,53 @@ def test_store(latent: int, rope_dim: int, dtype: torch.dtype) -> None:
         results.append(latents)
         close(latents[:, latent:], turned(kv[:, latent:], turn), dtype)
     close(results[1], results[0], dtype)
+
+
+# bf16 with single tokens only, as in `test_multiply`.
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [*((n, torch.float32) for n in (1, 2, 17, 32)), (1, torch.bfloat16)],
+)
+@pytest.mark.parametrize(
+    ("heads", "nope", "latent", "rope_dim"), [(1, 24, 40, 8), (3, 16, 72, 64), (16, 32, 64, 8)]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_absorb(
+    in_place: bool, heads: int, nope: int, latent: int, rope_dim: int, tokens: int,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In one kernel: what its parts do to the cache, the products, and the rotated queries."""
+    torch.manual_seed(tokens)
+    width = latent + rope_dim
+    down, norm_weight = torch.randn(tokens, 5 + width).to(dtype), torch.rand(latent).to(dtype) + 0.5
+    queries = torch.randn(tokens, heads, nope + rope_dim).to(dtype)
+    w_uk = torch.randn(heads, 3 + nope, latent).to(dtype)[:, 3:]  # W_UV's rows come before
+    cos_sin, turn = random_angles(tokens, rope_dim)
+    slots = torch.randperm(36)[:tokens].to(torch.int32)
+    slots[1::3] = -1
+
+    caches = []
+    for is_fused in (True, False):
+        q = queries.clone()
+        cache = torch.full((9, 4, width), torch.nan, dtype=dtype)
+        new = kv_store.NewLatents(down[:, 5:], norm_weight, 1e-6, cos_sin, cache, slots)
+        if is_fused:
+            with monkeypatch.context() as patch:
+                patch.setattr(absorb, "store_latents", None)  # which only the other way calls
+                place = (
+                    None if in_place else torch.full((tokens, heads, width), torch.nan).to(dtype)
+                )
+                q_latent, q_pe = absorb.absorb_query(q, w_uk, new, place)
+            if place is not None:
+                assert torch.equal(torch.cat([q_latent, q_pe], -1), place)
+            expected = torch.einsum("thn,hnc->thc", queries[..., :nope].double(), w_uk.double())
+            close(q_latent / nope**0.5, expected / nope**0.5, dtype)
+            close(q_pe, turned(queries[..., nope:], turn[:, None]), dtype)
+        else:
+            kv_store.store_latents_ref(new, q[..., nope:])
+        caches.append(cache.view(36, width))
+    assert torch.equal(caches[0].isnan(), caches[1].isnan())
+    close(caches[0].nan_to_num(), caches[1].nan_to_num(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,14 +227,33 @@ def test_multiply(tokens: int, heads: int, dim_in: int, dim_out: int, dtype: tor
         close(exact / scale, expected / scale, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim_in", "dim_out"), [(40, 24), (100, 33), (1536, 10)])
+def test_norm_and_multiply(
+    dim_in: int, dim_out: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token in one kernel. Input, weight and output are parts of wider rows."""
+    torch.manual_seed(0)
+    x = torch.randn(1, dim_in + 8).to(dtype)[:, :dim_in]
+    norm_weight = torch.rand(dim_in).to(dtype) + 0.5
+    weight = (torch.randn(dim_out, dim_in + 3) / dim_in**0.5).to(dtype)[:, 3:]
+    normed = F.rms_norm(x.double(), (dim_in,), norm_weight.double(), 1e-6)
+    wide = torch.full((1, dim_out + 4), torch.nan, dtype=dtype)
+    monkeypatch.setattr(dense, "rms_norm", None)  # which only other numbers of tokens go to
+    out = dense.norm_and_multiply(x, norm_weight, 1e-6, weight, wide[:, :dim_out])
+    assert out.data_ptr() == wide.data_ptr() and wide[:, dim_out:].isnan().all()
+    close(out, normed @ weight.double().T, dtype)
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("count", "groups", "chosen", "top_k"), [(12, 1, 1, 3), (20, 4, 2, 6), (160, 8, 3, 6)]
 )
 def test_route(
-    count: int, groups: int, chosen: int, top_k: int, has_bias: bool, normalise: bool
-) -> None:
+    count: int, groups: int, chosen: int, top_k: int, has_bias: bool, normalise: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     torch.manual_seed(0)
     keys = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
     values = count, groups, chosen, top_k, normalise
@@ -199,6 +269,17 @@ def test_route(
         route.route(logits, config, 2, bias), route.route_ref(logits, config, 2, bias), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+    # One token in one kernel, which leaves its counter as it was: each run routes.
+    hidden = 2100
+    gate, counter = torch.randn(count, hidden + 4)[:, 4:], torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(route, "route", None)
+    for x in torch.randn(2, 1, hidden) * hidden**-0.5:
+        routed = route.multiply_and_route(x, gate, config, 2, bias, counter)
+        assert counter == 0
+        expected = route.route_ref((x.double() @ gate.double().T).float(), config, 2, bias)
+        for a, b in zip(routed, expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])
@@ -385,3 +466,15 @@ def test_norm_of_peers(has_parts: bool, size: int, programs: int) -> None:
     expected = buffers.sum(0) + residual
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(normed, F.rms_norm(expected, (dim,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_tokens_of_decode_rows(rows: int) -> None:
+    """Given ones, and those that are remembered of a slot."""
+    remembered = torch.randint(1000, 2000, (9, 4))
+    codes = torch.randint(-4, 20, (rows,), dtype=torch.int32)
+    slots = torch.randint(9, (rows,), dtype=torch.int32)
+    pairs = zip(codes.tolist(), slots.tolist(), strict=True)
+    expected = [code if code >= 0 else int(remembered[slot, -1 - code]) for code, slot in pairs]
+    assert read_tokens(codes, remembered, slots).tolist() == expected
+    assert read_tokens_ref(codes, remembered, slots).tolist() == expected

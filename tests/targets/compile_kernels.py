@@ -15,18 +15,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from minidcp.kernels import DeviceProperties
-from minidcp.kernels.dense import multiply
+from minidcp.kernels.absorb import absorb_query
+from minidcp.kernels.dense import multiply, norm_and_multiply
 from minidcp.kernels.experts import run_experts
 from minidcp.kernels.fp8 import BLOCK, E4M3, Fp8Stack, Fp8Tensor, quantize
-from minidcp.kernels.kv_store import store_latents
+from minidcp.kernels.kv_store import NewLatents, store_latents
 from minidcp.kernels.linear import multiply_by_head
+from minidcp.kernels.mailbox import Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.meeting import Meeting
 from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
-from minidcp.kernels.route import route
+from minidcp.kernels.route import multiply_and_route, route
 from minidcp.kernels.tiles import list_tiles
+from minidcp.kernels.tokens import read_tokens
 from minidcp.resolve import FP8_CAPABILITY
 
 # Bytes of shared memory that one program can have, by capability, from CUDA's programming guide.
@@ -99,8 +102,14 @@ def launch_layers(fp8: bool) -> None:
         quantize(x)
 
     q_pe = bf16(32, 16, 192)[..., 128:]
-    store_latents(bf16(32, 576), q_pe, bf16(512), 1e-6, fp32(32, 64), bf16(9, 16, 576), int32(32))
+    new = NewLatents(bf16(32, 576), bf16(512), 1e-6, fp32(32, 64), bf16(9, 16, 576), int32(32))
+    store_latents(new, q_pe)
+    w_uk = bf16(16, 256, 512)[:, 128:]
+    for tokens in (1, 16, 32):
+        parts = NewLatents(*(p if isinstance(p, float) else p[:tokens] for p in new))
+        absorb_query(bf16(tokens, 16, 192), w_uk, parts, bf16(tokens, 16, 576))
     multiply_by_head(bf16(1, 1, 5120), bf16(1, 1536, 5120))
+    norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, bf16(3072, 1536))
     for tokens in (1, 16, 64):
         multiply_by_head(bf16(tokens, 16, 128), bf16(16, 512, 128))
     for dim in (128, 512):
@@ -115,6 +124,9 @@ def launch_layers(fp8: bool) -> None:
     v3 = SimpleNamespace(**vars(v2) | dict(num_experts_per_tok=8, norm_topk_prob=True))
     route(fp32(32, 160), v2, 2)  # type: ignore[arg-type]
     route(fp32(32, 256), v3, 1, fp32(256))  # type: ignore[arg-type]
+    read_tokens(int32(32), torch.zeros(9, 4, dtype=torch.int64), int32(32))
+    multiply_and_route(x[:1], bf16(160, 5120), v2, 2, None, int32(1))  # type: ignore[arg-type]
+    multiply_and_route(x[:1], bf16(256, 5120), v3, 1, fp32(256), int32(1))  # type: ignore[arg-type]
 
 
 def launch_decode() -> None:
@@ -154,6 +166,7 @@ def launch_dense_fp8() -> None:
     weight = Fp8Tensor(torch.empty(2048, 1536, dtype=E4M3), fp32(12, 2048))
     for tokens in (1, 16, 64, 256):
         multiply(bf16(tokens, 1536), weight)
+    norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, weight)
 
 
 def launch_collectives() -> None:
@@ -171,6 +184,15 @@ def launch_collectives() -> None:
             bf16(32, 16, dim),
             fp32(32, 16),
         )
+
+    mailbox = Mailbox(3, (pointers, pointers), 256)
+    gather_mail(mailbox, pointers, bf16(2, 16 * 192), bf16(2, 8, 16 * 192))
+    x = bf16(2, 5120)
+    norm_mail(mailbox, pointers, x, None, x, bf16(5120), 1e-6, False)
+    norm_mail(mailbox, pointers, bf16(2, 8, 5120), fp32(2, 8), x, bf16(5120), 1e-6, False)
+    for dim in (128, 512):
+        out = bf16(2, 16, dim)
+        merge_mail(mailbox, pointers, bf16(2, 128, dim), fp32(2, 128), out, fp32(2, 16))
 
 
 def main() -> None:

@@ -1,0 +1,106 @@
+"""Steps that a CUDA graph runs. In a graph every token is a decode row, also those of prompts."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import NUM_STEPS, Oracle
+
+from minidcp import LLM, SamplingParams
+from minidcp.attention.context import MAX_DECODED_PAIRS, ContextPolicy
+from minidcp.batch import StepPlan
+from minidcp.kv_cache.interleave import Interleave
+from minidcp.model_config import ModelConfig
+from minidcp.request import RequestOutput
+
+COMMON = dict(
+    device="cpu",
+    dtype="float32",
+    ranks="threads",
+    max_model_len=512,
+    block_size=4,
+    max_num_batched_tokens=40,  # so that long prompts come in chunks
+    max_num_seqs=40,  # rows of the largest graph
+    prefill_strategy="gather_q",
+)
+GREEDY = SamplingParams(max_tokens=NUM_STEPS, temperature=0.0, logprobs=2, ignore_eos=True)
+NGRAM = dict(speculative_method="ngram", num_speculative_tokens=2)
+
+
+def generate(
+    oracle: Oracle, prompts: list[list[int]], params: SamplingParams, **options: object
+) -> list[RequestOutput]:
+    with LLM(str(oracle.path), **(COMMON | options)) as llm:
+        return llm.generate(prompts, params)
+
+
+@pytest.mark.parametrize(
+    ("tp", "dcp", "options"),
+    [
+        (1, 1, dict()),
+        (1, 1, NGRAM),
+        (2, 2, dict(exchange_policy="wide")),
+        (4, 2, dict(exchange_policy="narrow", **NGRAM)),
+        (4, 4, dict(q_proj="replicated")),
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_transformers(
+    oracle: Oracle, eager_graphs: list[StepPlan], tp: int, dcp: int, options: dict[str, object]
+) -> None:
+    """Steps have decode rows, short prompts, the ends of long ones, or all of them."""
+    outputs = generate(oracle, oracle.prompts, GREEDY, tp_size=tp, dcp_size=dcp, **options)
+    for output, tokens, logprobs in zip(outputs, oracle.tokens, oracle.logprobs, strict=True):
+        completion = output.outputs[0]
+        assert completion.token_ids == tokens
+        for step, expected in zip(completion.logprobs, logprobs, strict=True):
+            for token, logprob in step.top:
+                assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+
+    with_prompts = [plan for plan in eager_graphs if plan.tokens]
+    assert any(plan.num_decode > 0 for plan in with_prompts)
+    assert any(max(plan.starts[plan.num_decode :]) > 0 for plan in with_prompts)
+    assert all(plan.num_tokens <= COMMON["max_num_seqs"] for plan in eager_graphs)
+
+
+def test_a_cached_prefix_and_equal_prompts_of_one_step(
+    v2: Oracle, eager_graphs: list[StepPlan]
+) -> None:
+    """The second prompt begins after tokens that the first one computes in the same step."""
+    prompt = max(v2.prompts, key=len)[:12]
+    tokens, _ = v2.complete(prompt, 8)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    with LLM(str(v2.path), **COMMON, tp_size=2, dcp_size=2) as llm:
+        for num_cached in ([0, 8], [8, 8]):
+            eager_graphs.clear()
+            outputs = llm.generate([prompt, prompt], params)
+            assert [o.outputs[0].token_ids for o in outputs] == [tokens, tokens]
+            first = eager_graphs[0]
+            assert first.starts == num_cached and len(first.tokens) == 24 - sum(num_cached)
+
+
+def test_scored_prompts(v2: Oracle, eager_graphs: list[StepPlan]) -> None:
+    prompts = [prompt for prompt in v2.prompts if 2 < len(prompt) < 30]
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    scored = generate(v2, prompts, params)
+    assert eager_graphs and all(plan.tokens for plan in eager_graphs)
+    eager_graphs.clear()
+    expected = generate(v2, prompts, params, prefill_strategy="gather_kv")
+    assert not eager_graphs
+    for ours, theirs in zip(scored, expected, strict=True):
+        assert ours.prompt_logprobs[0] is None
+        for a, b in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
+def test_prompts_that_see_much_are_no_decode_rows(v2: Oracle) -> None:
+    """Absorbed attention over a long context takes longer than launching kernels."""
+    config = ModelConfig.from_hf(v2.path)
+    policy = ContextPolicy(config, num_heads=16, layout=Interleave(8, 16))
+
+    def plan(start: int, length: int) -> StepPlan:
+        return StepPlan(1, [0, 1], [10**6, start], [1, length], tokens=[0] * length, sampling=[0])
+
+    assert policy.suits_decode(plan(0, 256))
+    assert policy.suits_decode(plan(100_000, 16))
+    assert not policy.suits_decode(plan(100_000, 64))
+    most = MAX_DECODED_PAIRS // 16
+    assert policy.suits_decode(plan(most - 1, 1)) and not policy.suits_decode(plan(most, 1))
