@@ -141,9 +141,9 @@ def multiply_tiles(
                 gl.store(pointers, gl.convert_layout(values, STORE), mask=mask)
             else:
                 is_row = (out_row < num_choices)[:, None]
-                values = gl.convert_layout(acc.to(gl.bfloat16), STORE)
+                values = gl.convert_layout(acc.to(out.dtype.element_ty), STORE)
                 gl.store(pointers, values, mask=is_row & (n_store < dim_out)[None, :])
-                values = gl.convert_layout(other.to(gl.bfloat16), STORE)
+                values = gl.convert_layout(other.to(out.dtype.element_ty), STORE)
                 is_inside = (n_store + HALF < dim_out)[None, :]
                 gl.store(pointers + HALF, values, mask=is_row & is_inside)
         else:
