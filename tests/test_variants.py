@@ -4,7 +4,7 @@ The launches are only recorded here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -18,6 +18,7 @@ from minidcp.kernels import (
     experts,
     fp8,
     grouped,
+    grouped_fp8_hopper,
     kv_store,
     linear,
     merge,
@@ -35,7 +36,7 @@ empty = partial(torch.empty, device="meta")
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]:
     """The launched variants: the kernels' constants, and how Triton specialises integers."""
     seen: Variants = set()
 
@@ -52,9 +53,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Variants:
     for module in (absorb, dense, experts, fp8, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
-    monkeypatch.setattr(grouped, "get_device_properties", lambda: properties)
+    for module in (grouped, grouped_fp8_hopper, tiles):
+        monkeypatch.setattr(module, "get_device_properties", lambda: properties)
+    tiles.list_tiles.cache_clear()
     monkeypatch.setattr(dense, "can_use_cublas", lambda weight, out: False)
-    return seen
+    yield seen
+    tiles.list_tiles.cache_clear()
 
 
 def run_experts(experts_of: int, inter: int, hidden: int, tokens: int) -> None:

@@ -6,7 +6,18 @@ Files with a function for CPUs import Triton from here. Those for GPUs only impo
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "fail_without_triton", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "GluonDescriptor",
+    "TensorDescriptor",
+    "fail_without_triton",
+    "gl",
+    "gluon",
+    "hopper",
+    "load_box",
+    "tl",
+    "triton",
+]
 
 
 def fail_without_triton(what: str) -> NoReturn:
@@ -38,13 +49,24 @@ class Constant:
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # Triton 3.9 has the new name, 3.6 only the old one.
+    load_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
     HAS_TRITON = True
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise  # Triton is there, but broken
     triton = SimpleNamespace(jit=define_missing_kernel)
     tl = SimpleNamespace(constexpr=Constant)
+    gluon = triton
+    gl = tl
+    hopper = None
+    load_box = None
     TensorDescriptor = None
+    GluonDescriptor = None
     HAS_TRITON = False

@@ -6,12 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from minidcp.kernels import get_device_properties
 from minidcp.kernels.fp8 import BLOCK, MAX_UNQUANTIZED_ROWS
 
 TABLE = Path(__file__).parent / "tiles.json"
 # Up to this many tokens every choice is a block of its own; see `align.py`.
 MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
 ANY_NUMBER_OF_TOKENS = 1 << 20
+HOPPER_WARPS = 9
+MIN_HOPPER_ROWS = 48  # that an expert gets on average, for tiles of the kernel for Hopper
 
 
 class Tile(NamedTuple):
@@ -26,6 +29,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def is_for_hopper(self) -> bool:
+        """Whether it is one of `grouped_fp8_hopper.py`: eight warps multiply, and one copies."""
+        return self.warps == HOPPER_WARPS
+
 
 class Tiles(NamedTuple):
     """The tiles of both products, for blocks of up to `bm` choices of one expert. With `sort`, the
@@ -35,6 +43,15 @@ class Tiles(NamedTuple):
     sort: bool
     gate_up: Tile
     down: Tile
+
+
+# What prompts use in FP8 on Hopper: as much as registers and shared memory hold.
+HOPPER_TILES = Tiles(
+    bm=128,
+    sort=True,
+    gate_up=Tile(128, BLOCK, HOPPER_WARPS, 4),
+    down=Tile(256, BLOCK, HOPPER_WARPS, 4),
+)
 
 
 @cache
@@ -50,13 +67,26 @@ def list_tiles(
     """
     table = json.loads(TABLE.read_text())
     rows = table.get(name_shape(num_experts, hidden, inter, fp8))
-    if rows is None:
-        return make_tiles_by_rule(num_experts / top_k, fp8)
-
     tiles_up_to = {}
-    for max_tokens, (bm, sort, gate_up, down) in rows.items():
-        tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
+    if rows is None:
+        tiles_up_to = make_tiles_by_rule(num_experts / top_k, fp8)
+    else:
+        for max_tokens, (bm, sort, gate_up, down) in rows.items():
+            tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
+
+    if fp8 and get_device_properties().capability == (9, 0):
+        most_tokens = int(MIN_HOPPER_ROWS * num_experts / top_k)
+        return add_hopper_tiles(tiles_up_to, most_tokens)
     return tiles_up_to
+
+
+def add_hopper_tiles(tiles_up_to: dict[int, Tiles], most_tokens: int) -> dict[int, Tiles]:
+    """The same tiles up to `most_tokens`, and those for Hopper from there on."""
+    limits = [limit for limit in tiles_up_to if limit < most_tokens]
+    result = {limit: tiles_up_to[limit] for limit in limits}
+    result[most_tokens] = choose_by_limit(tiles_up_to, most_tokens)
+    result[ANY_NUMBER_OF_TOKENS] = HOPPER_TILES
+    return result
 
 
 def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
@@ -94,7 +124,10 @@ def choose_tiles(
     tokens: int, num_experts: int, top_k: int, hidden: int, inter: int, fp8: bool = False
 ) -> Tiles:
     """The first tiles of the list that are for this many tokens, or else the last ones."""
-    tiles_up_to = list_tiles(num_experts, top_k, hidden, inter, fp8)
+    return choose_by_limit(list_tiles(num_experts, top_k, hidden, inter, fp8), tokens)
+
+
+def choose_by_limit(tiles_up_to: dict[int, Tiles], tokens: int) -> Tiles:
     for max_tokens, tiles in tiles_up_to.items():
         if tokens <= max_tokens:
             return tiles

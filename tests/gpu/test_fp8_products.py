@@ -28,7 +28,8 @@ from minidcp.kernels.tiles import list_tiles
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = [1, 2, 3, 8, 9, 40, 130, 700, 3000]
+# With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
+TOKENS = [1, 2, 3, 8, 9, 40, 130, 170, 700, 3000]
 
 
 def normal(*shape: int) -> Tensor:
@@ -107,7 +108,7 @@ def test_every_tile_of_the_table() -> None:
     down = make_stack(experts, hidden, inter)
     bounds = list_tiles(experts, top_k, hidden, inter, fp8=True)
     assert len(bounds) > 10, "this shape is in tiles.json"
-    for tokens in bounds:
+    for tokens in sorted({min(bound, 16384) for bound in bounds}):
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
         ids = draw_ids(tokens, experts, top_k)
         out = run_experts(x, gate_up, down, weights, ids).sum()
