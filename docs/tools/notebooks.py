@@ -50,7 +50,8 @@ def run_chapter(chapter: Path) -> Run:
         raise ValueError(f"{chapter.name} took {seconds:.0f} s; at most {SECONDS_PER_CHAPTER}")
     print(f"{chapter.name}: {seconds:.1f} s", file=sys.stderr)
     outputs = [read_output(cell) for cell in notebook.cells if cell.cell_type == "code"]
-    return Run(nbformat.writes(notebook), outputs, seconds)
+    write: Any = nbformat.writes  # it has no types
+    return Run(write(notebook), outputs, seconds)
 
 
 def read_output(cell: Any) -> str:
