@@ -35,6 +35,10 @@ Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor, Tensor]]
 Predict = Callable[[Tensor, Tensor, ForwardBatch], tuple[Tensor, Tensor]]
 
 
+# So many tokens of prompts fit into a graph even where fewer requests can decode at once.
+SHORT_PROMPTS = 512
+
+
 def ladder(max_size: int) -> list[int]:
     """1, 2, 4, 8, and then steps of 8, 16, 32 and 64, up to `max_size`.
 
@@ -169,7 +173,8 @@ class GraphLadder:
 
 
 class DecodeGraphs(GraphLadder):
-    """Graphs of `forward` for up to `config.max_decode_tokens` rows: from a batch to tokens."""
+    """Graphs of `forward` for all decode rows that there can be, or as many tokens of short prompts:
+    from a batch to tokens."""
 
     def __init__(
         self,
@@ -185,7 +190,9 @@ class DecodeGraphs(GraphLadder):
         self.tables = tables
         self.config = config
         width = tables.table.shape[1]
-        self.inputs = GraphInputs(config.max_decode_tokens, width, device)
+        short_prompts = min(SHORT_PROMPTS, config.max_num_batched_tokens)
+        most_rows = max(config.max_decode_tokens, short_prompts)
+        self.inputs = GraphInputs(most_rows, width, device)
 
         self.queries: dict[int, CacheQueries] = {}  # what attention reads, by size
 
@@ -196,7 +203,7 @@ class DecodeGraphs(GraphLadder):
             attention.plan(batch.decode)
             return lambda: forward(batch)
 
-        super().__init__(ladder(config.max_decode_tokens), prepare, state)
+        super().__init__(ladder(most_rows), prepare, state)
 
     def replay(self, plan: StepPlan) -> tuple[ForwardBatch, Tensor, Tensor, Tensor]:
         """Run a step of T tokens: its batch, and what `forward` gives for it. The hidden states
