@@ -173,8 +173,8 @@ class GraphLadder:
 
 
 class DecodeGraphs(GraphLadder):
-    """Graphs of `forward` for all decode rows that there can be, or as many tokens of short prompts:
-    from a batch to tokens."""
+    """Graphs of `forward`: from a batch to tokens. The largest has room for all decode rows that
+    there can be, and for SHORT_PROMPTS."""
 
     def __init__(
         self,
