@@ -24,12 +24,12 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.tiles import list_tiles
+from minidcp.kernels.tiles import choose_tiles, list_tiles
 
 pytestmark = pytest.mark.gpu
 
 # With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
-TOKENS = [1, 2, 3, 8, 9, 40, 130, 170, 700, 3000]
+TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 170, 700, 3000]
 
 
 def normal(*shape: int) -> Tensor:
@@ -100,6 +100,22 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     assert torch.equal(captured, out)
 
 
+@pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (5120, 768), (7168, 256), (160, 96)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None:
+    """Tiles by rule, where each choice is a block of its own."""
+    torch.manual_seed(tokens)
+    assert choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    gate_up = make_stack(33, 2 * inter, hidden)
+    down = make_stack(33, hidden, inter)
+    x, weights = normal(tokens, hidden), torch.rand(tokens, 2, device="cuda")
+    ids = draw_ids(tokens, 33, 2)
+    expected = run_defined(x, gate_up, down, weights, ids)
+    for given in (x, Quantized(x, quantize(x))):
+        out = run_experts(given, gate_up, down, weights, ids).sum()
+        assert relative_error(out, expected) < 8e-3
+
+
 def test_every_tile_of_the_table() -> None:
     """The shape of V2-Lite on one rank."""
     torch.manual_seed(0)
@@ -128,13 +144,14 @@ def test_dense(tokens: int, rows: int, columns: int, monkeypatch: pytest.MonkeyP
     assert multiply(x, weight, place) is place
     assert relative_error(place, expected) < 2.5e-3  # rounding to bf16
     assert torch.equal(multiply(x, weight), place)
+    assert relative_error(multiply(Quantized(x, quantize(x)), weight), expected) < 2.5e-3
 
     monkeypatch.setattr(dense, "can_use_cublas", lambda weight, out: False)
     assert relative_error(multiply(x, weight), expected) < 2.5e-3
 
 
 @pytest.mark.parametrize("dim", [96, 1536, 2048, 7168])
-@pytest.mark.parametrize("tokens", [3, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 700])
 def test_the_norm_quantises_what_it_returns(tokens: int, dim: int) -> None:
     torch.manual_seed(tokens)
     x, residual, weight = normal(tokens, dim), normal(tokens, dim), normal(dim)
