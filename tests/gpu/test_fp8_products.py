@@ -29,6 +29,9 @@ from minidcp.kernels.tiles import choose_tiles, list_tiles
 pytestmark = pytest.mark.gpu
 
 # With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
+# Sums in another order, or in half precision, round some values between both products to their other
+# neighbour: 1 % of the values, where the sums differ by 0.1 %. Quantising itself errs by 4 %.
+MAX_ERROR = 1.2e-2
 TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 170, 700, 3000]
 
 
@@ -85,8 +88,7 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     weights = torch.rand(tokens, 6, device="cuda")
     ids = draw_ids(tokens, 18, 6)
     out = run_experts(x, gate_up, down, weights, ids).sum()
-    # Sums in another order round some values of h to their other neighbour.
-    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < 8e-3
+    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < MAX_ERROR
     assert torch.equal(out, run_experts(x, gate_up, down, weights, ids).sum())
 
     inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
@@ -113,7 +115,7 @@ def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None
     expected = run_defined(x, gate_up, down, weights, ids)
     for given in (x, Quantized(x, quantize(x))):
         out = run_experts(given, gate_up, down, weights, ids).sum()
-        assert relative_error(out, expected) < 8e-3
+        assert relative_error(out, expected) < MAX_ERROR
 
 
 def test_every_tile_of_the_table() -> None:
@@ -129,7 +131,7 @@ def test_every_tile_of_the_table() -> None:
         ids = draw_ids(tokens, experts, top_k)
         out = run_experts(x, gate_up, down, weights, ids).sum()
         error = relative_error(out, run_defined(x, gate_up, down, weights, ids))
-        assert error < 8e-3, f"{tokens} tokens: {error:.1e}"
+        assert error < MAX_ERROR, f"{tokens} tokens: {error:.1e}"
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2112, 5120), (200, 192), (2048, 10944), (64, 32)])
