@@ -126,15 +126,16 @@ def make_vector_tiles(top_k: int, inter: int, experts_per_choice: float) -> dict
     if not has_vector_kernel():
         return {}
 
+    most_tokens = MAX_SPARSE_TOKENS if experts_per_choice >= 16 else MAX_DIRECT_TOKENS
     tiles_up_to = {}
-    for tokens in range(
-        1, (MAX_SPARSE_TOKENS if experts_per_choice >= 16 else MAX_DIRECT_TOKENS) + 1
-    ):
-        has_many_outputs = tokens * top_k * inter > 12000
-        gate_up = Tile(8, 512, 4, 1) if has_many_outputs else Tile(4, 1024, 4, 1)
-        down = Tile(64, 256 if inter == 256 else BLOCK, 4, 2 if tokens <= MAX_DIRECT_TOKENS else 1)
+    for tokens in range(1, most_tokens + 1):
+        num_outputs = tokens * top_k * inter
+        gate_up = Tile(8, 512, 4, 1) if num_outputs > 12000 else Tile(4, 1024, 4, 1)
         if inter > 1024:
             down = Tile(32, 512, 4, 1)
+        else:
+            bk = inter if inter == 2 * BLOCK else BLOCK  # rows of two blocks are loaded whole
+            down = Tile(64, bk, 4, 2 if tokens <= MAX_DIRECT_TOKENS else 1)
         tiles_up_to[tokens] = Tiles(1, False, gate_up, down)
     return tiles_up_to
 

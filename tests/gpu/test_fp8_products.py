@@ -28,10 +28,11 @@ from minidcp.kernels.tiles import choose_tiles, list_tiles
 
 pytestmark = pytest.mark.gpu
 
-# With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
-# Sums in another order, or in half precision, round some values between both products to their other
-# neighbour: 1 % of the values, where the sums differ by 0.1 %. Quantising itself errs by 4 %.
+# Sums in another order, or in half precision, round some values between both products to their
+# other neighbour: 1 % of the values, where sums differ by 0.1 %. Quantising itself errs by 4 %.
 MAX_ERROR = 1.2e-2
+
+# With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
 TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 170, 700, 3000]
 
 
