@@ -14,7 +14,7 @@ TABLE = Path(__file__).parent / "tiles.json"
 MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
 ANY_NUMBER_OF_TOKENS = 1 << 20
 HOPPER_WARPS = 9
-MIN_HOPPER_ROWS = 48  # that an expert gets on average, for tiles of the kernel for Hopper
+MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
 
 
 class Tile(NamedTuple):

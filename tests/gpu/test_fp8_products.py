@@ -24,12 +24,12 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.tiles import list_tiles
+from minidcp.kernels.tiles import list_tiles, make_tiles_by_rule
 
 pytestmark = pytest.mark.gpu
 
-# With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
-TOKENS = [1, 2, 3, 8, 9, 40, 130, 170, 700, 3000]
+# From 130 on, experts use the kernel for Hopper. At 130 its second group hardly ever has rows.
+TOKENS = [1, 2, 3, 8, 9, 40, 130, 700, 3000]
 
 
 def normal(*shape: int) -> Tensor:
@@ -98,6 +98,20 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
         place.copy_(value)
     graph.replay()
     assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (224, 160)])
+def test_sorted_experts_without_the_kernel_for_hopper(
+    hidden: int, inter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As newer GPUs multiply them."""
+    torch.manual_seed(0)
+    tiles = make_tiles_by_rule(3, fp8=True)
+    monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape: tiles)
+    gate_up, down = make_stack(18, 2 * inter, hidden), make_stack(18, hidden, inter)
+    x, weights, ids = normal(700, hidden), torch.rand(700, 6, device="cuda"), draw_ids(700, 18, 6)
+    out = run_experts(x, gate_up, down, weights, ids).sum()
+    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < 8e-3
 
 
 def test_every_tile_of_the_table() -> None:
