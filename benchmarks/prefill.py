@@ -112,7 +112,7 @@ def measure_long_prompt(driver: Driver, length: int) -> tuple[float, float, floa
         prompt took than its FLOPs at the speed of one chunk.
     """
     config = driver.engine.model_config
-    chunk = driver.engine.config.max_num_batched_tokens
+    chunk = min(driver.engine.config.max_num_batched_tokens, length)
     driver.add(length, 1)
     seconds = driver.run()
     driver.add(chunk, 1)
