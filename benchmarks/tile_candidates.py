@@ -95,10 +95,8 @@ LARGE_TILES = [
 ]
 # In FP8 BK is given. The output of gate|up is quantised 128 values at a time, so its BN is 128.
 FP8_VECTOR_TILES = [
-    Tile(bn, bk, warps, stages)
-    for bn, bk, warps, stages in product(
-        (2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (4, 8), (1, 2)
-    )
+    Tile(bn, bk, warps, 1)
+    for bn, bk, warps in product((2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (4, 8))
     if 4096 <= bn * bk <= 16384 and bn * bk <= 2048 * warps
 ]
 FP8_SMALL_TILES = [
@@ -159,7 +157,7 @@ def fits(shape: Shape, blocking: Blocking, tile: Tile, gated: bool) -> bool:
     """Whether a product can have this tile: the output of a gated one is quantised in blocks, and
     the stages must fit into shared memory, which only tensor cores use."""
     if blocking.bm == 1:
-        return not (gated and tile.stages > 1)  # gate and up are not loaded ahead
+        return True
     if shape.fp8 and gated and tile.bn != BLOCK:
         return False
     rows_per_stage = blocking.bm + tile.bn * (2 if gated else 1)

@@ -9,8 +9,11 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoints import Oracle
 from triton.runtime.jit import JITFunction
 
+from minidcp import EngineConfig
+from minidcp.batch import MAX_SCORED_TOKENS
 from minidcp.kernels import (
     DeviceProperties,
     absorb,
@@ -25,9 +28,17 @@ from minidcp.kernels import (
     norm,
     tiles,
 )
+from minidcp.kernels.mailbox import PLACE_BYTES, Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
 from minidcp.kernels.peer_norm import norm_peers
+from minidcp.kernels.tokens import read_tokens
+from minidcp.machine import Machine
+from minidcp.model_config import ModelConfig
+from minidcp.models.layers import LMHead
+from minidcp.parallel.state import build_thread_states
+from minidcp.resolve import resolve
 from minidcp.worker.cuda_graph import ladder
+from minidcp.worker.model_runner import ModelRunner
 
 Variants = set[object]
 BUDGET = 8192
@@ -52,6 +63,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]:
     monkeypatch.setattr(JITFunction, "run", record)
     for module in (absorb, dense, experts, fp8, kv_store, linear, merge, norm):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
+    monkeypatch.setattr("minidcp.kernels.tokens.use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
     for module in (grouped, grouped_fp8_hopper, tiles):
         monkeypatch.setattr(module, "get_device_properties", lambda: properties)
@@ -94,6 +106,7 @@ def merge_prefill(tokens: int) -> None:
 
 
 POINTERS = empty(8, dtype=torch.int64)
+MAILBOX = Mailbox(0, (POINTERS, POINTERS), 264)
 MEETING = Meeting(0, POINTERS, empty(512, dtype=torch.int32), 264)
 
 
@@ -118,6 +131,23 @@ def norm_sum_of_peers(tokens: int) -> None:
     for quantizes in (False, True):
         for x, weights, place in ((residual, None, None), (parts, scales, residual)):
             norm_peers(MEETING, POINTERS, x, weights, place, residual, weight, 1e-6, quantizes)
+
+
+def send_mail(rows: int) -> None:
+    """Few rows' q, raw and absorbed, their partial outputs, narrow and wide, and summands."""
+    for width in (192 * HEADS, 576 * HEADS):
+        x, out = empty(rows, width).bfloat16(), empty(rows, 8, width).bfloat16()
+        gather_mail(MAILBOX, POINTERS, x, out)
+    partial_lse, lse = empty(rows, 8 * HEADS), empty(rows, HEADS)
+    for dim in (128, 512):
+        partial_out = empty(rows, 8 * HEADS, dim).bfloat16()
+        merged = empty(rows, HEADS, dim).bfloat16()
+        merge_mail(MAILBOX, POINTERS, partial_out, partial_lse, merged, lse)
+    residual, weight = empty(rows, HIDDEN).bfloat16(), empty(HIDDEN).bfloat16()
+    parts, scales = empty(rows, TOP_K, HIDDEN).bfloat16(), empty(rows, TOP_K)
+    for quantizes in (False, True):
+        for x, weights in ((residual, None), (parts, scales)):
+            norm_mail(MAILBOX, POINTERS, x, weights, residual, weight, 1e-6, quantizes)
 
 
 def compare_best_tokens(rows: int) -> None:
@@ -195,8 +225,33 @@ def test_what_prompts_run(run: Callable[[int], None], most: int, launched: Varia
     check(run, [], launched, decoding=1, most=most)
 
 
+def test_what_goes_by_mail(launched: Variants) -> None:
+    check(send_mail, [], launched, decoding=1, most=PLACE_BYTES // (2 * HIDDEN))
+
+
+def test_one_variant_reads_tokens(launched: Variants) -> None:
+    """Start reads them where graphs are captured, or else where drafts are warmed up for."""
+    for rows in range(1, 513):
+        codes, slots = empty(rows, dtype=torch.int32), empty(rows, dtype=torch.int32)
+        read_tokens(codes, empty(257, 4, dtype=torch.int64), slots)
+    assert len(launched) == 1
+
+
 def test_what_sampling_runs(launched: Variants) -> None:
     check(compare_best_tokens, ladder(256), launched, most=256)
+
+
+def test_start_gathers_few_logits_and_many(v2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few go by mail, by another kernel than many. Without DCP nothing else compiles it."""
+    gathered = []
+    monkeypatch.setattr(LMHead, "gather", lambda self, logits: gathered.append(len(logits)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    config = EngineConfig(str(v2.path), device="cpu", max_model_len=64, max_num_batched_tokens=256)
+    model_config = ModelConfig.from_hf(v2.path)
+    states, _ = build_thread_states(1, 1)
+    resolved = resolve(config, model_config, Machine())
+    ModelRunner(resolved, model_config, states[0], torch.device("cpu")).warm_up()
+    assert gathered == [1, config.max_num_seqs + MAX_SCORED_TOKENS]
 
 
 def check(

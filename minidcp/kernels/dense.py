@@ -53,7 +53,7 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
     if out is None:
         out = rows.new_empty(len(rows), len(weight))
     tokens = len(rows)
-    bm, tile = choose_dense_tile(tokens, *weight.shape)
+    bm, tile = choose_dense_tile(tokens, weight.shape[1])
     blocks = one_expert(tokens, bm)
     if blocks.is_direct:
         inputs = x.fp8 if isinstance(x, Quantized) else rows.contiguous()

@@ -1,7 +1,7 @@
 """The experts' products in FP8 for prompts on Hopper GPUs, in Gluon (read `grouped_fp8.py` first).
-A tile of 128 rows by 256 weights needs half of the bytes per product that Triton's tiles need, and
-the L2 cache is what prompts are bound by. One warp only copies, ahead of two groups of four warps.
-Each group multiplies 64 rows. While one adds up a part, with its scales, the other multiplies."""
+With Triton's tiles prompts are bound by the L2 cache. A tile of 128 rows by 256 weights needs half
+as many bytes for a product. One warp only copies, ahead of two groups of four warps. Each of these
+multiplies 64 rows, and adds up the products, with their scales, behind the tensor cores."""
 
 from functools import cache
 from typing import Any

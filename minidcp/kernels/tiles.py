@@ -12,18 +12,17 @@ from minidcp.kernels.fp8 import BLOCK
 TABLE = Path(__file__).parent / "tiles.json"
 # Up to this many tokens every choice is a block of its own; see `align.py`.
 MAX_DIRECT_TOKENS = 2
-MAX_SPARSE_TOKENS = 4  # the same where two tokens hardly ever choose the same of many experts
+MAX_SPARSE_TOKENS = 4  # the same for narrow experts that two tokens hardly ever choose both
 ANY_NUMBER_OF_TOKENS = 1 << 20
 HOPPER_WARPS = 9
-MIN_HOPPER_ROWS = 48  # that an expert gets on average, for tiles of the kernel for Hopper
+MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
 
 
 class Tile(NamedTuple):
     """What one program computes of a product: `bn` outputs, `bk` inputs at a time.
 
     Inputs are in bf16 or FP8; half as many where they are in float32. On tensor cores those in FP8
-    come as many at a time as share a scale, which is `bk` where a weight's rows allow it. For few
-    rows in FP8 two stages say that weights are loaded ahead; see `vector_fp8.py`.
+    come as many at a time as share a scale, which is `bk` where a weight's rows allow it.
     """
 
     bn: int
@@ -71,7 +70,7 @@ def list_tiles(
     rows = table.get(name_shape(num_experts, hidden, inter, fp8))
     tiles_up_to = {}
     if rows is None:
-        tiles_up_to = make_tiles_by_rule(num_experts, top_k, inter, fp8)
+        tiles_up_to = make_tiles_by_rule(num_experts / top_k, inter, fp8)
     else:
         for max_tokens, (bm, sort, gate_up, down) in rows.items():
             tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
@@ -96,9 +95,11 @@ def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
     return f"{num_experts}x{hidden}x{inter}" + (" fp8" if fp8 else "")
 
 
-def make_tiles_by_rule(num_experts: int, top_k: int, inter: int, fp8: bool) -> dict[int, Tiles]:
-    """The tokens that an expert gets on average fill one block, so its weights are read once."""
-    experts_per_choice = num_experts / top_k  # tokens for one that an expert gets on average
+def make_tiles_by_rule(experts_per_choice: float, inter: int, fp8: bool) -> dict[int, Tiles]:
+    """The tokens that an expert gets on average fill one block, so its weights are read once.
+
+    There are `experts_per_choice` times as many tokens as an expert gets on average.
+    """
     vector = Tile(16, 512, 4, 1)
     direct = {MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector)}
     small = Tile(64, 128, 4, 4)
@@ -107,7 +108,7 @@ def make_tiles_by_rule(num_experts: int, top_k: int, inter: int, fp8: bool) -> d
     largest_bm = 128
     if fp8:
         # A program quantises the outputs of gate_up, so it has a whole block of them.
-        direct = make_vector_tiles(top_k, inter, experts_per_choice)
+        direct = make_vector_tiles(experts_per_choice, inter)
         small = Tile(BLOCK, BLOCK, 4, 4)
         large = Tile(BLOCK, BLOCK, 8, 3)
         medium = large
@@ -121,23 +122,15 @@ def make_tiles_by_rule(num_experts: int, top_k: int, inter: int, fp8: bool) -> d
     }
 
 
-def make_vector_tiles(top_k: int, inter: int, experts_per_choice: float) -> dict[int, Tiles]:
-    """Those of `vector_fp8.py`: so many programs that all are resident together, if possible."""
+def make_vector_tiles(experts_per_choice: float, inter: int) -> dict[int, Tiles]:
+    """Those of `vector_fp8.py`."""
     if not has_vector_kernel():
         return {}
-
-    most_tokens = MAX_SPARSE_TOKENS if experts_per_choice >= 16 else MAX_DIRECT_TOKENS
-    tiles_up_to = {}
-    for tokens in range(1, most_tokens + 1):
-        num_outputs = tokens * top_k * inter
-        gate_up = Tile(8, 512, 4, 1) if num_outputs > 12000 else Tile(4, 1024, 4, 1)
-        if inter > 1024:
-            down = Tile(32, 512, 4, 1)
-        else:
-            bk = inter if inter == 2 * BLOCK else BLOCK  # rows of two blocks are loaded whole
-            down = Tile(64, bk, 4, 2 if tokens <= MAX_DIRECT_TOKENS else 1)
-        tiles_up_to[tokens] = Tiles(1, False, gate_up, down)
-    return tiles_up_to
+    gate_up = Tile(16, 512, 4, 1) if inter > 512 else Tile(4, 1024, 4, 1)
+    down = Tile(32, 256, 4, 1) if inter > 1024 else Tile(64, 128, 4, 1)
+    is_sparse = experts_per_choice >= 16 and inter <= 2 * BLOCK
+    most_tokens = MAX_SPARSE_TOKENS if is_sparse else MAX_DIRECT_TOKENS
+    return {most_tokens: Tiles(1, False, gate_up, down)}
 
 
 def has_vector_kernel() -> bool:
@@ -159,14 +152,11 @@ def choose_by_limit(tiles_up_to: dict[int, Tiles], tokens: int) -> Tiles:
     return list(tiles_up_to.values())[-1]
 
 
-def choose_dense_tile(tokens: int, dim_out: int, dim_in: int) -> tuple[int, Tile]:
+def choose_dense_tile(tokens: int, dim_in: int) -> tuple[int, Tile]:
     """`bm` and the tile of a dense product in FP8 that cuBLAS does not have."""
     if tokens <= MAX_DIRECT_TOKENS and has_vector_kernel():
-        if dim_in <= 2048:
-            return 1, Tile(8, 2048, 4, 2)
-        if tokens == 1 and dim_out > 4096:
-            return 1, Tile(8, 1024, 4, 2)
-        return 1, Tile(4, 2048, 4, 2)
+        # Registers for all inputs of a row are left only for one token.
+        return 1, Tile(8 if tokens == 1 and dim_in <= 2048 else 4, 2048, 4, 1)
     if tokens <= 32:
         return 16, Tile(64, BLOCK, 4, 6)
     if tokens <= 128:

@@ -34,7 +34,6 @@ Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor, Tensor]]
 # Runs the MTP layer: next tokens [T], hidden states [T, hidden], batch -> hidden states, tokens.
 Predict = Callable[[Tensor, Tensor, ForwardBatch], tuple[Tensor, Tensor]]
 
-
 # So many tokens of prompts fit into a graph even where fewer requests can decode at once.
 SHORT_PROMPTS = 512
 

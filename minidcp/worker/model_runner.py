@@ -129,9 +129,9 @@ class ModelRunner:
                     self.predictor.make_drafts(plan, batch, hidden, best)
         self.policy = chosen_policy
 
-        # What sampling gathers at most.
-        max_rows = self.config.max_num_seqs + MAX_SCORED_TOKENS
-        self.model.lm_head.gather(logits.new_empty(max_rows, logits.shape[1]))
+        # What sampling gathers, at least and at most. Few rows go by mail, which is another kernel.
+        for rows in (1, self.config.max_num_seqs + MAX_SCORED_TOKENS):
+            self.model.lm_head.gather(logits.new_empty(rows, logits.shape[1]))
         torch.cuda.synchronize(self.device)
 
     def list_warm_up_sizes(self) -> list[int]:
@@ -206,14 +206,13 @@ class ModelRunner:
         """Allocate the cache, and capture the decode graphs over it."""
         num_layers = self.config.count_cache_layers(self.model_config)
         self.set_cache(self.make_cache(num_layers, num_blocks))
-        if self.device.type != "cuda" or not self.config.cuda_graph:
+        if self.device.type != "cuda":
             return
-        if not self.attention.graphs:
+        if self.config.cuda_graph and self.attention.graphs:
+            self.make_graphs()
+        elif self.config.cuda_graph:
             name = self.attention.name
             self.log(f"no CUDA graphs: {name} cannot be captured", logging.WARNING)
-            return
-
-        self.make_graphs()
         if self.config.num_speculative_tokens > 0:
             self.warm_up_drafts()
 

@@ -207,7 +207,7 @@ def find_next_tokens(plan: StepPlan, tokens: Tensor) -> Tensor:
     if num_decode_tokens == len(tokens) and not plan.tokens:
         return tokens
     # Token ids, or -1 - i for sampled token i.
-    codes = np.empty(num_decode_tokens + len(plan.tokens), dtype=np.int64)
+    codes = np.empty(plan.num_tokens, dtype=np.int64)
     codes[:num_decode_tokens] = -1 - np.arange(num_decode_tokens)
     codes[num_decode_tokens:-1] = plan.tokens[1:]
     ends = num_decode_tokens - 1 + np.cumsum(plan.lengths[plan.num_decode :])

@@ -36,7 +36,7 @@ class Setup:
     attention: str  # the back-end
     groups: str  # the class of its collectives: ThreadGroup, TorchGroup or SymmetricGroup
     exchange: str
-    graph_sizes: tuple[int, ...]  # the batch sizes of the CUDA graphs; without graphs none
+    graph_sizes: tuple[int, ...]  # of the CUDA graphs, in tokens; without graphs none
 
 
 @dataclass(frozen=True)

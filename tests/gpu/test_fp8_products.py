@@ -24,16 +24,12 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.tiles import choose_tiles, list_tiles
+from minidcp.kernels.tiles import choose_tiles, list_tiles, make_tiles_by_rule
 
 pytestmark = pytest.mark.gpu
 
-# Sums in another order, or in half precision, round some values between both products to their
-# other neighbour: 1 % of the values, where sums differ by 0.1 %. Quantising itself errs by 4 %.
-MAX_ERROR = 1.2e-2
-
-# With 170 and more, experts use the kernel for Hopper. With 170 its second group often has no rows.
-TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 170, 700, 3000]
+# From 130 on, experts use the kernel for Hopper. At 130 its second group hardly ever has rows.
+TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 700, 3000]
 
 
 def normal(*shape: int) -> Tensor:
@@ -89,7 +85,8 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     weights = torch.rand(tokens, 6, device="cuda")
     ids = draw_ids(tokens, 18, 6)
     out = run_experts(x, gate_up, down, weights, ids).sum()
-    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < MAX_ERROR
+    # Sums in another order round some values of h to their other neighbour.
+    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < 8e-3
     assert torch.equal(out, run_experts(x, gate_up, down, weights, ids).sum())
 
     inputs = torch.randn_like(x), weights.clone(), ids.roll(1, 1).contiguous()
@@ -106,9 +103,10 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
 @pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (5120, 768), (7168, 256), (160, 96)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None:
-    """Tiles by rule, where each choice is a block of its own."""
+    """Tiles by rule, where each choice is a block of its own up to two or four tokens."""
     torch.manual_seed(tokens)
-    assert choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    assert is_direct == (tokens <= 2 or inter <= 256)
     gate_up = make_stack(33, 2 * inter, hidden)
     down = make_stack(33, hidden, inter)
     x, weights = normal(tokens, hidden), torch.rand(tokens, 2, device="cuda")
@@ -116,7 +114,21 @@ def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None
     expected = run_defined(x, gate_up, down, weights, ids)
     for given in (x, Quantized(x, quantize(x))):
         out = run_experts(given, gate_up, down, weights, ids).sum()
-        assert relative_error(out, expected) < MAX_ERROR
+        assert relative_error(out, expected) < 8e-3
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (224, 160)])
+def test_sorted_experts_without_the_kernel_for_hopper(
+    hidden: int, inter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As newer GPUs multiply them."""
+    torch.manual_seed(0)
+    tiles = make_tiles_by_rule(3, inter, fp8=True)
+    monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape: tiles)
+    gate_up, down = make_stack(18, 2 * inter, hidden), make_stack(18, hidden, inter)
+    x, weights, ids = normal(700, hidden), torch.rand(700, 6, device="cuda"), draw_ids(700, 18, 6)
+    out = run_experts(x, gate_up, down, weights, ids).sum()
+    assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < 8e-3
 
 
 def test_every_tile_of_the_table() -> None:
@@ -132,7 +144,7 @@ def test_every_tile_of_the_table() -> None:
         ids = draw_ids(tokens, experts, top_k)
         out = run_experts(x, gate_up, down, weights, ids).sum()
         error = relative_error(out, run_defined(x, gate_up, down, weights, ids))
-        assert error < MAX_ERROR, f"{tokens} tokens: {error:.1e}"
+        assert error < 8e-3, f"{tokens} tokens: {error:.1e}"
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2112, 5120), (200, 192), (2048, 10944), (64, 32)])
