@@ -215,7 +215,8 @@ class ContextPiece:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """The tensors of one step on one rank; all of them int32. T tokens, the decode rows first."""
+    """The tensors of one step on one rank; all but `logits` are int32. T tokens, the decode rows
+    first."""
 
     num_decode_tokens: int  # D, with drafts
     prefill_tokens: Tensor  # [T - D]
@@ -231,6 +232,7 @@ class ForwardBatch:
     decode: CacheQueries | None = None
     prefill: Varlen | None = None  # the new tokens among themselves
     context: Sequence[CacheQueries | ContextPiece] = ()  # what the new tokens find in the cache
+    logits: Tensor | None = None  # [S + K, V / tp] where this rank's go; None: into new memory
 
     @property
     def cache_queries(self) -> list[CacheQueries]:

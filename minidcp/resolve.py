@@ -15,8 +15,8 @@ logger = logging.getLogger("minidcp")
 
 # So many requests can have all their drafts, even if --max-num-seqs is not larger than that.
 REQUESTS_WITH_DRAFTS = 16
-# Up to so many tokens drafts may make a step larger than that. CUDA graphs are captured and logits
-# have room for every size.
+# Drafts may make a step larger than --max-num-seqs, but not larger than so many tokens: CUDA graphs
+# are captured up to the largest step, and have logits of all its tokens.
 MAX_TOKENS_WITH_DRAFTS = 512
 
 # Rows of a step from which narrow is faster, by --dcp-size, as measured (`docs/benchmarks.md`).

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from checkpoints import NUM_STEPS, Oracle
 
-from minidcp import LLM, SamplingParams
+from minidcp import LLM, EngineConfig, SamplingParams
 from minidcp.attention.context import MAX_DECODED_PAIRS, ContextPolicy
 from minidcp.batch import StepPlan
 from minidcp.kv_cache.interleave import Interleave
+from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
+from minidcp.parallel.state import build_thread_states
 from minidcp.request import RequestOutput
+from minidcp.resolve import resolve
 from minidcp.worker import cuda_graph
+from minidcp.worker.cuda_graph import CapturedStep, GraphLadder, ladder
+from minidcp.worker.model_runner import ModelRunner
 
 COMMON = dict(
     device="cpu",
@@ -97,6 +105,30 @@ def test_scored_prompts(v2: Oracle, eager_graphs: list[StepPlan]) -> None:
         assert ours.prompt_logprobs[0] is None
         for a, b in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
+def test_graphs_share_the_memory_of_their_logits(
+    v2: Oracle, eager_graphs: list[StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a vocabulary of 100,000, logits of every size would take most of a gigabyte."""
+    written = []
+    capture_eagerly = GraphLadder.capture
+
+    def capture(self: GraphLadder, run: Callable[[], tuple[torch.Tensor, ...]]) -> CapturedStep:
+        written.append(run()[0])
+        return capture_eagerly(self, run)
+
+    monkeypatch.setattr(GraphLadder, "capture", capture)
+    config = EngineConfig(str(v2.path), device="cpu", max_model_len=64)
+    model_config = ModelConfig.from_hf(v2.path)
+    states, _ = build_thread_states(1, 1)
+    resolved = resolve(config, model_config, Machine())
+    runner = ModelRunner(resolved, model_config, states[0], torch.device("cpu"))
+    runner.allocate_cache(16)
+    assert [len(logits) for logits in written] == ladder(512)[::-1]
+    assert runner.graphs is not None
+    kept = runner.graphs.steps[512].outputs[0]
+    assert {logits.data_ptr() for logits in written[1:]} == {kept.data_ptr()}
 
 
 def test_prompts_that_see_much_are_no_decode_rows(v2: Oracle) -> None:

@@ -383,4 +383,4 @@ class DeepseekForCausalLM:
         for layer, kv in zip(self.layers, cache, strict=True):
             layer(stream, cos_sin, kv, batch)
         hidden = widen(stream.normed(self.norm))
-        return self.lm_head(hidden[batch.sample_index]), hidden
+        return self.lm_head(hidden[batch.sample_index], batch.logits), hidden

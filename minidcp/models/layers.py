@@ -178,9 +178,14 @@ class LMHead:
         self.vocab_size = vocab_size
         self.tp = tp
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [S, hidden] -> this rank's logits [S, V / tp]; -inf where a shard is padded."""
-        logits = multiply_by_head(x[:, None], self.weight[None])[:, 0]
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [S, hidden] -> this rank's logits [S, V / tp]; -inf where a shard is padded.
+
+        They are written to `out` if that is given.
+        """
+        if out is None:
+            out = x.new_empty(len(x), len(self.weight))
+        logits = multiply_by_head(x[:, None], self.weight[None], out[:, None])[:, 0]
         num_own = len(self.weight)
         num_padding = (self.tp.rank + 1) * num_own - self.vocab_size
         if num_padding > 0:

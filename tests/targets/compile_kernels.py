@@ -106,8 +106,10 @@ def launch_layers(fp8: bool) -> None:
     store_latents(new, q_pe)
     w_uk = bf16(16, 256, 512)[:, 128:]
     for tokens in (1, 16, 32):
-        parts = NewLatents(*(p if isinstance(p, float) else p[:tokens] for p in new))
-        absorb_query(bf16(tokens, 16, 192), w_uk, parts, bf16(tokens, 16, 576))
+        few = new._replace(
+            kv=new.kv[:tokens], cos_sin=new.cos_sin[:tokens], slot_mapping=new.slot_mapping[:tokens]
+        )
+        absorb_query(bf16(tokens, 16, 192), w_uk, few, bf16(tokens, 16, 576))
     multiply_by_head(bf16(1, 1, 5120), bf16(1, 1536, 5120))
     norm_and_multiply(bf16(1, 1536), bf16(1536), 1e-6, bf16(3072, 1536))
     for tokens in (1, 16, 64):
