@@ -169,8 +169,8 @@ class SymmetricGroup(Group):
     def goes_by_mail(self, x: Tensor, width: int, nbytes: int, limit: int) -> bool:
         """Whether rows of x, of `width` values, are fit for the inboxes.
 
-        `nbytes` is what each rank sends to each. Whether the rows are whole words of floats matters
-        because a word that looks absent is sent as another NaN.
+        `nbytes` is what a rank sends to each peer. Rows must be whole words of floats, because a
+        word that looks absent is sent as another NaN.
         """
         consists_of_words = x.dtype == torch.float32 or (
             x.dtype in (torch.bfloat16, torch.float16) and width % 2 == 0
