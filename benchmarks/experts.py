@@ -41,9 +41,10 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.grouped import multiply_blocks
-from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_gated, multiply_vector
+from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_gated
 from minidcp.kernels.linear import multiply_by_head
-from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, Tile, Tiles, list_tiles
+from minidcp.kernels.tiles import Tile, Tiles, list_tiles
+from minidcp.kernels.vector_fp8 import multiply_vector
 
 NUM_LAYERS = 4  # whose weights a graph goes through
 
@@ -86,9 +87,8 @@ def make_rows(shape: Shape, blocks: Blocks, gated: bool) -> Weight:
     rows = normal(num_rows, shape.hidden if gated else shape.inter)
     if not shape.fp8:
         return rows
-    # What comes between the products is quantised on the way, but not rounded.
-    direct_rows = rows if gated else rows.float()
-    return direct_rows if blocks.is_direct else quantize(rows)
+    # Between the products of few rows is float32, which the second one quantises.
+    return rows.float() if blocks.is_direct and not gated else quantize(rows)
 
 
 def multiply(shape: Shape, rows: Weight, weight: Stack, blocks: Blocks, tile: Tile) -> object:
@@ -97,20 +97,23 @@ def multiply(shape: Shape, rows: Weight, weight: Stack, blocks: Blocks, tile: Ti
     if isinstance(weight, Tensor):
         assert isinstance(rows, Tensor)
         return multiply_blocks(rows, weight, blocks, tile, gated)
-    if isinstance(rows, Fp8Tensor) and gated:
+    assert not isinstance(weight, Tensor)
+    if gated and not blocks.is_direct:
+        assert isinstance(rows, Fp8Tensor)
         return multiply_gated(rows, weight, blocks, tile)
 
     dim_out = shape.inter if gated else shape.hidden
     dtype = torch.float32 if gated else torch.bfloat16
     out = torch.empty(blocks.num_choices, dim_out, dtype=dtype, device="cuda")
-    if isinstance(rows, Fp8Tensor):
-        multiply_fp8_blocks(rows, weight, blocks, tile, out)
-    else:
+    if blocks.is_direct:
         multiply_vector(rows, weight, blocks, tile, out, gated)
+    else:
+        assert isinstance(rows, Fp8Tensor)
+        multiply_fp8_blocks(rows, weight, blocks, tile, out)
     return out
 
 
-Job = tuple[Shape, bool, Blocking, Tile, bool]  # shape, is_direct, blocking, tile, gated
+Job = tuple[Shape, Blocking, Tile, bool]  # the last says whether the product is gated
 
 
 def list_jobs(shapes: list[Shape], batches: list[int]) -> list[Job]:
@@ -120,17 +123,16 @@ def list_jobs(shapes: list[Shape], batches: list[int]) -> list[Job]:
         for blocking, tile in list_candidates(shape, tokens):
             for gated in (True, False):
                 if fits(shape, blocking, tile, gated):
-                    jobs.add((shape, tokens <= MAX_DIRECT_TOKENS, blocking, tile, gated))
+                    jobs.add((shape, blocking, tile, gated))
     return sorted(jobs, key=str)
 
 
 def compile_tile(job: Job) -> None:
     """Compile a kernel in this process. It stays in Triton's cache on the disk."""
-    shape, is_direct, blocking, tile, gated = job
+    shape, blocking, tile, gated = job
     gate_up, down = make_weights(shape, 2)
     shape = replace(shape, experts=2, top_k=2)
-    num_tokens = 1 if is_direct else 4
-    ids = torch.tensor([[0, 1]] * num_tokens, dtype=torch.int32, device="cuda")
+    ids = torch.tensor([[0, 1]] * 4, dtype=torch.int32, device="cuda")
     blocks = align(ids, 2, *blocking)
     rows = make_rows(shape, blocks, gated)
     try:

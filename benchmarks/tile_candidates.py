@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from minidcp.kernels import get_device_properties
 from minidcp.kernels.fp8 import BLOCK
-from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, Tile, name_shape
+from minidcp.kernels.tiles import MAX_DIRECT_TOKENS, MAX_SPARSE_TOKENS, Tile, name_shape
 
 MAX_SHARED_MEMORY = 220 << 10  # bytes
 
@@ -96,8 +96,8 @@ LARGE_TILES = [
 # In FP8 BK is given. The output of gate|up is quantised 128 values at a time, so its BN is 128.
 FP8_VECTOR_TILES = [
     Tile(bn, bk, warps, 1)
-    for bn, bk, warps in product((2, 4, 8, 16), (512, 1024, 2048), (4, 8))
-    if 4096 <= bn * bk <= 16384
+    for bn, bk, warps in product((2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (4, 8))
+    if 4096 <= bn * bk <= 16384 and bn * bk <= 2048 * warps
 ]
 FP8_SMALL_TILES = [
     Tile(bn, BLOCK, warps, stages)
@@ -112,8 +112,9 @@ FP8_LARGE_TILES = [
 
 
 def list_fp8_candidates(tokens: int, tokens_per_expert: float) -> list[tuple[Blocking, Tile]]:
+    vector_tiles = [(Blocking(1, False), tile) for tile in FP8_VECTOR_TILES]
     if tokens <= MAX_DIRECT_TOKENS:
-        return [(Blocking(1, False), tile) for tile in FP8_VECTOR_TILES]
+        return vector_tiles
     if tokens_per_expert > 60:
         blockings = [Blocking(bm, True) for bm in (64, 128, 256)]
         return list(product(blockings, FP8_LARGE_TILES))
@@ -123,7 +124,8 @@ def list_fp8_candidates(tokens: int, tokens_per_expert: float) -> list[tuple[Blo
         blockings.append(Blocking(32, False))
     if tokens_per_expert >= 10:
         blockings += [Blocking(64, False), Blocking(64, True)]
-    return list(product(blockings, FP8_SMALL_TILES))
+    small_tiles = list(product(blockings, FP8_SMALL_TILES))
+    return [*vector_tiles, *small_tiles] if tokens <= MAX_SPARSE_TOKENS else small_tiles
 
 
 def list_candidates(shape: Shape, tokens: int) -> list[tuple[Blocking, Tile]]:

@@ -19,7 +19,10 @@ EVERYWHERE = {
     "rms_norm_kernel", "route_kernel", "store_latents_kernel", "sum_experts_kernel",
     "sum_peers_kernel",
 }  # fmt: skip
-FP8 = {"multiply_fp8_kernel", "multiply_vector_kernel", "quantize_kernel"}
+FP8 = {
+    "multiply_fp8_kernel", "multiply_gated_vector_kernel", "multiply_vector_kernel",
+    "quantize_kernel",
+}  # fmt: skip
 BOXES = {"gather_rows_kernel", "multiply_sorted_kernel"}  # copied by the tensor memory accelerator
 KERNELS = {
     "8.0": EVERYWHERE,

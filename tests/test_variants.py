@@ -196,8 +196,12 @@ def test_experts(run: Callable[[int], None], launched: Variants) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [partial(run_experts_in_fp8, 66, 1408, 2048), partial(run_experts_in_fp8, 10, 96, 256)],
-    ids=["V2-Lite", "by the rule"],
+    [
+        partial(run_experts_in_fp8, 66, 1408, 2048),
+        partial(run_experts_in_fp8, 10, 96, 256),
+        partial(run_experts_in_fp8, 162, 192, 5120),
+    ],
+    ids=["V2-Lite", "by the rule", "by the rule, many experts"],
 )
 def test_experts_in_fp8(run: Callable[[int], None], launched: Variants) -> None:
     number, inter, hidden = run.args  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minidcp.kernels import launch_early, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
-from minidcp.kernels.tiles import MAX_DIRECT_TOKENS
 
 MAX_CHUNK = 4096  # choices that one program counts at once
 MAX_TOKENS = 2048  # tokens that one program aligns at once
@@ -111,11 +110,11 @@ def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
     """Group the choices ids [T, K] int32 by expert into blocks of up to `bm`.
 
     If a token chooses an expert twice, only one of the two choices is listed. `sort` is handed on
-    as `is_sorted`, except for few tokens.
+    as `is_sorted`. If bm is 1, nothing is grouped: every choice is a block of its own.
     """
     tokens, top_k = ids.shape
     num_choices = ids.numel()
-    if tokens <= MAX_DIRECT_TOKENS:
+    if bm == 1:
         return Blocks(num_choices, bm, max_blocks=num_choices, experts=ids, is_direct=True)
 
     # Every expert that is chosen may have one block that is not full.
@@ -143,7 +142,7 @@ def align(ids: Tensor, num_experts: int, bm: int, sort: bool = False) -> Blocks:
 
 def one_expert(tokens: int, bm: int) -> Blocks:
     """The blocks of a dense product: all tokens in their order."""
-    if tokens <= MAX_DIRECT_TOKENS:
+    if bm == 1:
         return Blocks(tokens, bm, max_blocks=tokens, is_direct=True)
     return Blocks(tokens, bm, triton.cdiv(tokens, bm))
 

@@ -19,7 +19,7 @@ from minidcp.kernels.fp8 import (
     quantize_ref,
     widen,
 )
-from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_vector
+from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks
 from minidcp.kernels.linear import (
     MAX_NORMED,
     MAX_TOKENS_OF_ONE_WEIGHT,
@@ -28,6 +28,7 @@ from minidcp.kernels.linear import (
 )
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.tiles import choose_dense_tile
+from minidcp.kernels.vector_fp8 import multiply_vector
 
 ROWS_ALIGN = 4  # cuBLAS wants the scales of each block to begin at a multiple of 16 bytes
 
@@ -52,10 +53,11 @@ def multiply(x: Activations, weight: Weight, out: Tensor | None = None) -> Tenso
     if out is None:
         out = rows.new_empty(len(rows), len(weight))
     tokens = len(rows)
-    bm, tile = choose_dense_tile(tokens)
+    bm, tile = choose_dense_tile(tokens, weight.shape[1])
     blocks = one_expert(tokens, bm)
     if blocks.is_direct:
-        multiply_vector(rows.contiguous(), weight, blocks, tile, out)
+        inputs = x.fp8 if isinstance(x, Quantized) else rows.contiguous()
+        multiply_vector(inputs, weight, blocks, tile, out)
         return out
 
     fp8 = x.fp8 if isinstance(x, Quantized) else quantize(rows)

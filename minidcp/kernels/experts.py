@@ -1,7 +1,7 @@
 """The experts of a layer: down(silu(gate(x)) · up(x)) for every token and each expert it chose.
 
 `route.py` chooses the experts, `align.py` groups the choices into blocks, `tiles.py` says how the
-work is cut, `grouped.py` and `grouped_fp8.py` have the products."""
+work is cut, `grouped.py`, `grouped_fp8.py` and `vector_fp8.py` have the products."""
 
 from typing import NamedTuple
 
@@ -24,9 +24,10 @@ from minidcp.kernels.fp8 import (
     widen,
 )
 from minidcp.kernels.grouped import can_copy_boxes, multiply_blocks
-from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_gated, multiply_vector
+from minidcp.kernels.grouped_fp8 import multiply_fp8_blocks, multiply_gated
 from minidcp.kernels.norm import sum_scaled_ref
 from minidcp.kernels.tiles import choose_tiles
+from minidcp.kernels.vector_fp8 import multiply_vector
 
 
 class ExpertOutputs(NamedTuple):
@@ -151,7 +152,8 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
         out = wide_x.new_empty(blocks.num_choices, hidden)
         # h is not rounded twice: it is quantised on the way to its product.
         wide_h = torch.empty(blocks.num_choices, inter, dtype=torch.float32, device=out.device)
-        multiply_vector(wide_x, gate_up, blocks, tiles.gate_up, wide_h, gated=True)
+        inputs = x.fp8 if isinstance(x, Quantized) else wide_x
+        multiply_vector(inputs, gate_up, blocks, tiles.gate_up, wide_h, gated=True)
         multiply_vector(wide_h, down, blocks, tiles.down, out)
         return out
 

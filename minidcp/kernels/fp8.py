@@ -2,7 +2,7 @@
 
 Weights are stored so, and activations are quantised on the way to their product, as DeepSeek-V3
 was trained (arXiv:2412.19437, §3.3). A value is worth values · scales. The products are in
-`grouped_fp8.py` and `dense.py`."""
+`grouped_fp8.py`, `vector_fp8.py` and `dense.py`."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,6 @@ from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
 
 BLOCK = 128  # values of a row that share a scale; weights may have fewer
-# So few activations are quantised by the kernel that multiplies them: a launch would take longer.
-MAX_UNQUANTIZED_ROWS = 2
 MIN_BLOCK = 32  # what tensor cores multiply at once
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = tl.constexpr(448.0)

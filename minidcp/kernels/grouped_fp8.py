@@ -1,7 +1,6 @@
 """The experts' products in FP8; a dense product is that of one expert. Weights and rows meet on
 tensor cores. Their scales are applied behind them, block by block: the tensor cores' own sum is not
-exact enough for a whole row (arXiv:2412.19437, §3.3.2). One or two rows are multiplied on CUDA
-cores, as in `linear.py`."""
+exact enough for a whole row (arXiv:2412.19437, §3.3.2). Few rows go to `vector_fp8.py`."""
 
 from typing import Any, NamedTuple
 
@@ -16,76 +15,6 @@ from minidcp.kernels.grouped_fp8_hopper import multiply_on_hopper
 from minidcp.kernels.tiles import Tile
 
 X_BLOCK = tl.constexpr(BLOCK)
-
-
-@triton.jit(do_not_specialize=["choices_per_row", "num_tiles"])
-def multiply_vector_kernel(
-    x, weight, weight_scales, experts, out,
-    choices_per_row, dim_in, dim_out, num_tiles, weight_e, weight_b, weight_n,
-    GATED: tl.constexpr, W_BLOCK: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """BN outputs of one choice. x is quantised here, because a launch for that takes longer.
-
-    The names are those of `grouped.py`. `experts` is None if there is only one. The last three
-    numbers are strides of the weight: of an expert, a block and a row.
-    """
-    wait_for_previous(EARLY)
-    choice = (tl.program_id(0) // num_tiles).to(tl.int64)
-    n = tl.program_id(0) % num_tiles * BN + tl.arange(0, BN)
-    num_rows = dim_out * (2 if GATED else 1)
-    num_blocks = dim_in // W_BLOCK
-    if experts is not None:
-        expert = tl.load(experts + choice).to(tl.int64)
-        weight += expert * weight_e
-        weight_scales += expert * num_blocks * num_rows
-    x_row = x + choice // choices_per_row * dim_in
-
-    # Of the blocks that are multiplied at once, [BN, BK / W_BLOCK, W_BLOCK].
-    row = n % dim_out
-    block = tl.arange(0, BK // W_BLOCK)
-    column = tl.arange(0, W_BLOCK)[None, None, :]
-    values = weight + row[:, None, None].to(tl.int64) * weight_n + column
-    scales = weight_scales + row[:, None]
-
-    acc = tl.zeros([BN], tl.float32)
-    up = tl.zeros([BN], tl.float32)
-    for first in range(0, dim_in, BK):
-        inputs = load_rounded(x_row, first, dim_in, BK)
-        inputs = tl.reshape(inputs, [1, BK // W_BLOCK, W_BLOCK])
-        now = first // W_BLOCK + block
-        is_block = now < num_blocks
-        value_offset = now[None, :, None].to(tl.int64) * weight_b
-        scale_offset = now[None, :] * num_rows
-        acc += multiply_rows(values + value_offset, scales + scale_offset, is_block, inputs)
-        if GATED:
-            up_values = values + dim_out.to(tl.int64) * weight_n
-            up_scales = scales + dim_out
-            up += multiply_rows(
-                up_values + value_offset, up_scales + scale_offset, is_block, inputs
-            )
-    if GATED:
-        acc = acc / (1 + tl.exp(-acc)) * up
-    tl.store(out + choice * dim_out + n, acc.to(out.dtype.element_ty), mask=n < dim_out)
-
-
-@triton.jit
-def load_rounded(x_row, first, dim_in, BK: tl.constexpr):
-    """Inputs [first, first + BK) as they are once quantised, in float32."""
-    k = first + tl.arange(0, BK)
-    inputs = tl.load(x_row + k, mask=k < dim_in, other=0.0).to(tl.float32)
-    by_block = tl.reshape(inputs, [BK // X_BLOCK, X_BLOCK])
-    scale = find_scale(by_block, 1)[:, None]
-    by_block = (by_block / scale).to(tl.float8e4nv).to(tl.float32) * scale
-    return tl.reshape(by_block, [BK])
-
-
-@triton.jit
-def multiply_rows(values, scales, is_block, inputs):
-    """Some blocks of the weight's rows, values [BN, blocks, W_BLOCK], times the inputs: [BN]."""
-    w = tl.load(values, mask=is_block[None, :, None], other=0.0).to(tl.float32)
-    by_block = tl.sum(w * inputs, 2)
-    return tl.sum(by_block * tl.load(scales, mask=is_block[None, :], other=0.0), 1)
 
 
 @triton.jit(
@@ -211,33 +140,6 @@ def make_operand(weight: Fp8Tensor | Fp8Stack) -> Operand:
         strides = (values.stride(0), values.stride(1), values.stride(2))
     assert dim_in % weight.block == 0
     return Operand(values, weight.scales, weight.block, dim_in, dim_out, strides)
-
-
-def multiply_vector(
-    x: Tensor,
-    weight: Fp8Tensor | Fp8Stack,
-    blocks: Blocks,
-    tile: Tile,
-    out: Tensor,
-    gated: bool = False,
-) -> None:
-    """One product where every choice is a block of its own. x is not in FP8 yet.
-
-    Args:
-        x: [T, I], or [T · K, I] with a row for each choice.
-        weight: [E, O, I], or [E, 2 O, I] if gated; a matrix [O, I] stands for one expert.
-        out: [T · K, O], where the result is written.
-        gated: the result is silu(gate) · up.
-    """
-    w = make_operand(weight)
-    num_choices, dim_out = out.shape
-    num_tiles = triton.cdiv(dim_out, tile.bn)
-    multiply_vector_kernel[(num_choices * num_tiles,)](
-        x, w.values, w.scales, blocks.experts, out,
-        num_choices // len(x), w.dim_in, dim_out, num_tiles, *w.strides,
-        GATED=gated, W_BLOCK=w.block, BN=tile.bn, BK=tile.bk,
-        num_warps=tile.warps, **launch_early(),
-    )  # fmt: skip
 
 
 def multiply_fp8_blocks(

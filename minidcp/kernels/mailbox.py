@@ -14,7 +14,7 @@ from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.fp8 import BLOCK, Activations, Quantized, allocate_rows
 from minidcp.kernels.meeting import begin
 from minidcp.kernels.merge import add_partials, store_merged
-from minidcp.kernels.norm import add_and_norm_row, quantizes_rows, sum_parts
+from minidcp.kernels.norm import add_and_norm_row, sum_parts
 
 # An inbox consists of words of 32 bits, each one float32 or two halves. A word that has not come
 # has all bits set. That is a NaN in every float type, so it looks the same whatever comes next.
@@ -250,7 +250,7 @@ def norm_mail(
     tokens, dim = residual.shape
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    fp8 = allocate_rows(tokens, dim, x.device) if quantizes_rows(quantizes, tokens) else None
+    fp8 = allocate_rows(tokens, dim, x.device) if quantizes else None
 
     # A word or more for each thread; see `look`.
     values_per_word = 4 // x.element_size()

@@ -8,7 +8,6 @@ from minidcp.kernels import launch_early, use_triton, wait_for_previous
 from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.fp8 import (
     BLOCK,
-    MAX_UNQUANTIZED_ROWS,
     Activations,
     Quantized,
     allocate_rows,
@@ -124,13 +123,12 @@ def rms_norm(
         eps: added to the mean square.
         residual: [T, D], contiguous in D.
         scales: [T, K] float32; needs a residual.
-        quantizes: the normed rows are wanted in FP8, too, if `quantizes_rows` says so.
+        quantizes: the normed rows are wanted in FP8, too.
 
     Returns:
         Two tensors [T, D] in x's dtype.
     """
     tokens = len(x)
-    quantizes = quantizes_rows(quantizes, tokens)
     if not use_triton(x):
         normed, total = rms_norm_ref(x, weight, eps, residual, scales)
         return Quantized(normed, quantize_ref(normed)) if quantizes else normed, total
@@ -161,8 +159,3 @@ def rms_norm(
         TOP_K=top_k, DIM=width, BLOCK=min(width, BLOCK), num_warps=num_warps, **launch_early(),
     )  # fmt: skip
     return out if fp8 is None else Quantized(out, fp8), total
-
-
-def quantizes_rows(wanted: bool, tokens: int) -> bool:
-    """Whether a norm quantises its rows. The products of a few rows do that themselves."""
-    return wanted and tokens > MAX_UNQUANTIZED_ROWS

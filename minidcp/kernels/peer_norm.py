@@ -9,7 +9,7 @@ from torch import Tensor
 from minidcp.kernels.compiler import tl, triton
 from minidcp.kernels.fp8 import BLOCK, Activations, Quantized, allocate_rows
 from minidcp.kernels.meeting import Meeting, begin, load_peer_pointer, meet
-from minidcp.kernels.norm import add_and_norm_row, quantizes_rows, sum_parts
+from minidcp.kernels.norm import add_and_norm_row, sum_parts
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -71,7 +71,7 @@ def norm_peers(
     tokens, dim = residual.shape
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    fp8 = allocate_rows(tokens, dim, x.device) if quantizes_rows(quantizes, tokens) else None
+    fp8 = allocate_rows(tokens, dim, x.device) if quantizes else None
     width = triton.next_power_of_2(dim)
     # Measured with 5,120 columns: 16 warps for the sum of a token's experts, else 8.
     values_per_program = width if scales is not None else width // 2

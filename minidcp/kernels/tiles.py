@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minidcp.kernels import get_device_properties
-from minidcp.kernels.fp8 import BLOCK, MAX_UNQUANTIZED_ROWS
+from minidcp.kernels.fp8 import BLOCK
 
 TABLE = Path(__file__).parent / "tiles.json"
 # Up to this many tokens every choice is a block of its own; see `align.py`.
-MAX_DIRECT_TOKENS = MAX_UNQUANTIZED_ROWS
+MAX_DIRECT_TOKENS = 2
+MAX_SPARSE_TOKENS = 4  # the same for narrow experts that two tokens hardly ever choose both
 ANY_NUMBER_OF_TOKENS = 1 << 20
 HOPPER_WARPS = 9
 MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
@@ -69,7 +70,7 @@ def list_tiles(
     rows = table.get(name_shape(num_experts, hidden, inter, fp8))
     tiles_up_to = {}
     if rows is None:
-        tiles_up_to = make_tiles_by_rule(num_experts / top_k, fp8)
+        tiles_up_to = make_tiles_by_rule(num_experts / top_k, inter, fp8)
     else:
         for max_tokens, (bm, sort, gate_up, down) in rows.items():
             tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
@@ -94,30 +95,47 @@ def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
     return f"{num_experts}x{hidden}x{inter}" + (" fp8" if fp8 else "")
 
 
-def make_tiles_by_rule(experts_per_choice: float, fp8: bool) -> dict[int, Tiles]:
+def make_tiles_by_rule(experts_per_choice: float, inter: int, fp8: bool) -> dict[int, Tiles]:
     """The tokens that an expert gets on average fill one block, so its weights are read once.
 
     There are `experts_per_choice` times as many tokens as an expert gets on average.
     """
     vector = Tile(16, 512, 4, 1)
+    direct = {MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector)}
     small = Tile(64, 128, 4, 4)
     medium = small
     large = Tile(128, 64, 8, 3)
     largest_bm = 128
     if fp8:
         # A program quantises the outputs of gate_up, so it has a whole block of them.
-        vector = Tile(4, 1024, 4, 1)
+        direct = make_vector_tiles(experts_per_choice, inter)
         small = Tile(BLOCK, BLOCK, 4, 4)
         large = Tile(BLOCK, BLOCK, 8, 3)
         medium = large
         largest_bm = 64
     return {
-        MAX_DIRECT_TOKENS: Tiles(1, False, vector, vector),
+        **direct,
         int(12 * experts_per_choice): Tiles(16, False, small, small),
         int(24 * experts_per_choice): Tiles(32, False, small, small),
         int(64 * experts_per_choice): Tiles(64, False, medium, medium),
         ANY_NUMBER_OF_TOKENS: Tiles(largest_bm, True, large, large),
     }
+
+
+def make_vector_tiles(experts_per_choice: float, inter: int) -> dict[int, Tiles]:
+    """Those of `vector_fp8.py`."""
+    if not has_vector_kernel():
+        return {}
+    gate_up = Tile(16, 512, 4, 1) if inter > 512 else Tile(4, 1024, 4, 1)
+    down = Tile(32, 256, 4, 1) if inter > 1024 else Tile(64, 128, 4, 1)
+    is_sparse = experts_per_choice >= 16 and inter <= 2 * BLOCK
+    most_tokens = MAX_SPARSE_TOKENS if is_sparse else MAX_DIRECT_TOKENS
+    return {most_tokens: Tiles(1, False, gate_up, down)}
+
+
+def has_vector_kernel() -> bool:
+    """Whether there is a GPU that knows FP8. The kernel is in Gluon, which has no interpreter."""
+    return get_device_properties().capability >= (8, 9)
 
 
 def choose_tiles(
@@ -134,10 +152,11 @@ def choose_by_limit(tiles_up_to: dict[int, Tiles], tokens: int) -> Tiles:
     return list(tiles_up_to.values())[-1]
 
 
-def choose_dense_tile(tokens: int) -> tuple[int, Tile]:
+def choose_dense_tile(tokens: int, dim_in: int) -> tuple[int, Tile]:
     """`bm` and the tile of a dense product in FP8 that cuBLAS does not have."""
-    if tokens <= MAX_DIRECT_TOKENS:
-        return 1, Tile(4, 2048, 4, 1)
+    if tokens <= MAX_DIRECT_TOKENS and has_vector_kernel():
+        # Registers for all inputs of a row are left only for one token.
+        return 1, Tile(8 if tokens == 1 and dim_in <= 2048 else 4, 2048, 4, 1)
     if tokens <= 32:
         return 16, Tile(64, BLOCK, 4, 6)
     if tokens <= 128:

@@ -24,12 +24,12 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.tiles import list_tiles, make_tiles_by_rule
+from minidcp.kernels.tiles import choose_tiles, list_tiles, make_tiles_by_rule
 
 pytestmark = pytest.mark.gpu
 
 # From 130 on, experts use the kernel for Hopper. At 130 its second group hardly ever has rows.
-TOKENS = [1, 2, 3, 8, 9, 40, 130, 700, 3000]
+TOKENS = [1, 2, 3, 4, 8, 9, 40, 130, 700, 3000]
 
 
 def normal(*shape: int) -> Tensor:
@@ -100,13 +100,30 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
     assert torch.equal(captured, out)
 
 
+@pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (5120, 768), (7168, 256), (160, 96)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None:
+    """Tiles by rule, where each choice is a block of its own up to two or four tokens."""
+    torch.manual_seed(tokens)
+    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    assert is_direct == (tokens <= 2 or inter <= 256)
+    gate_up = make_stack(33, 2 * inter, hidden)
+    down = make_stack(33, hidden, inter)
+    x, weights = normal(tokens, hidden), torch.rand(tokens, 2, device="cuda")
+    ids = draw_ids(tokens, 33, 2)
+    expected = run_defined(x, gate_up, down, weights, ids)
+    for given in (x, Quantized(x, quantize(x))):
+        out = run_experts(given, gate_up, down, weights, ids).sum()
+        assert relative_error(out, expected) < 8e-3
+
+
 @pytest.mark.parametrize(("hidden", "inter"), [(2048, 1408), (224, 160)])
 def test_sorted_experts_without_the_kernel_for_hopper(
     hidden: int, inter: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As newer GPUs multiply them."""
     torch.manual_seed(0)
-    tiles = make_tiles_by_rule(3, fp8=True)
+    tiles = make_tiles_by_rule(3, inter, fp8=True)
     monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape: tiles)
     gate_up, down = make_stack(18, 2 * inter, hidden), make_stack(18, hidden, inter)
     x, weights, ids = normal(700, hidden), torch.rand(700, 6, device="cuda"), draw_ids(700, 18, 6)
@@ -142,13 +159,14 @@ def test_dense(tokens: int, rows: int, columns: int, monkeypatch: pytest.MonkeyP
     assert multiply(x, weight, place) is place
     assert relative_error(place, expected) < 2.5e-3  # rounding to bf16
     assert torch.equal(multiply(x, weight), place)
+    assert relative_error(multiply(Quantized(x, quantize(x)), weight), expected) < 2.5e-3
 
     monkeypatch.setattr(dense, "can_use_cublas", lambda weight, out: False)
     assert relative_error(multiply(x, weight), expected) < 2.5e-3
 
 
 @pytest.mark.parametrize("dim", [96, 1536, 2048, 7168])
-@pytest.mark.parametrize("tokens", [3, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 700])
 def test_the_norm_quantises_what_it_returns(tokens: int, dim: int) -> None:
     torch.manual_seed(tokens)
     x, residual, weight = normal(tokens, dim), normal(tokens, dim), normal(dim)
