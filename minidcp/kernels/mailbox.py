@@ -34,8 +34,8 @@ class Mailbox:
 
     Attributes:
         rank: this rank.
-        regions: of either region, [N] int64: the address in every rank's inbox. Each is a multiple
-            of 16, where [N, PLACE_BYTES] begin that are absent at first.
+        regions: for each of the two regions, its address in every rank's inbox, [N] int64. The
+            addresses are multiples of 16. [N, PLACE_BYTES] lie there, all of it absent at first.
         programs: the largest number of programs of a kernel, the same on every rank. Where ranks
             share a GPU, the peers' programs must fit beside them.
     """
@@ -53,7 +53,7 @@ def load_inboxes(inboxes, rank, RANKS: tl.constexpr):
     """Every rank's inbox, a tuple that begins with the next rank's and ends with this rank's.
 
     So each rank begins to send somewhere else. The addresses never change: this may come before
-    `begin`. All are loaded before the first store, behind which the compiler would keep them.
+    `begin`. All are loaded before the first store: the compiler moves no load ahead of a store.
     """
     found = ()
     for i in tl.static_range(RANKS):

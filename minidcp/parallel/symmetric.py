@@ -30,10 +30,11 @@ HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 ONE_SHOT_BYTES = 512 << 10
 
 # Up to so many bytes from one rank to another go by mail. That is one trip instead of two, but the
-# data is written to memory once more. The limits are at most PLACE_BYTES.
-GATHER_MAIL_BYTES = 128 << 10
-NORM_MAIL_BYTES = 128 << 10
-MERGE_MAIL_BYTES = 128 << 10
+# data is written to memory once more. Of what fits into an inbox, mail was always faster, with two
+# ranks (`benchmarks/NOTES.md`).
+GATHER_MAIL_BYTES = PLACE_BYTES
+NORM_MAIL_BYTES = PLACE_BYTES
+MERGE_MAIL_BYTES = PLACE_BYTES
 
 
 class SymmetricGroup(Group):
@@ -169,8 +170,8 @@ class SymmetricGroup(Group):
     def goes_by_mail(self, x: Tensor, width: int, nbytes: int, limit: int) -> bool:
         """Whether rows of x, of `width` values, are fit for the inboxes.
 
-        `nbytes` is what each rank sends to each. Whether the rows are whole words of floats matters
-        because a word that looks absent is sent as another NaN.
+        `nbytes` is what a rank sends to each peer. Rows must be whole words of floats, because a
+        word that looks absent is sent as another NaN.
         """
         consists_of_words = x.dtype == torch.float32 or (
             x.dtype in (torch.bfloat16, torch.float16) and width % 2 == 0

@@ -1,7 +1,7 @@
 """CUDA graphs of steps, one for each number of tokens of a ladder, and of the MTP layer. In a graph
-every token is a decode row of its own, also those of short prompts. Fewer tokens are padded. A
-padded row has local length 0 and slot_mapping -1: it reads nothing from the cache, writes nothing
-there, and nobody looks at its token. Next: `sampler.py`."""
+every token is a decode row of its own, also those of short prompts. Steps of fewer tokens are
+padded. A padded row has local length 0 and slot_mapping -1: it reads nothing from the cache, writes
+nothing there, and nobody looks at its token. Next: `sampler.py`."""
 
 import bisect
 from collections.abc import Callable, Sequence
