@@ -14,7 +14,6 @@ TABLE = Path(__file__).parent / "tiles.json"
 MAX_DIRECT_TOKENS = 2
 MAX_SPARSE_TOKENS = 4  # the same for narrow experts that two tokens hardly ever choose both
 ANY_NUMBER_OF_TOKENS = 1 << 20
-HOPPER_WARPS = 9
 MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
 
 
@@ -22,18 +21,15 @@ class Tile(NamedTuple):
     """What one program computes of a product: `bn` outputs, `bk` inputs at a time.
 
     Inputs are in bf16 or FP8; half as many where they are in float32. On tensor cores those in FP8
-    come as many at a time as share a scale, which is `bk` where a weight's rows allow it.
+    come as many at a time as share a scale, which is `bk` where a weight's rows allow it. Tiles for
+    Hopper are those of `grouped_fp8_hopper.py`.
     """
 
     bn: int
     bk: int
     warps: int
     stages: int
-
-    @property
-    def is_for_hopper(self) -> bool:
-        """Whether it is one of `grouped_fp8_hopper.py`: eight warps multiply, and one copies."""
-        return self.warps == HOPPER_WARPS
+    is_for_hopper: bool = False
 
 
 class Tiles(NamedTuple):
@@ -50,8 +46,8 @@ class Tiles(NamedTuple):
 HOPPER_TILES = Tiles(
     bm=128,
     sort=True,
-    gate_up=Tile(128, BLOCK, HOPPER_WARPS, 4),
-    down=Tile(256, BLOCK, HOPPER_WARPS, 4),
+    gate_up=Tile(128, BLOCK, 8, 4, is_for_hopper=True),
+    down=Tile(256, BLOCK, 8, 4, is_for_hopper=True),
 )
 
 
