@@ -17,7 +17,7 @@ CHECKS = (
 
 
 def test_schema(demo: Path, tmp_path: Path) -> None:
-    flags = ["--ranks", "threads", "--tp-size", "2", "--dcp-size", "2", "--max-model-len", "64"]
+    flags = ["--ranks", "threads", "--max-model-len", "64"]
     server = Server(demo, tmp_path, *flags, "--served-model-name", "demo")
     try:
         server.wait_until_healthy()
