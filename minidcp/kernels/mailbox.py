@@ -79,7 +79,8 @@ def look(inbox, offset, mask, RANKS: tl.constexpr):
     words = ()
     for n in tl.static_range(RANKS):
         place = inbox + n * PLACE_WORDS
-        words += (tl.load(place + offset, mask=mask, other=0, volatile=True),)  # type: ignore[assignment]
+        found = tl.load(place + offset, mask=mask, other=0, volatile=True)
+        words += (found,)  # type: ignore[assignment]
     return words
 
 

@@ -13,16 +13,23 @@ def read_tokens_ref(codes: Tensor, remembered: Tensor, slots: Tensor) -> Tensor:
     return torch.where(codes < 0, remembered[slots, places], codes)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["codes", "slots"])
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["codes", "slots"],  # they are parts of a larger tensor
+)
 def read_tokens_kernel(
-    codes, remembered, slots, out, rows, slot_stride, ROWS: tl.constexpr, EARLY: tl.constexpr
-):
+    codes, remembered, slots, out,
+    rows, slot_stride,
+    ROWS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program reads ROWS tokens."""
     wait_for_previous(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     code = tl.load(codes + row, mask=mask, other=0)
     slot = tl.load(slots + row, mask=mask, other=0).to(tl.int64)
-    known = tl.load(remembered + slot * slot_stride - 1 - code, mask=mask & (code < 0), other=0)
+    place = -1 - code
+    known = tl.load(remembered + slot * slot_stride + place, mask=mask & (code < 0), other=0)
     tl.store(out + row, tl.where(code < 0, known, code.to(tl.int64)), mask=mask)
 
 

@@ -122,7 +122,9 @@ class MLAAttention:
         if batch.decode is not None:
             rows = slice(0, batch.num_decode_tokens)
             q = self.project_decode_q(q_input[rows], batch.decode)
-            new = self.describe(new_latents[rows], cos_sin[rows], kv, batch.slot_mapping[rows])
+            new = self.make_new_latents(
+                new_latents[rows], cos_sin[rows], kv, batch.slot_mapping[rows]
+            )
             out, _ = self.attend_cache(q, kv, batch.decode, new)
             outs.append(out)
         if batch.prefill is not None:
@@ -164,13 +166,13 @@ class MLAAttention:
 
         Returns all latents [T, C + rope], normed and rotated.
         """
-        new = self.describe(new_latents, cos_sin, kv, slot_mapping)
+        new = self.make_new_latents(new_latents, cos_sin, kv, slot_mapping)
         return store_latents(new, q[..., self.config.qk_nope_head_dim :])
 
-    def describe(
+    def make_new_latents(
         self, new_latents: Tensor, cos_sin: Tensor, kv: Tensor, slot_mapping: Tensor
     ) -> NewLatents:
-        """Latents that are to be stored."""
+        """What `store_latents` and `absorb_query` take of these tokens."""
         norm = self.kv_a_layernorm
         return NewLatents(new_latents, norm.weight, norm.eps, cos_sin, kv, slot_mapping)
 

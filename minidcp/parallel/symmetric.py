@@ -32,9 +32,7 @@ ONE_SHOT_BYTES = 512 << 10
 # Up to so many bytes from one rank to another go by mail. That is one trip instead of two, but the
 # data is written to memory once more. Of what fits into an inbox, mail was always faster, with two
 # ranks (`benchmarks/NOTES.md`).
-GATHER_MAIL_BYTES = PLACE_BYTES
-NORM_MAIL_BYTES = PLACE_BYTES
-MERGE_MAIL_BYTES = PLACE_BYTES
+MAIL_BYTES = PLACE_BYTES
 
 
 class SymmetricGroup(Group):
@@ -167,7 +165,7 @@ class SymmetricGroup(Group):
             piece = slice(start, start + rows_per_piece)
             yield piece, self.stage(x[piece])
 
-    def goes_by_mail(self, x: Tensor, width: int, nbytes: int, limit: int) -> bool:
+    def goes_by_mail(self, x: Tensor, width: int, nbytes: int) -> bool:
         """Whether rows of x, of `width` values, are fit for the inboxes.
 
         `nbytes` is what a rank sends to each peer. Rows must be whole words of floats, because a
@@ -176,7 +174,7 @@ class SymmetricGroup(Group):
         consists_of_words = x.dtype == torch.float32 or (
             x.dtype in (torch.bfloat16, torch.float16) and width % 2 == 0
         )
-        return consists_of_words and 0 < nbytes <= min(limit, PLACE_BYTES)
+        return consists_of_words and 0 < nbytes <= MAIL_BYTES
 
     def open_region(self, x: Tensor) -> Tensor:
         """Begin a call by mail, which reads x wherever it is. Returns where the region is.
@@ -213,7 +211,7 @@ class SymmetricGroup(Group):
     ) -> tuple[Activations, Tensor]:
         if residual.nbytes > ONE_SHOT_BYTES:
             return super().all_reduce_and_norm(x, scales, residual, weight, eps, quantizes)
-        if self.goes_by_mail(x, residual.shape[1], residual.nbytes, NORM_MAIL_BYTES):
+        if self.goes_by_mail(x, residual.shape[1], residual.nbytes):
             inboxes = self.open_region(x)
             self.count_received(residual, self.size - 1)
             return norm_mail(self.mailbox, inboxes, x, scales, residual, weight, eps, quantizes)
@@ -227,7 +225,7 @@ class SymmetricGroup(Group):
 
     def all_gather(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[1:])
-        if self.goes_by_mail(x, width, x.nbytes, GATHER_MAIL_BYTES):
+        if self.goes_by_mail(x, width, x.nbytes):
             out = x.new_empty(len(x), self.size, *x.shape[1:])
             inboxes = self.open_region(x)
             gather_mail(self.mailbox, inboxes, x.reshape(len(x), width).contiguous(), out)
@@ -269,7 +267,7 @@ class SymmetricGroup(Group):
         self.count_received(merged, self.size - 1)
         self.count_received(merged_lse, self.size - 1)
         sent_bytes = merged.nbytes + merged_lse.nbytes
-        if self.goes_by_mail(out, dim, sent_bytes, MERGE_MAIL_BYTES):
+        if self.goes_by_mail(out, dim, sent_bytes):
             inboxes = self.open_region(out)
             merge_mail(self.mailbox, inboxes, out.contiguous(), lse, merged, merged_lse)
             return merged, merged_lse

@@ -294,7 +294,8 @@ class ModelRunner:
         """
         if self.graphs is None:
             return False
-        if plan.num_decode == len(plan.slots):
+        is_pure_decode = plan.num_decode == len(plan.slots)
+        if is_pure_decode:
             return True
         return self.graphs.has_room(plan.num_tokens) and self.policy.suits_decode(plan)
 
