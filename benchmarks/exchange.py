@@ -32,7 +32,7 @@ from minidcp.kernels.peer import merge_peers
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
-from minidcp.models.deepseek import MLAAttention
+from minidcp.models.mla import MLAAttention
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.exchange import EXCHANGES, PeerToPeer, make_exchange
 from minidcp.parallel.group import Group

@@ -9,6 +9,7 @@ import torch
 from checkpoints import STYLES, Oracle, build_oracle
 
 from minidcp.batch import ForwardBatch, StepPlan
+from minidcp.worker import prompt_graphs
 from minidcp.worker.cuda_graph import CapturedStep, DecodeGraphs, GraphLadder
 from minidcp.worker.model_runner import ModelRunner
 
@@ -67,6 +68,9 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
         graph = EagerGraph(run)
         return CapturedStep(graph, graph.outputs, 0)
 
+    def capture_piece(run: Callable[[], Tensors], pool: object, state: object) -> CapturedStep:
+        return CapturedStep(EagerGraph(run), (), 0)
+
     def allocate_cache(self: ModelRunner, num_blocks: int) -> None:
         allocate(self, num_blocks)
         self.make_graphs()
@@ -79,5 +83,6 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
 
     monkeypatch.setattr(DecodeGraphs, "replay", note_step)
     monkeypatch.setattr(GraphLadder, "capture", capture)
+    monkeypatch.setattr(prompt_graphs, "capture", capture_piece)
     monkeypatch.setattr(ModelRunner, "allocate_cache", allocate_cache)
     return replayed

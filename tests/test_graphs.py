@@ -17,9 +17,10 @@ from minidcp.model_config import ModelConfig
 from minidcp.parallel.state import build_thread_states
 from minidcp.request import RequestOutput
 from minidcp.resolve import resolve
-from minidcp.worker import cuda_graph
+from minidcp.worker import cuda_graph, prompt_graphs
 from minidcp.worker.cuda_graph import CapturedStep, GraphLadder, ladder
 from minidcp.worker.model_runner import ModelRunner
+from minidcp.worker.prompt_graphs import PromptGraphs, ReplayedPieces
 
 COMMON = dict(
     device="cpu",
@@ -75,6 +76,48 @@ def test_tokens_and_logprobs_are_those_of_transformers(
     assert any(plan.num_decode > 0 for plan in with_prompts)
     assert any(max(plan.starts[plan.num_decode :]) > 0 for plan in with_prompts)
     assert COMMON["max_num_seqs"] < max(plan.num_tokens for plan in eager_graphs) <= 36
+
+
+@pytest.mark.parametrize(
+    ("tp", "dcp", "options"),
+    [
+        (1, 1, dict(prefill_strategy="gather_kv")),
+        (2, 2, dict(prefill_strategy="gather_kv")),
+        (4, 2, dict(prefill_strategy="gather_kv", **NGRAM)),
+        (4, 4, dict(q_proj="replicated")),
+    ],
+)
+def test_prompts_between_whose_attentions_graphs_run(
+    oracle: Oracle,
+    eager_graphs: list[StepPlan],
+    tp: int,
+    dcp: int,
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of steps with prompts, chunks of prompts, and decode rows; the largest have no graphs."""
+    sizes = [4, 16, 32]
+    monkeypatch.setattr(cuda_graph, "SHORT_PROMPTS", 1)
+    monkeypatch.setattr(prompt_graphs, "list_sizes", lambda max_tokens: sizes)
+    start = PromptGraphs.start
+    numbers = []
+
+    def start_with_garbage(self: PromptGraphs, x: torch.Tensor) -> ReplayedPieces:
+        numbers.append(len(x))
+        for tensor in (self.x, self.attended, self.q_input, self.new_latents, self.hidden):
+            tensor.normal_(std=100.0)  # in the rows of padding it must not matter
+        return start(self, x)
+
+    monkeypatch.setattr(PromptGraphs, "start", start_with_garbage)
+    outputs = generate(oracle, oracle.prompts, GREEDY, tp_size=tp, dcp_size=dcp, **options)
+    for output, tokens, logprobs in zip(outputs, oracle.tokens, oracle.logprobs, strict=True):
+        completion = output.outputs[0]
+        assert completion.token_ids == tokens
+        for step, expected in zip(completion.logprobs, logprobs, strict=True):
+            for token, logprob in step.top:
+                assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+    assert max(numbers) <= 32
+    assert any(number not in sizes for number in numbers)
 
 
 def test_a_cached_prefix_and_equal_prompts_of_one_step(

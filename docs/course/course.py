@@ -15,8 +15,8 @@ from minidcp.kernels.fp8 import widen
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.checkpoint import CheckpointSource
-from minidcp.models.deepseek import MLAAttention
 from minidcp.models.layers import RMSNorm
+from minidcp.models.mla import MLAAttention
 from minidcp.models.rope import rotary_table
 from minidcp.models.weights import Weights
 from minidcp.parallel.state import ParallelState, build_thread_states

@@ -1,6 +1,6 @@
 """How a prompt's new tokens see the context that is in the cache already: an earlier chunk, or a
-prefix that another request left. There are two exact ways, and a cost model that picks one. Next:
-`models/deepseek.py`, which attends to the pieces that are made here."""
+prefix that another request left. There are two exact ways, and a cost model that picks one.
+`models/mla.py` attends to the pieces that are made here. Next: `models/deepseek.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """CUDA graphs of steps, one for each number of tokens of a ladder, and of the MTP layer. In a graph
 every token is a decode row of its own, also those of short prompts. Steps of fewer tokens are
 padded. A padded row has local length 0 and slot_mapping -1: it reads nothing from the cache, writes
-nothing there, and nobody looks at its token. Next: `sampler.py`."""
+nothing there, and nobody looks at its token. Next: `prompt_graphs.py`."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -53,9 +53,20 @@ def ladder(max_size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CapturedStep:
+    """A graph of a step, or of a piece of one."""
+
     graph: torch.cuda.CUDAGraph
     outputs: tuple[Tensor, ...]  # each [B, …], written by each replay
     received_bytes: int  # what a replay receives from other ranks
+
+
+def capture(run: Callable[[], tuple[Tensor, ...]], pool: Any, state: ParallelState) -> CapturedStep:
+    """Capture what `run` launches. `pool` is the memory to take, or None for memory of its own."""
+    received_before = state.received_bytes
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = run()
+    return CapturedStep(graph, outputs, state.received_bytes - received_before)
 
 
 class GraphInputs:
@@ -148,12 +159,7 @@ class GraphLadder:
 
     def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> CapturedStep:
         run()  # compiles kernels and fills caches, which a capture must not do
-        torch.cuda.synchronize()
-        received_before = self.state.received_bytes
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
-        return CapturedStep(graph, outputs, self.state.received_bytes - received_before)
+        return capture(run, self.pool, self.state)
 
     def find_size(self, num_rows: int) -> int:
         """The smallest graph that so many rows fit in."""

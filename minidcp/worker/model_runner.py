@@ -25,6 +25,7 @@ from minidcp.worker.drafts import find_drafts, judge
 from minidcp.worker.loader import ModelLoader
 from minidcp.worker.pending import PendingResult
 from minidcp.worker.predictor import Predictor
+from minidcp.worker.prompt_graphs import PromptGraphs
 from minidcp.worker.sampler import Sampled, Sampler
 
 logger = logging.getLogger("minidcp")
@@ -85,6 +86,7 @@ class ModelRunner:
             )
         self.cache: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Rank 0 speaks for all ranks."""
@@ -203,7 +205,7 @@ class ModelRunner:
             self.predictor.kv = cache[num_layers]
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Allocate the cache, and capture the decode graphs over it."""
+        """Allocate the cache, and capture the graphs over it."""
         num_layers = self.config.count_cache_layers(self.model_config)
         self.set_cache(self.make_cache(num_layers, num_blocks))
         if self.device.type != "cuda":
@@ -228,6 +230,10 @@ class ModelRunner:
                 self.predictor.predict, self.graphs, self.model_config.hidden_size, self.dtype
             )
             num_graphs *= 2
+        self.prompt_graphs = PromptGraphs(
+            self.model, self.state, self.config.max_num_batched_tokens, self.graphs.pool
+        )
+        num_graphs += sum(map(len, self.prompt_graphs.steps.values()))
         seconds = time.perf_counter() - start
         self.log(f"captured {num_graphs} CUDA graphs in {seconds:.1f} s")
 
@@ -260,18 +266,21 @@ class ModelRunner:
             self.attention.plan(queries)
         return batch
 
-    def forward(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, batch: ForwardBatch, prompt_graphs: PromptGraphs | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's logits [S + K, V / tp] of a batch, the most likely tokens [S] and the hidden
         states [T, hidden], which are left out if no drafts are made of them.
 
-        It runs eagerly, and while a graph is captured.
+        It runs eagerly, but for what `prompt_graphs` have, and while a graph is captured.
         """
         assert self.cache is not None
         self.state.begin_step()
         token_ids = self.read_decode_tokens(batch)
         if len(batch.prefill_tokens) > 0:
             token_ids = torch.cat([token_ids, batch.prefill_tokens.long()])
-        logits, hidden = self.model(token_ids, self.cache, batch)
+        make_pieces = None if prompt_graphs is None else prompt_graphs.start
+        logits, hidden = self.model(token_ids, self.cache, batch, make_pieces)
         if self.predictor is None:
             hidden = hidden.new_empty(0)  # a graph would keep them
 
@@ -287,7 +296,7 @@ class ModelRunner:
         return read_tokens(batch.decode_tokens, self.last_tokens, batch.decode_slots)
 
     def can_replay(self, plan: StepPlan) -> bool:
-        """Whether a CUDA graph runs this step. All ranks decide alike.
+        """Whether one CUDA graph runs this step. All ranks decide alike.
 
         Prompts in graphs are decode rows. Their kernels are not launched one by one, which takes
         the host up to a millisecond a layer, however few tokens there are.
@@ -316,7 +325,10 @@ class ModelRunner:
             batch, logits, best, hidden = self.graphs.replay(plan)
         else:
             batch = self.build_batch(plan)
-            logits, best, hidden = self.forward(batch)
+            prompt_graphs = self.prompt_graphs
+            if prompt_graphs is not None and not prompt_graphs.has_room(plan.num_tokens):
+                prompt_graphs = None
+            logits, best, hidden = self.forward(batch, prompt_graphs)
         decode_tokens = None
         if plan.drafts:
             decode_tokens = self.read_decode_tokens(batch)[: plan.num_decode_tokens]
