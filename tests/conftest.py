@@ -73,6 +73,7 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
 
     def allocate_cache(self: ModelRunner, num_blocks: int) -> None:
         allocate(self, num_blocks)
+        self.make_prompt_graphs()
         self.make_graphs()
 
     def note_step(

@@ -189,7 +189,9 @@ class DecodeGraphs(GraphLadder):
         state: ParallelState,
         tables: BlockTables,
         device: torch.device,
+        pool: Any = None,
     ) -> None:
+        """`pool` is the memory of graphs that never run in the same step."""
         self.attention = attention
         self.layout = Interleave(config.dcp_size, config.block_size)
         self.tables = tables
@@ -212,7 +214,7 @@ class DecodeGraphs(GraphLadder):
             attention.plan(batch.decode)
             return lambda: forward(batch)
 
-        super().__init__(ladder(most_rows), prepare, state)
+        super().__init__(ladder(most_rows), prepare, state, pool)
 
     def replay(self, plan: StepPlan) -> tuple[ForwardBatch, Tensor, Tensor, Tensor]:
         """Run a step of T tokens: its batch, and what `forward` gives for it. The hidden states

@@ -4,6 +4,7 @@ happens when a rank fails, is in `worker.py`. Next: `cuda_graph.py`."""
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,8 +33,8 @@ logger = logging.getLogger("minidcp")
 
 # Of all ranks together on a CPU. The system gives memory only as tokens are written.
 CPU_KV_BYTES = 2 << 30
-# Left free on a GPU, for CUDA graphs and for what libraries allocate later.
-GRAPH_BYTES = 1 << 30
+# Left free on a GPU, for CUDA graphs of decode steps and for what libraries allocate later.
+GRAPH_BYTES = 1 << 29
 
 
 class ModelRunner:
@@ -100,18 +101,21 @@ class ModelRunner:
         if self.device.type == "cpu":
             return CPU_KV_BYTES // self.state.tp.size
         torch.cuda.empty_cache()  # give back what loading needed
-        self.warm_up()
+        self.warm_up(self.list_warm_up_sizes())
+        if self.config.cuda_graph and self.attention.graphs:
+            self.make_prompt_graphs()
+            self.warm_up([self.config.max_num_batched_tokens])  # what they leave to be launched
         # What the largest step needed stays with torch's allocator, so it is not free any more.
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
         return (free - reserved) // count_ranks_per_gpu(self.state.tp.size)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Run steps of up to max_num_batched_tokens tokens with long contexts, storing nothing.
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Run steps of these numbers of tokens, which rise, with long contexts, storing nothing.
 
-        The largest step takes the memory that steps need. All of them together compile every
-        kernel, so that no request waits for a compiler.
+        The largest step takes the memory that steps need. All that `list_warm_up_sizes` has
+        together compile every kernel, so that no request waits for a compiler.
         """
         num_layers = self.config.count_cache_layers(self.model_config)
         self.set_cache(self.make_cache(1, 1).expand(num_layers, -1, -1, -1))
@@ -119,14 +123,14 @@ class ModelRunner:
         if self.policy.strategy == "cheaper":
             strategies = ["gather_kv", "gather_q"]
         chosen_policy = self.policy
-        for size in reversed(self.list_warm_up_sizes()):
+        for size in reversed(sizes):
             plan = self.plan_warm_up(size)
             for strategy in strategies:
                 self.policy = replace(chosen_policy, strategy=strategy)
                 batch = self.build_batch(plan)
                 nowhere = torch.full_like(batch.slot_mapping, -1)
                 batch = replace(batch, slot_mapping=nowhere)
-                logits, best, hidden = self.forward(batch)
+                logits, best, hidden = self.forward(batch, self.find_prompt_graphs(plan))
                 if self.predictor is not None:
                     self.predictor.make_drafts(plan, batch, hidden, best)
         self.policy = chosen_policy
@@ -219,10 +223,22 @@ class ModelRunner:
             self.warm_up_drafts()
 
     @torch.inference_mode()
+    def make_prompt_graphs(self) -> None:
+        """They need no cache. So its size can be what they leave."""
+        start = time.perf_counter()
+        most_tokens = self.config.max_num_batched_tokens
+        self.prompt_graphs = PromptGraphs(self.model, self.state, most_tokens)
+        num_graphs = sum(map(len, self.prompt_graphs.steps.values()))
+        seconds = time.perf_counter() - start
+        self.log(f"captured {num_graphs} CUDA graphs of pieces of prompts in {seconds:.1f} s")
+
+    @torch.inference_mode()
     def make_graphs(self) -> None:
         start = time.perf_counter()
+        # A step replays one kind of graphs only, so they can share memory.
+        pool = None if self.prompt_graphs is None else self.prompt_graphs.pool
         self.graphs = DecodeGraphs(
-            self.forward, self.attention, self.config, self.state, self.tables, self.device
+            self.forward, self.attention, self.config, self.state, self.tables, self.device, pool
         )
         num_graphs = len(self.graphs.sizes)
         if self.predictor is not None:
@@ -230,12 +246,8 @@ class ModelRunner:
                 self.predictor.predict, self.graphs, self.model_config.hidden_size, self.dtype
             )
             num_graphs *= 2
-        self.prompt_graphs = PromptGraphs(
-            self.model, self.state, self.config.max_num_batched_tokens, self.graphs.pool
-        )
-        num_graphs += sum(map(len, self.prompt_graphs.steps.values()))
         seconds = time.perf_counter() - start
-        self.log(f"captured {num_graphs} CUDA graphs in {seconds:.1f} s")
+        self.log(f"captured {num_graphs} CUDA graphs of decode steps in {seconds:.1f} s")
 
     def warm_up_drafts(self) -> None:
         """Run steps with a draft. Loading what only these use takes 10 ms, and the engine would
@@ -308,6 +320,11 @@ class ModelRunner:
             return True
         return self.graphs.has_room(plan.num_tokens) and self.policy.suits_decode(plan)
 
+    def find_prompt_graphs(self, plan: StepPlan) -> PromptGraphs | None:
+        """The graphs for the pieces of a step, if it is not too large for them."""
+        graphs = self.prompt_graphs
+        return graphs if graphs is not None and graphs.has_room(plan.num_tokens) else None
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
         """Start one step. On a GPU the host does not wait for it.
@@ -325,10 +342,7 @@ class ModelRunner:
             batch, logits, best, hidden = self.graphs.replay(plan)
         else:
             batch = self.build_batch(plan)
-            prompt_graphs = self.prompt_graphs
-            if prompt_graphs is not None and not prompt_graphs.has_room(plan.num_tokens):
-                prompt_graphs = None
-            logits, best, hidden = self.forward(batch, prompt_graphs)
+            logits, best, hidden = self.forward(batch, self.find_prompt_graphs(plan))
         decode_tokens = None
         if plan.drafts:
             decode_tokens = self.read_decode_tokens(batch)[: plan.num_decode_tokens]

@@ -16,12 +16,12 @@ from minidcp.models.mla import AttentionInputs
 from minidcp.parallel.state import ParallelState
 from minidcp.worker.cuda_graph import CapturedStep, capture
 
-# Steps of more tokens take a GPU longer than they take the host.
-MAX_TOKENS = 4096
+# The default of --max-num-batched-tokens on a GPU. Larger steps take the GPU longer than the host.
+MAX_TOKENS = 8192
 
 
 def list_sizes(max_tokens: int) -> list[int]:
-    """64, then steps of 128 up to 1,024, of 256 up to 2,048, and of 512, up to `max_tokens`."""
+    """64, steps of 128 up to 1,024, of 256 up to 2,048, and of 512 from there on to the largest."""
     sizes = [64, *range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, MAX_TOKENS + 1, 512)]
     most = min(MAX_TOKENS, max_tokens)
     return [size for size in sizes if size < most] + [most]
@@ -35,12 +35,10 @@ class PromptGraphs:
         model: DeepseekForCausalLM,
         state: ParallelState,
         max_tokens: int,
-        pool: Any,
     ) -> None:
-        """`pool` is the memory of graphs that never run in the same step."""
         self.model = model
         self.state = state
-        self.pool = pool
+        self.pool: Any = None  # the memory that all graphs share
         self.sizes = list_sizes(max_tokens)
         self.pieces: EagerPieces | None = None  # of the size that is being captured
 
@@ -50,21 +48,25 @@ class PromptGraphs:
         attention = model.layers[0].self_attn
         weight = model.embed_tokens.weight
         self.x = weight.new_zeros(most, weight.shape[1])
-        self.hidden = torch.zeros_like(self.x)
+        self.hidden = self.x  # when it is written, nobody reads the embeddings any more
         self.attended = weight.new_zeros(most, attention.num_heads, attention.w_uv.shape[1])
         inputs = EagerPieces(model, self.x).enter(0, None)
         self.q_input = torch.zeros_like(widen(inputs.q_input))
         self.new_latents = torch.zeros_like(inputs.new_latents)
 
         self.steps: dict[int, list[CapturedStep]] = {}
-        for size in reversed(self.sizes):
+        for size in reversed(self.sizes):  # the largest first: the smaller ones fit in its memory
             self.steps[size] = self.capture(size)
 
     def capture(self, size: int) -> list[CapturedStep]:
         runs = [partial(self.compute, size, index) for index in range(len(self.model.layers) + 1)]
         for run in runs:
             run()  # compiles kernels, which a capture must not do
-        return [capture(run, self.pool, self.state) for run in runs]
+        steps = []
+        for run in runs:
+            steps.append(capture(run, self.pool, self.state))
+            self.pool = self.pool or steps[0].graph.pool()
+        return steps
 
     def compute(self, size: int, index: int) -> tuple[()]:
         """Piece `index` of a step of `size` tokens."""

@@ -38,6 +38,8 @@ def make_runner(oracle: Oracle, device: str, dtype: str, **options: object) -> M
     group = Group()
     state = ParallelState(group, group, make_exchange(resolved.dcp_comm_backend, group))
     runner = ModelRunner(resolved, model_config, state, torch.device(device))
+    if resolved.cuda_graph and device == "cuda":
+        runner.make_prompt_graphs()
     runner.allocate_cache(64)
     return runner
 
