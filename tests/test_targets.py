@@ -15,9 +15,9 @@ EVERYWHERE = {
     "absorb_query_kernel", "align_kernel", "count_kernel", "gather_mail_kernel",
     "merge_mail_kernel", "merge_partials_kernel", "merge_peers_kernel", "mla_decode_kernel",
     "multiply_blocks_kernel", "multiply_by_head_kernel", "multiply_direct_kernel",
-    "multiply_normed_kernel", "norm_mail_kernel", "read_peers_kernel", "read_tokens_kernel",
-    "rms_norm_kernel", "route_kernel", "store_latents_kernel", "sum_experts_kernel",
-    "sum_peers_kernel",
+    "multiply_normed_kernel", "norm_mail_kernel", "norm_peers_kernel", "norm_shared_rows_kernel",
+    "read_peers_kernel", "read_tokens_kernel", "rms_norm_kernel", "route_kernel",
+    "store_latents_kernel", "sum_experts_kernel", "sum_peers_kernel",
 }  # fmt: skip
 FP8 = {
     "multiply_fp8_kernel", "multiply_gated_vector_kernel", "multiply_vector_kernel",

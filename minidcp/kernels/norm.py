@@ -60,6 +60,19 @@ def norm_row(row, weight, dim, eps, like):
 
 
 @triton.jit
+def quantize_row(
+    row, values, scales, t, tokens, dim, d, mask, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store row t of `tokens` in FP8."""
+    by_block = tl.reshape(row.to(tl.float32), [DIM // BLOCK, BLOCK])
+    scale = find_scale(by_block, 1)
+    by_block = (by_block / scale[:, None]).to(values.dtype.element_ty)
+    tl.store(values + t * dim + d, tl.reshape(by_block, [DIM]), mask=mask)
+    block = tl.arange(0, DIM // BLOCK)
+    tl.store(scales + block * tokens + t, scale, mask=block * BLOCK < dim)
+
+
+@triton.jit
 def add_and_norm_row(
     row, residual, weight, out, total, fp8_values, fp8_scales,
     t, tokens, residual_t, dim, eps, d, mask,
@@ -78,12 +91,7 @@ def add_and_norm_row(
     tl.store(out + t * dim + d, normed, mask=mask)
 
     if fp8_values is not None:
-        by_block = tl.reshape(normed.to(tl.float32), [DIM // BLOCK, BLOCK])
-        block_scale = find_scale(by_block, 1)
-        by_block = (by_block / block_scale[:, None]).to(fp8_values.dtype.element_ty)
-        tl.store(fp8_values + t * dim + d, tl.reshape(by_block, [DIM]), mask=mask)
-        block = tl.arange(0, DIM // BLOCK)
-        tl.store(fp8_scales + block * tokens + t, block_scale, mask=block * BLOCK < dim)
+        quantize_row(normed, fp8_values, fp8_scales, t, tokens, dim, d, mask, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -48,15 +48,16 @@ class RMSNorm:
 
 
 class ResidualStream:
-    """What the layers add to, [T, hidden], the same on all ranks.
+    """What the layers add to, [T, hidden].
 
     What a layer adds, each rank has a summand of. These are added up on the way to the next norm,
     so that one kernel can do all of it.
     """
 
     def __init__(self, tp: Group, x: Tensor) -> None:
+        """x [T, hidden] is the same on all ranks."""
         self.tp = tp
-        self.x = x
+        self.x = x  # whole at first; later only the group knows which rows this rank keeps
         self.summand: Tensor | ExpertOutputs | None = None
 
     def add(self, summand: Tensor | ExpertOutputs) -> None:

@@ -58,7 +58,12 @@ class Group:
         eps: float,
         quantizes: bool,
     ) -> tuple[Activations, Tensor]:
-        """`rms_norm` of the sum over all ranks of x, with the residual added; see there."""
+        """`rms_norm` of the sum over all ranks of x, with the residual added; see there.
+
+        The sum with the residual, which is returned behind the normed rows, is the residual of the
+        next call with as many tokens. Nothing else may be done with it: a group may keep only a
+        part of its rows on each rank. The first call gets all rows, the same on all ranks.
+        """
         if self.size > 1:
             if scales is not None:
                 x = ExpertOutputs(x, scales).sum(self.empty(tuple(residual.shape), x))

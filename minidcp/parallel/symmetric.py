@@ -12,11 +12,12 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from minidcp.batch import OutAndLse
+from minidcp.kernels.experts import ExpertOutputs
 from minidcp.kernels.fp8 import Activations
 from minidcp.kernels.mailbox import ABSENT, PLACE_BYTES, Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.meeting import MAX_PROGRAMS, Meeting
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
-from minidcp.kernels.peer_norm import norm_peers
+from minidcp.kernels.peer_norm import norm_peers, norm_shared_rows
 from minidcp.parallel.group import Group
 
 # Of one half of the buffer; larger tensors are copied there in pieces. The activations of 8,192
@@ -27,6 +28,7 @@ BUFFER_BYTES = 112 << 20
 LSE_BYTES = BUFFER_BYTES // 16
 HALF_BYTES = BUFFER_BYTES + LSE_BYTES
 # A larger all-reduce is a reduce-scatter and an all-gather: it reads each value twice, not N times.
+# If a norm follows, it is between the two.
 ONE_SHOT_BYTES = 512 << 10
 
 # Up to so many bytes from one rank to another go by mail. That is one trip instead of two, but the
@@ -209,8 +211,15 @@ class SymmetricGroup(Group):
         eps: float,
         quantizes: bool,
     ) -> tuple[Activations, Tensor]:
-        if residual.nbytes > ONE_SHOT_BYTES:
+        shape = (len(x), residual.shape[1])
+        summand_bytes = math.prod(shape) * x.element_size()
+        if summand_bytes > BUFFER_BYTES:
             return super().all_reduce_and_norm(x, scales, residual, weight, eps, quantizes)
+        if summand_bytes > ONE_SHOT_BYTES:
+            if scales is not None:
+                x = ExpertOutputs(x, scales).sum(self.empty(shape, x))
+            return self.all_reduce_and_norm_runs(x, residual, weight, eps, quantizes)
+
         if self.goes_by_mail(x, residual.shape[1], residual.nbytes):
             inboxes = self.open_region(x)
             self.count_received(residual, self.size - 1)
@@ -222,6 +231,28 @@ class SymmetricGroup(Group):
         return norm_peers(
             self.meeting, addresses, x, scales, place, residual, weight, eps, quantizes
         )
+
+    def all_reduce_and_norm_runs(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizes: bool
+    ) -> tuple[Activations, Tensor]:
+        """Each rank norms a run of x's rows, of which it keeps the residual.
+
+        The normed rows go through the other half: its last readers are done when all ranks have
+        met. So this counts as two collectives.
+        """
+        rows_per_rank = -(-len(x) // self.size)
+        if len(residual) == len(x):  # all ranks have all of it: the step has just begun
+            residual = residual[self.rank * rows_per_rank :][:rows_per_rank]
+        addresses = self.stage(x)
+        staged = self.place((rows_per_rank, x.shape[1]), x)
+        normed_addresses = self.end_turn()
+        normed, total = norm_shared_rows(
+            self.meeting, addresses, normed_addresses, staged, residual, len(x), weight, eps,
+            quantizes,
+        )  # fmt: skip
+        self.count_received(total, self.size - 1)
+        self.count_received(x[len(total) :], 1)
+        return normed, total
 
     def all_gather(self, x: Tensor) -> Tensor:
         width = math.prod(x.shape[1:])

@@ -14,6 +14,7 @@ from minidcp.kernels import (
     align,
     dense,
     experts,
+    fp8,
     grouped,
     kv_store,
     linear,
@@ -472,6 +473,47 @@ def test_norm_of_peers(has_parts: bool, size: int, programs: int) -> None:
     expected = buffers.sum(0) + residual
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(normed, F.rms_norm(expected, (dim,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("quantizes", [False, True])
+@pytest.mark.parametrize(
+    ("size", "tokens", "programs"), [(2, 7, 1), (3, 9, 64), (4, 5, 3), (4, 13, 2), (8, 9, 2)]
+)
+def test_norm_of_shared_rows(size: int, tokens: int, programs: int, quantizes: bool) -> None:
+    """Runs of equal length, a last run that is shorter, and ranks that have none."""
+    dim = 200  # two blocks of FP8, of which the second is not full
+    buffers = torch.randn(size, tokens, dim)
+    residual, weight = torch.randn(tokens, dim), torch.randn(dim)
+    rows = -(-tokens // size)
+    staged = torch.full((size, rows, dim), 1e4)
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers])
+    normed_pointers = torch.tensor([place.data_ptr() for place in staged])
+    expected_total = buffers.sum(0) + residual
+    expected = F.rms_norm(expected_total, (dim,), weight, 1e-6)
+
+    most = peer.MAX_PROGRAMS.value
+    pads = torch.full((size, size, most), 1000, dtype=torch.int32)
+    results = []
+    for rank in [*range(size), *range(size)]:  # in the second round all rows are there
+        run = slice(rank * rows, (rank + 1) * rows)
+        pad_pointers = torch.tensor([pad.data_ptr() for pad in pads])
+        epochs = torch.zeros(most, dtype=torch.int32)
+        meeting = peer.Meeting(rank, pad_pointers, epochs, programs)
+        normed, total = peer_norm.norm_shared_rows(
+            meeting, pointers, normed_pointers, staged[rank], residual[run], tokens,
+            weight, 1e-6, quantizes,
+        )  # fmt: skip
+        torch.testing.assert_close(total, expected_total[run])
+        assert epochs.tolist() == [2] * min(programs, rows) + [0] * (most - min(programs, rows))
+        results.append(normed)
+    for normed in results[size:]:
+        torch.testing.assert_close(fp8.widen(normed), expected)
+        if quantizes:
+            assert isinstance(normed, fp8.Quantized)
+            wanted = fp8.quantize_ref(normed.rows)
+            assert torch.equal(normed.fp8.scales, wanted.scales)
+            is_close = (normed.fp8.dequantize() - wanted.dequantize()).abs() < 1e-5
+            assert is_close.float().mean() > 0.95  # see check_fp8.py for what the interpreter does
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])

@@ -27,6 +27,7 @@ from minidcp.kernels.merge import merge_partials
 from minidcp.kernels.mla_decode import mla_decode
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.peer import merge_peers, read_peers, sum_peers
+from minidcp.kernels.peer_norm import norm_peers, norm_shared_rows
 from minidcp.kernels.route import route
 from minidcp.kernels.tiles import list_tiles
 from minidcp.kernels.tokens import read_tokens
@@ -168,7 +169,7 @@ def launch_dense_fp8() -> None:
         multiply(bf16(tokens, 1536), weight)
 
 
-def launch_collectives() -> None:
+def launch_collectives(fp8: bool) -> None:
     pointers = torch.zeros(8, dtype=torch.int64)
     meeting = Meeting(3, pointers, int32(512), 256)
     read_peers(meeting, pointers, 1536, 0, bf16(32, 8, 192))
@@ -183,6 +184,11 @@ def launch_collectives() -> None:
             bf16(32, 16, dim),
             fp32(32, 16),
         )
+    x = bf16(32, 5120)
+    norm_peers(meeting, pointers, x, None, None, x, bf16(5120), 1e-6, False)
+    norm_peers(meeting, pointers, bf16(32, 8, 5120), fp32(32, 8), x, x, bf16(5120), 1e-6, False)
+    for quantizes in (False, True) if fp8 else (False,):
+        norm_shared_rows(meeting, pointers, pointers, x, x, 250, bf16(5120), 1e-6, quantizes)
 
     mailbox = Mailbox(3, (pointers, pointers), 256)
     gather_mail(mailbox, pointers, bf16(2, 16 * 192), bf16(2, 8, 16 * 192))
@@ -201,7 +207,7 @@ def main() -> None:
     fp8 = (major, minor) >= FP8_CAPABILITY
     launch_layers(fp8)
     launch_decode()
-    launch_collectives()
+    launch_collectives(fp8)
     launch_experts(False, every_tile)
     if fp8:
         launch_dense_fp8()
