@@ -158,7 +158,7 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
         return out
 
     rows = x.fp8 if isinstance(x, Quantized) else quantize(x)
-    if blocks.is_sorted:
+    if blocks.is_sorted and not tiles.gate_up.gathers:
         rows = gather_fp8_rows(rows, blocks)
     h = multiply_gated(rows, gate_up, blocks, tiles.gate_up)
     del rows  # as above

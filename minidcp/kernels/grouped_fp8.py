@@ -154,7 +154,7 @@ def multiply_fp8_blocks(
 
     Args:
         x: [T, I], or [T · K, I] with a row for each choice. If the blocks are sorted, it is
-            [max_blocks · bm, I] with a row for each place in the blocks.
+            [max_blocks · bm, I] with a row for each place in the blocks, unless the tile gathers.
         weight: [E, O, I], or with out_scales [E, 2 O, I], gate and up; a matrix [O, I] stands for
             one expert.
         out: [T · K, O], in the order of choices; with out_scales and sorted [max_blocks · bm, O].
@@ -193,7 +193,7 @@ def multiply_fp8_blocks(
 
 def multiply_gated(x: Fp8Tensor, weight: Fp8Stack, blocks: Blocks, tile: Tile) -> Fp8Tensor:
     """silu(gate) · up for all choices, in the order of the blocks if they are sorted."""
-    num_rows = len(x) if blocks.is_sorted else blocks.num_choices
+    num_rows = blocks.max_blocks * blocks.bm if blocks.is_sorted else blocks.num_choices
     out = allocate_rows(num_rows, weight.shape[1] // 2, x.device)
     assert tile.bn == out.block
     multiply_fp8_blocks(x, weight, blocks, tile, out.values, out.scales)

@@ -15,6 +15,9 @@ MAX_DIRECT_TOKENS = 2
 MAX_SPARSE_TOKENS = 4  # the same for narrow experts that two tokens hardly ever choose both
 ANY_NUMBER_OF_TOKENS = 1 << 20
 MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
+# Up to this many tiles of weights are multiplied with rows that the kernel for Hopper gathers. It
+# gathers them for each tile anew.
+MAX_GATHERING_TILES = 3
 
 
 class Tile(NamedTuple):
@@ -22,7 +25,8 @@ class Tile(NamedTuple):
 
     Inputs are in bf16 or FP8; half as many where they are in float32. On tensor cores those in FP8
     come as many at a time as share a scale, which is `bk` where a weight's rows allow it. Tiles for
-    Hopper are those of `grouped_fp8_hopper.py`.
+    Hopper are those of `grouped_fp8_hopper.py`. With `gathers`, that kernel finds the rows of x
+    where the tokens have them.
     """
 
     bn: int
@@ -30,25 +34,18 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     is_for_hopper: bool = False
+    gathers: bool = False
 
 
 class Tiles(NamedTuple):
     """The tiles of both products, for blocks of up to `bm` choices of one expert. With `sort`, the
-    rows of x are first copied into the order of the blocks."""
+    rows between the products are in the order of the blocks. The rows of x are first copied into
+    that order, unless gate_up gathers them."""
 
     bm: int
     sort: bool
     gate_up: Tile
     down: Tile
-
-
-# What prompts use in FP8 on Hopper: as much as registers and shared memory hold.
-HOPPER_TILES = Tiles(
-    bm=128,
-    sort=True,
-    gate_up=Tile(128, BLOCK, 8, 4, is_for_hopper=True),
-    down=Tile(256, BLOCK, 8, 4, is_for_hopper=True),
-)
 
 
 @cache
@@ -73,17 +70,27 @@ def list_tiles(
 
     if fp8 and get_device_properties().capability == (9, 0):
         most_tokens = int(MIN_HOPPER_ROWS * num_experts / top_k)
-        return add_hopper_tiles(tiles_up_to, most_tokens)
+        return add_hopper_tiles(tiles_up_to, most_tokens, inter)
     return tiles_up_to
 
 
-def add_hopper_tiles(tiles_up_to: dict[int, Tiles], most_tokens: int) -> dict[int, Tiles]:
+def add_hopper_tiles(
+    tiles_up_to: dict[int, Tiles], most_tokens: int, inter: int
+) -> dict[int, Tiles]:
     """The same tiles up to `most_tokens`, and those for Hopper from there on."""
     limits = [limit for limit in tiles_up_to if limit < most_tokens]
     result = {limit: tiles_up_to[limit] for limit in limits}
     result[most_tokens] = choose_by_limit(tiles_up_to, most_tokens)
-    result[ANY_NUMBER_OF_TOKENS] = HOPPER_TILES
+    result[ANY_NUMBER_OF_TOKENS] = make_hopper_tiles(inter)
     return result
+
+
+def make_hopper_tiles(inter: int) -> Tiles:
+    """What prompts use in FP8 on Hopper: as much as registers and shared memory hold."""
+    num_tiles = -(-inter // 128)
+    gate_up = Tile(128, BLOCK, 8, 4, is_for_hopper=True, gathers=num_tiles <= MAX_GATHERING_TILES)
+    down = Tile(256, BLOCK, 8, 4, is_for_hopper=True)
+    return Tiles(128, True, gate_up, down)
 
 
 def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
