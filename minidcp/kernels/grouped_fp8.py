@@ -11,7 +11,7 @@ from minidcp.kernels.align import Blocks
 from minidcp.kernels.compiler import TensorDescriptor, tl, triton
 from minidcp.kernels.fp8 import BLOCK, Fp8Stack, Fp8Tensor, allocate_rows, find_scale
 from minidcp.kernels.grouped import can_copy_boxes, limit_stages
-from minidcp.kernels.grouped_fp8_hopper import multiply_on_hopper
+from minidcp.kernels.grouped_hopper import multiply_on_hopper
 from minidcp.kernels.tiles import Tile
 
 X_BLOCK = tl.constexpr(BLOCK)
@@ -160,13 +160,13 @@ def multiply_fp8_blocks(
         out: [T · K, O], in the order of choices; with out_scales and sorted [max_blocks · bm, O].
         out_scales: the scales of `out`, as in `Fp8Tensor`.
     """
+    gated = out_scales is not None
     if tile.is_for_hopper:
         assert isinstance(weight, Fp8Stack)
-        multiply_on_hopper(x, weight, blocks, tile, out, out_scales)
+        multiply_on_hopper(x, weight, blocks, tile, gated, out, out_scales)
         return
 
     w = make_operand(weight)
-    gated = out_scales is not None
     num_rows, dim_out = out.shape
     bm = blocks.bm
     x_operand: Any = x.values

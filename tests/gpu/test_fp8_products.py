@@ -111,7 +111,7 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
 def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None:
     """Tiles by rule, where each choice is a block of its own up to two or four tokens."""
     torch.manual_seed(tokens)
-    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, itemsize=1).bm == 1
     assert is_direct == (tokens <= 2 or inter <= 256)
     gate_up = make_stack(33, 2 * inter, hidden)
     down = make_stack(33, hidden, inter)
@@ -147,7 +147,7 @@ def test_gathered_rows_are_the_copied_ones(tokens: int, monkeypatch: pytest.Monk
     gate_up, down = make_stack(18, 2 * inter, hidden), make_stack(18, hidden, inter)
     x, weights = normal(tokens, hidden), torch.rand(tokens, 6, device="cuda")
     ids = draw_ids(tokens, 18, 6)
-    gathering = make_hopper_tiles(inter)
+    gathering = make_hopper_tiles(hidden, inter, itemsize=1)
     assert gathering.gate_up.gathers
     copying = gathering._replace(gate_up=gathering.gate_up._replace(gathers=False))
     outputs = []
@@ -163,7 +163,7 @@ def test_every_tile_of_the_table() -> None:
     experts, top_k, hidden, inter = 66, 8, 2048, 1408
     gate_up = make_stack(experts, 2 * inter, hidden)
     down = make_stack(experts, hidden, inter)
-    bounds = list_tiles(experts, top_k, hidden, inter, fp8=True)
+    bounds = list_tiles(experts, top_k, hidden, inter, itemsize=1)
     assert len(bounds) > 10, "this shape is in tiles.json"
     for tokens in sorted({min(bound, 16384) for bound in bounds}):
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
