@@ -57,6 +57,7 @@ def copy_tiles(
             is_full = full.index(stage)
             hopper.mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
             if GATHERS:
+                hand_over_rows(full, step, STAGES)
                 hopper.mbarrier.expect(is_full, weight_bytes)
             else:
                 one_group: gl.constexpr = weight_bytes + group_bytes
@@ -86,15 +87,17 @@ def copy_tiles(
                     token_scales = x_scales + i * K // X_BLOCK * num_x_rows + tokens
                     load_pieces(row_scales.index(stage).reshape([2 * GROUP]), token_scales)
                 hopper.async_copy.commit_group()
-                # Those of the step before are there now. Tensor cores shall see them, too.
-                hopper.async_copy.wait_group(1)
-                hopper.fence_async_shared()
-                hopper.mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), pred=step > 0)
             step += 1
     if GATHERS:
-        hopper.async_copy.wait_group(0)
-        hopper.fence_async_shared()
-        hopper.mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        hand_over_rows(full, step, STAGES)
+
+
+@gluon.jit
+def hand_over_rows(full, step, STAGES: gl.constexpr):
+    """Those of the step before, which should have arrived by now. Tensor cores shall see them."""
+    hopper.async_copy.wait_group(0)
+    hopper.fence_async_shared()
+    hopper.mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), pred=step > 0)
 
 
 @gluon.jit
