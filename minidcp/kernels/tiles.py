@@ -83,9 +83,9 @@ def list_tiles(
 
 
 def has_hopper_kernel(hidden: int, inter: int, itemsize: int) -> bool:
-    """Whether `grouped_hopper.py` has these products: on Hopper, if rows are boxes' rows.
+    """Whether `grouped_hopper.py` has these products: on Hopper, but not in float32.
 
-    It has no form for float32.
+    Its boxes begin at multiples of 16 bytes, so rows of weights do.
     """
     is_even = hidden * itemsize % 16 == 0 and inter * itemsize % 16 == 0
     return get_device_properties().capability == (9, 0) and itemsize <= 2 and is_even
