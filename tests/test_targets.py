@@ -23,10 +23,11 @@ FP8 = {
     "multiply_fp8_kernel", "multiply_gated_vector_kernel", "multiply_vector_kernel",
     "quantize_kernel",
 }  # fmt: skip
+HOPPER = {"gather_rows_kernel", "mla_decode_hopper_kernel", "multiply_hopper_kernel"}
 BOXES = {"gather_rows_kernel", "multiply_sorted_kernel"}  # copied by the tensor memory accelerator
 KERNELS = {
     "8.0": EVERYWHERE,
-    "9.0": EVERYWHERE | FP8 | BOXES | {"mla_decode_hopper_kernel", "multiply_fp8_hopper_kernel"},
+    "9.0": EVERYWHERE | FP8 | HOPPER,
     "10.0": EVERYWHERE | FP8 | BOXES,
 }
 

@@ -21,7 +21,7 @@ from minidcp.kernels import (
     experts,
     fp8,
     grouped,
-    grouped_fp8_hopper,
+    grouped_hopper,
     kv_store,
     linear,
     merge,
@@ -31,6 +31,7 @@ from minidcp.kernels import (
 from minidcp.kernels.mailbox import PLACE_BYTES, Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
 from minidcp.kernels.peer_norm import norm_peers
+from minidcp.kernels.tiles import choose_tiles
 from minidcp.kernels.tokens import read_tokens
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
@@ -65,7 +66,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]:
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     monkeypatch.setattr("minidcp.kernels.tokens.use_triton", lambda _: True)
     properties = DeviceProperties((9, 0), 132, 232448)
-    for module in (grouped, grouped_fp8_hopper, tiles):
+    for module in (grouped, grouped_hopper, tiles):
         monkeypatch.setattr(module, "get_device_properties", lambda: properties)
     tiles.list_tiles.cache_clear()
     monkeypatch.setattr(dense, "can_use_cublas", lambda weight, out: False)
@@ -205,8 +206,19 @@ def test_experts(run: Callable[[int], None], launched: Variants) -> None:
 )
 def test_experts_in_fp8(run: Callable[[int], None], launched: Variants) -> None:
     number, inter, hidden = run.args  # type: ignore[attr-defined]
-    limits = tiles.list_tiles(number, TOP_K, hidden, inter, fp8=True)
+    limits = tiles.list_tiles(number, TOP_K, hidden, inter, itemsize=1)
     check(run, [*(n for n in limits if n <= BUDGET), *ladder(256)], launched)
+
+
+@pytest.mark.usefixtures("launched")
+def test_what_the_kernel_for_hopper_is_for() -> None:
+    """Weights of one and two bytes, in rows that boxes can begin at."""
+
+    def is_used(hidden: int, itemsize: int) -> bool:
+        return choose_tiles(BUDGET, 66, TOP_K, hidden, 1408, itemsize).down.is_for_hopper
+
+    assert is_used(2048, itemsize=1) and is_used(2048, itemsize=2)
+    assert not is_used(2048, itemsize=4) and not is_used(2052, itemsize=2)
 
 
 @pytest.mark.parametrize("run", [normalise, sum_of_peers, norm_sum_of_peers, multiply_in_fp8])
@@ -250,7 +262,8 @@ def test_start_gathers_few_logits_and_many(v2: Oracle, monkeypatch: pytest.Monke
     model_config = ModelConfig.from_hf(v2.path)
     states, _ = build_thread_states(1, 1)
     resolved = resolve(config, model_config, Machine())
-    ModelRunner(resolved, model_config, states[0], torch.device("cpu")).warm_up()
+    runner = ModelRunner(resolved, model_config, states[0], torch.device("cpu"))
+    runner.warm_up(runner.list_warm_up_sizes())
     assert gathered == [1, config.max_num_seqs + MAX_SCORED_TOKENS]
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "gluon",
     "hopper",
     "load_box",
+    "load_pieces",
     "tl",
     "triton",
 ]
@@ -55,8 +56,10 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    # Triton 3.9 has the new name, 3.6 only the old one.
+    # Triton 3.9 has the new names, 3.6 only the old ones.
     load_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+    pieces = hopper.async_copy
+    load_pieces = getattr(pieces, "async_load", None) or pieces.async_copy_global_to_shared
     HAS_TRITON = True
 except ModuleNotFoundError as error:
     if error.name != "triton":
@@ -67,6 +70,7 @@ except ModuleNotFoundError as error:
     gl = tl
     hopper = None
     load_box = None
+    load_pieces = None
     TensorDescriptor = None
     GluonDescriptor = None
     HAS_TRITON = False

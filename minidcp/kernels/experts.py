@@ -1,7 +1,8 @@
 """The experts of a layer: down(silu(gate(x)) · up(x)) for every token and each expert it chose.
 
 `route.py` chooses the experts, `align.py` groups the choices into blocks, `tiles.py` says how the
-work is cut, `grouped.py`, `grouped_fp8.py` and `vector_fp8.py` have the products."""
+work is cut. The products are in `grouped.py`, `grouped_hopper.py`, `grouped_fp8.py` and
+`vector_fp8.py`."""
 
 from typing import NamedTuple
 
@@ -129,11 +130,13 @@ def run_experts_in_bf16(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor) -
     """[T · K, hidden]. Other 16 or 32 bit formats will do as well."""
     tokens, top_k = ids.shape
     num_experts, hidden, inter = down.shape
-    tiles = choose_tiles(tokens, num_experts, top_k, hidden, inter)
+    tiles = choose_tiles(tokens, num_experts, top_k, hidden, inter, x.element_size())
     sort = tiles.sort and can_copy_boxes(gate_up) and can_copy_boxes(down)
     blocks = align(ids, num_experts, tiles.bm, sort)
 
-    rows = gather_rows(x, blocks) if blocks.is_sorted else x
+    rows = x
+    if blocks.is_sorted and not tiles.gate_up.gathers:
+        rows = gather_rows(x, blocks)
     h = multiply_blocks(rows, gate_up, blocks, tiles.gate_up, gated=True)
     del rows  # so that its memory can become the result's: they are what prompts need most of
     return multiply_blocks(h, down, blocks, tiles.down, gated=False)
@@ -143,7 +146,7 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
     """[T · K, hidden]."""
     tokens, top_k = ids.shape
     num_experts, hidden, inter = down.shape
-    tiles = choose_tiles(tokens, num_experts, top_k, hidden, inter, fp8=True)
+    tiles = choose_tiles(tokens, num_experts, top_k, hidden, inter, itemsize=1)
     can_sort = can_copy_boxes(gate_up.values) and can_copy_boxes(down.values)
     blocks = align(ids, num_experts, tiles.bm, tiles.sort and can_sort)
 
@@ -158,7 +161,7 @@ def run_experts_in_fp8(x: Activations, gate_up: Fp8Stack, down: Fp8Stack, ids: T
         return out
 
     rows = x.fp8 if isinstance(x, Quantized) else quantize(x)
-    if blocks.is_sorted:
+    if blocks.is_sorted and not tiles.gate_up.gathers:
         rows = gather_fp8_rows(rows, blocks)
     h = multiply_gated(rows, gate_up, blocks, tiles.gate_up)
     del rows  # as above

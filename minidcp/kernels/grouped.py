@@ -9,6 +9,7 @@ from torch import Tensor
 from minidcp.kernels import get_device_properties, launch_early, wait_for_previous
 from minidcp.kernels.align import Blocks
 from minidcp.kernels.compiler import TensorDescriptor, tl, triton
+from minidcp.kernels.grouped_hopper import multiply_on_hopper
 from minidcp.kernels.linear import add_product
 from minidcp.kernels.tiles import Tile
 
@@ -170,7 +171,7 @@ def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated
 
     Args:
         x: [T, I], or [T · K, I] with a row for each choice. If the blocks are sorted, it is
-            [max_blocks · bm, I] with a row for each place in the blocks.
+            [max_blocks · bm, I] with a row for each place in the blocks, unless the tile gathers.
         weight: [E, O, I], or [E, 2 O, I] if gated.
         gated: the result is silu(gate) · up.
 
@@ -180,8 +181,13 @@ def multiply_blocks(x: Tensor, weight: Tensor, blocks: Blocks, tile: Tile, gated
     num_weights = 2 if gated else 1
     dim_in = x.shape[1]
     dim_out = weight.shape[1] // num_weights
-    num_rows = len(x) if blocks.is_sorted and gated else blocks.num_choices
+    num_rows = blocks.num_choices
+    if blocks.is_sorted and gated:
+        num_rows = blocks.max_blocks * blocks.bm
     out = x.new_empty(num_rows, dim_out)
+    if tile.is_for_hopper:
+        multiply_on_hopper(x, weight, blocks, tile, gated, out)
+        return out
 
     bm = blocks.bm
     bk = tile.bk * 2 // x.element_size()  # tiles are for bf16

@@ -11,7 +11,7 @@ from minidcp.kernels.align import Blocks
 from minidcp.kernels.compiler import TensorDescriptor, tl, triton
 from minidcp.kernels.fp8 import BLOCK, Fp8Stack, Fp8Tensor, allocate_rows, find_scale
 from minidcp.kernels.grouped import can_copy_boxes, limit_stages
-from minidcp.kernels.grouped_fp8_hopper import multiply_on_hopper
+from minidcp.kernels.grouped_hopper import multiply_on_hopper
 from minidcp.kernels.tiles import Tile
 
 X_BLOCK = tl.constexpr(BLOCK)
@@ -154,19 +154,19 @@ def multiply_fp8_blocks(
 
     Args:
         x: [T, I], or [T · K, I] with a row for each choice. If the blocks are sorted, it is
-            [max_blocks · bm, I] with a row for each place in the blocks.
+            [max_blocks · bm, I] with a row for each place in the blocks, unless the tile gathers.
         weight: [E, O, I], or with out_scales [E, 2 O, I], gate and up; a matrix [O, I] stands for
             one expert.
         out: [T · K, O], in the order of choices; with out_scales and sorted [max_blocks · bm, O].
         out_scales: the scales of `out`, as in `Fp8Tensor`.
     """
+    gated = out_scales is not None
     if tile.is_for_hopper:
         assert isinstance(weight, Fp8Stack)
-        multiply_on_hopper(x, weight, blocks, tile, out, out_scales)
+        multiply_on_hopper(x, weight, blocks, tile, gated, out, out_scales)
         return
 
     w = make_operand(weight)
-    gated = out_scales is not None
     num_rows, dim_out = out.shape
     bm = blocks.bm
     x_operand: Any = x.values
@@ -193,7 +193,7 @@ def multiply_fp8_blocks(
 
 def multiply_gated(x: Fp8Tensor, weight: Fp8Stack, blocks: Blocks, tile: Tile) -> Fp8Tensor:
     """silu(gate) · up for all choices, in the order of the blocks if they are sorted."""
-    num_rows = len(x) if blocks.is_sorted else blocks.num_choices
+    num_rows = blocks.max_blocks * blocks.bm if blocks.is_sorted else blocks.num_choices
     out = allocate_rows(num_rows, weight.shape[1] // 2, x.device)
     assert tile.bn == out.block
     multiply_fp8_blocks(x, weight, blocks, tile, out.values, out.scales)

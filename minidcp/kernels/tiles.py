@@ -14,7 +14,11 @@ TABLE = Path(__file__).parent / "tiles.json"
 MAX_DIRECT_TOKENS = 2
 MAX_SPARSE_TOKENS = 4  # the same for narrow experts that two tokens hardly ever choose both
 ANY_NUMBER_OF_TOKENS = 1 << 20
-MIN_HOPPER_ROWS = 35  # that an expert gets on average, for tiles of the kernel for Hopper
+# Rows that an expert gets on average, from which on tiles for Hopper are used.
+MIN_HOPPER_ROWS = 35
+# In FP8 the kernel for Hopper gathers rows itself if an expert has up to so many tiles of weights,
+# for each tile anew. In bf16 that is always faster than copying them before.
+MAX_GATHERING_TILES = 3
 
 
 class Tile(NamedTuple):
@@ -22,7 +26,8 @@ class Tile(NamedTuple):
 
     Inputs are in bf16 or FP8; half as many where they are in float32. On tensor cores those in FP8
     come as many at a time as share a scale, which is `bk` where a weight's rows allow it. Tiles for
-    Hopper are those of `grouped_fp8_hopper.py`.
+    Hopper are those of `grouped_hopper.py`. With `gathers`, that kernel finds the rows of x
+    where the tokens have them.
     """
 
     bn: int
@@ -30,11 +35,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     is_for_hopper: bool = False
+    gathers: bool = False
 
 
 class Tiles(NamedTuple):
     """The tiles of both products, for blocks of up to `bm` choices of one expert. With `sort`, the
-    rows of x are first copied into the order of the blocks."""
+    rows between the products are in the order of the blocks. The rows of x are first copied into
+    that order, unless gate_up gathers them."""
 
     bm: int
     sort: bool
@@ -42,26 +49,18 @@ class Tiles(NamedTuple):
     down: Tile
 
 
-# What prompts use in FP8 on Hopper: as much as registers and shared memory hold.
-HOPPER_TILES = Tiles(
-    bm=128,
-    sort=True,
-    gate_up=Tile(128, BLOCK, 8, 4, is_for_hopper=True),
-    down=Tile(256, BLOCK, 8, 4, is_for_hopper=True),
-)
-
-
 @cache
 def list_tiles(
-    num_experts: int, top_k: int, hidden: int, inter: int, fp8: bool = False
+    num_experts: int, top_k: int, hidden: int, inter: int, itemsize: int = 2
 ) -> dict[int, Tiles]:
     """The tiles to use up to each number of tokens, in rising order.
 
     Args:
         num_experts: shared ones included, like top_k.
         inter: the intermediate dim of an expert, or this rank's share of it.
-        fp8: whether the weights are in FP8.
+        itemsize: bytes of a weight. One byte is FP8.
     """
+    fp8 = itemsize == 1
     table = json.loads(TABLE.read_text())
     rows = table.get(name_shape(num_experts, hidden, inter, fp8))
     tiles_up_to = {}
@@ -71,19 +70,33 @@ def list_tiles(
         for max_tokens, (bm, sort, gate_up, down) in rows.items():
             tiles_up_to[int(max_tokens)] = Tiles(bm, sort, Tile(*gate_up), Tile(*down))
 
-    if fp8 and get_device_properties().capability == (9, 0):
+    if has_hopper_kernel(hidden, inter, itemsize):
         most_tokens = int(MIN_HOPPER_ROWS * num_experts / top_k)
-        return add_hopper_tiles(tiles_up_to, most_tokens)
+        limits = [limit for limit in tiles_up_to if limit < most_tokens]
+        result = {limit: tiles_up_to[limit] for limit in limits}
+        result[most_tokens] = choose_by_limit(tiles_up_to, most_tokens)
+        result[ANY_NUMBER_OF_TOKENS] = make_hopper_tiles(hidden, inter, itemsize)
+        return result
     return tiles_up_to
 
 
-def add_hopper_tiles(tiles_up_to: dict[int, Tiles], most_tokens: int) -> dict[int, Tiles]:
-    """The same tiles up to `most_tokens`, and those for Hopper from there on."""
-    limits = [limit for limit in tiles_up_to if limit < most_tokens]
-    result = {limit: tiles_up_to[limit] for limit in limits}
-    result[most_tokens] = choose_by_limit(tiles_up_to, most_tokens)
-    result[ANY_NUMBER_OF_TOKENS] = HOPPER_TILES
-    return result
+def has_hopper_kernel(hidden: int, inter: int, itemsize: int) -> bool:
+    """Whether `grouped_hopper.py` has these products: on Hopper, but not in float32.
+
+    Its boxes begin at multiples of 16 bytes, so rows of weights do.
+    """
+    is_even = hidden * itemsize % 16 == 0 and inter * itemsize % 16 == 0
+    return get_device_properties().capability == (9, 0) and itemsize <= 2 and is_even
+
+
+def make_hopper_tiles(hidden: int, inter: int, itemsize: int) -> Tiles:
+    """What prompts use on Hopper: as much as registers and shared memory hold."""
+    bk = BLOCK // itemsize
+    num_tiles = -(-inter // 128)
+    gathers = num_tiles <= MAX_GATHERING_TILES if itemsize == 1 else hidden % bk == 0
+    gate_up = Tile(128, bk, 8, 4, is_for_hopper=True, gathers=gathers)
+    down = Tile(256, bk, 8, 4, is_for_hopper=True)
+    return Tiles(128, True, gate_up, down)
 
 
 def name_shape(num_experts: int, hidden: int, inter: int, fp8: bool) -> str:
@@ -135,10 +148,10 @@ def has_vector_kernel() -> bool:
 
 
 def choose_tiles(
-    tokens: int, num_experts: int, top_k: int, hidden: int, inter: int, fp8: bool = False
+    tokens: int, num_experts: int, top_k: int, hidden: int, inter: int, itemsize: int = 2
 ) -> Tiles:
     """The first tiles of the list that are for this many tokens, or else the last ones."""
-    return choose_by_limit(list_tiles(num_experts, top_k, hidden, inter, fp8), tokens)
+    return choose_by_limit(list_tiles(num_experts, top_k, hidden, inter, itemsize), tokens)
 
 
 def choose_by_limit(tiles_up_to: dict[int, Tiles], tokens: int) -> Tiles:

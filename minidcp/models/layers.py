@@ -282,7 +282,8 @@ class MoE:
         _, hidden, own_intermediate = self.down_proj.shape
         top_k = config.num_experts_per_tok + self.num_shared
         self.is_fp8 = isinstance(self.down_proj, Fp8Stack)
-        tiles = list_tiles(num_experts, top_k, hidden, own_intermediate, self.is_fp8)
+        itemsize = 1 if isinstance(self.down_proj, Fp8Stack) else self.down_proj.itemsize
+        tiles = list_tiles(num_experts, top_k, hidden, own_intermediate, itemsize)
         self.token_limits = list(tiles)
 
     def read_expert(self, index: int, tp: Group, weights: Weights) -> MLP:

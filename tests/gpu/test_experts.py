@@ -13,7 +13,7 @@ from minidcp.kernels.experts import run_experts, run_experts_ref
 from minidcp.kernels.linear import multiply_by_head
 from minidcp.kernels.norm import rms_norm
 from minidcp.kernels.route import route, route_ref
-from minidcp.kernels.tiles import list_tiles
+from minidcp.kernels.tiles import list_tiles, make_hopper_tiles
 from minidcp.model_config import ModelConfig
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("hidden", "inter"), [(256, 96), (2048, 1408), (200, 40)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40, 130, 700, 3000])
 def test_experts(tokens: int, hidden: int, inter: int) -> None:
-    """Some experts are popular, and some have no tokens.
+    """Some experts are popular, and some have no tokens. From 700 tokens on, Hopper has a kernel of
+    its own for them.
 
     The bits are the same in a second run, in a graph that ran with other inputs before, and where
     the next norm adds up the experts.
@@ -87,13 +88,34 @@ def test_every_tile_of_the_table(experts: int, top_k: int, hidden: int, inter: i
     down = normal(experts, hidden, inter) * inter**-0.5
     bounds = list_tiles(experts, top_k, hidden, inter)
     assert len(bounds) > 10, "these shapes are in tiles.json"
-    for tokens in bounds:
+    for tokens in sorted({min(bound, 16384) for bound in bounds}):
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
         ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.to(torch.int32)
         out, expected = (
             f(x, gate_up, down, weights, ids).sum() for f in (run_experts, run_experts_ref)
         )
         assert relative_error(out, expected.double()) < 1e-2, f"{tokens} tokens"
+
+
+@pytest.mark.parametrize("tokens", [130, 700, 3001])
+def test_gathered_rows_are_the_copied_ones(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for Hopper gathers rows itself, or they are copied before: the bits are equal."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    torch.manual_seed(tokens)
+    count, hidden, inter, top_k = 18, 1024, 328, 6
+    gate_up = normal(count, 2 * inter, hidden) * hidden**-0.5
+    down = normal(count, hidden, inter) * inter**-0.5
+    x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+    ids = torch.rand(tokens, count, device="cuda").topk(top_k).indices.to(torch.int32)
+    gathering = make_hopper_tiles(hidden, inter, itemsize=2)
+    assert gathering.gate_up.gathers
+    copying = gathering._replace(gate_up=gathering.gate_up._replace(gathers=False))
+    outputs = []
+    for tiles in (gathering, copying):
+        monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape, t=tiles: {tokens: t})
+        outputs.append(run_experts(x, gate_up, down, weights, ids).values)
+    assert torch.equal(*outputs)
 
 
 def test_experts_in_float32() -> None:

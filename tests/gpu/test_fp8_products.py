@@ -24,7 +24,12 @@ from minidcp.kernels.fp8 import (
     quantize_weight,
 )
 from minidcp.kernels.norm import rms_norm
-from minidcp.kernels.tiles import choose_tiles, list_tiles, make_tiles_by_rule
+from minidcp.kernels.tiles import (
+    choose_tiles,
+    list_tiles,
+    make_hopper_tiles,
+    make_tiles_by_rule,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -71,9 +76,10 @@ def run_defined(x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, ids: Te
     return total
 
 
-# The last dims: blocks of 64 and of 32, and a last tile of outputs that is not full.
+# The last dims: blocks of 64 and of 32, and a last tile of outputs that is not full. On Hopper all
+# but the first gather their rows.
 @pytest.mark.parametrize(
-    ("hidden", "inter"), [(2048, 1408), (5120, 192), (256, 96), (224, 160), (2048, 384)]
+    ("hidden", "inter"), [(2048, 1408), (5120, 192), (256, 96), (224, 160), (320, 384)]
 )
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_experts(tokens: int, hidden: int, inter: int) -> None:
@@ -105,7 +111,7 @@ def test_experts(tokens: int, hidden: int, inter: int) -> None:
 def test_few_rows_and_many_experts(tokens: int, hidden: int, inter: int) -> None:
     """Tiles by rule, where each choice is a block of its own up to two or four tokens."""
     torch.manual_seed(tokens)
-    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, fp8=True).bm == 1
+    is_direct = choose_tiles(tokens, 33, 2, hidden, inter, itemsize=1).bm == 1
     assert is_direct == (tokens <= 2 or inter <= 256)
     gate_up = make_stack(33, 2 * inter, hidden)
     down = make_stack(33, hidden, inter)
@@ -131,13 +137,33 @@ def test_sorted_experts_without_the_kernel_for_hopper(
     assert relative_error(out, run_defined(x, gate_up, down, weights, ids)) < 8e-3
 
 
+@pytest.mark.parametrize("tokens", [130, 700, 3001])
+def test_gathered_rows_are_the_copied_ones(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for Hopper gathers rows itself, or they are copied before: the bits are equal."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    torch.manual_seed(tokens)
+    hidden, inter = 1024, 384
+    gate_up, down = make_stack(18, 2 * inter, hidden), make_stack(18, hidden, inter)
+    x, weights = normal(tokens, hidden), torch.rand(tokens, 6, device="cuda")
+    ids = draw_ids(tokens, 18, 6)
+    gathering = make_hopper_tiles(hidden, inter, itemsize=1)
+    assert gathering.gate_up.gathers
+    copying = gathering._replace(gate_up=gathering.gate_up._replace(gathers=False))
+    outputs = []
+    for tiles in (gathering, copying):
+        monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape, t=tiles: {tokens: t})
+        outputs.append(run_experts(x, gate_up, down, weights, ids).values)
+    assert torch.equal(*outputs)
+
+
 def test_every_tile_of_the_table() -> None:
     """The shape of V2-Lite on one rank."""
     torch.manual_seed(0)
     experts, top_k, hidden, inter = 66, 8, 2048, 1408
     gate_up = make_stack(experts, 2 * inter, hidden)
     down = make_stack(experts, hidden, inter)
-    bounds = list_tiles(experts, top_k, hidden, inter, fp8=True)
+    bounds = list_tiles(experts, top_k, hidden, inter, itemsize=1)
     assert len(bounds) > 10, "this shape is in tiles.json"
     for tokens in sorted({min(bound, 16384) for bound in bounds}):
         x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")

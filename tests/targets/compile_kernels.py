@@ -140,12 +140,15 @@ def launch_decode() -> None:
 
 
 def launch_experts(fp8: bool, every_tile: bool) -> None:
-    """In V2-Lite's shape, whose tiles were measured; and with every tile in one by rule, too."""
-    shapes = [(66, 8, 2048, 1408), (12, 4, 1024, 512)]
-    for num_experts, top_k, hidden, inter in shapes if every_tile else shapes[:1]:
-        sizes = {1, 16, 4096}
+    """In V2-Lite's shape, whose tiles were measured; and with every tile in one by rule, too.
+
+    Prompts have other kernels for narrow experts.
+    """
+    shapes = [(66, 8, 2048, 1408), (66, 8, 2048, 192), (12, 4, 1024, 512)]
+    for num_experts, top_k, hidden, inter in shapes if every_tile else shapes[:2]:
+        sizes = {4096} if inter == 192 else {1, 16, 4096}
         if every_tile:
-            tiles_up_to = list_tiles(num_experts, top_k, hidden, inter, fp8)
+            tiles_up_to = list_tiles(num_experts, top_k, hidden, inter, 1 if fp8 else 2)
             sizes |= {min(size, 4096) for size in tiles_up_to}
         for tokens in sorted(sizes):
             gate_up: Any = bf16(num_experts, 2 * inter, hidden)
