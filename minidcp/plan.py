@@ -7,25 +7,17 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
 from minidcp.config import EngineConfig, require
 from minidcp.hardware import DEFAULT_CAPABILITY, GPUS
-from minidcp.kernels.mailbox import PLACE_BYTES
 from minidcp.kv_cache.interleave import Interleave
 from minidcp.machine import Machine
 from minidcp.model_config import ModelConfig
 from minidcp.models.weights import find_model
-from minidcp.parallel.symmetric import HALF_BYTES, ONE_SHOT_BYTES
+from minidcp.parallel.symmetric import ONE_SHOT_BYTES
 from minidcp.plan_drafts import Pass, check_acceptance, count_drafts, expect_accepted, list_passes
+from minidcp.plan_memory import count_bytes_beside_cache, get_itemsize
 from minidcp.plan_weights import count_weights
 from minidcp.resolve import FP8_CAPABILITY, ResolvedConfig, resolve
-from minidcp.worker.model_runner import GRAPH_BYTES
-
-# Estimates. A process holds its CUDA context and kernels. A prefill step holds about this many
-# tensors of [tokens, hidden size] beside the outputs of the experts.
-PROCESS_BYTES = 1200 << 20
-PREFILL_TENSORS = 8
 
 FLOAT32_BYTES = 4
 
@@ -44,7 +36,7 @@ class Cost(NamedTuple):
 COSTS = {
     "attention": Cost(times_floor=1.84, us_per_call=14.0, us_per_row=0.0),
     "experts": Cost(times_floor=1.0, us_per_call=16.0, us_per_row=0.16),
-    "projections": Cost(times_floor=1.3, us_per_call=25.0, us_per_row=0.0),
+    "projections": Cost(times_floor=1.3, us_per_call=21.0, us_per_row=0.0),
     "exchange": Cost(times_floor=1.0, us_per_call=4.0, us_per_row=0.0),
     "rest": Cost(times_floor=0.0, us_per_call=3.0, us_per_row=0.03),
 }
@@ -324,37 +316,6 @@ def get_capability(gpu: dict[str, float]) -> tuple[int, int]:
 
 def ignore_report(level: int, text: str) -> None:
     """Nothing is started, so nobody needs to hear what was chosen."""
-
-
-def get_itemsize(config: ResolvedConfig) -> int:
-    """Bytes of one cached value, or of one weight that is not in FP8."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype.itemsize
-
-
-def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) -> int:
-    """Memory of a rank that is neither weights nor cache: CUDA graphs, the process, the tensors of
-    the largest step, and symmetric buffers."""
-    tensors_per_token = model_config.num_experts_per_tok + model_config.n_shared_experts
-    tensors_per_token += PREFILL_TENSORS
-    if config.tp_size > 1 and config.comm == "symmetric":
-        tensors_per_token -= 1  # what a rank adds to the sum of all is built in its buffer
-    values_per_token = tensors_per_token * model_config.hidden_size
-    step_bytes = config.max_num_batched_tokens * values_per_token * get_itemsize(config)
-    return GRAPH_BYTES + PROCESS_BYTES + step_bytes + count_symmetric_bytes(config)
-
-
-def count_symmetric_bytes(config: ResolvedConfig) -> int:
-    """Buffer and inbox of the TP group, and of the DCP group where it is another group."""
-    if config.comm == "nccl":
-        return 0
-    sizes = []
-    if config.tp_size > 1:
-        sizes.append(config.tp_size)
-    if 1 < config.dcp_size < config.tp_size:
-        sizes.append(config.dcp_size)
-    # Either has two halves, or regions. A region has a place for every rank.
-    return sum(2 * HALF_BYTES + 2 * size * PLACE_BYTES for size in sizes)
 
 
 def find_gpu(text: str) -> dict[str, float]:

@@ -23,12 +23,13 @@ from minidcp.models.deepseek import DeepseekForCausalLM
 from minidcp.models.mtp import build_prediction_layer
 from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.state import build_thread_states
-from minidcp.plan import Deployment, find_gpu
+from minidcp.plan import COSTS, Deployment, find_gpu
 from minidcp.plan_drafts import Pass, list_passes
 from minidcp.worker.model_runner import CPU_KV_BYTES
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
 V2 = str(CONFIGS / "deepseek-v2")
+TWO_RANKS = {"tp_size": 2, "dcp_size": 2}
 R1 = str(CONFIGS / "deepseek-r1")
 
 
@@ -173,9 +174,9 @@ def test_capacity_is_that_of_an_engine_with_as_much_memory(tiny: str, tp: int, d
     )
     engine = LLMEngine(config)
     engine.close()
-    some = Deployment(config, GPUS["h100"] | {"memory": 3e9}, 100)
+    some = Deployment(config, GPUS["h100"] | {"memory": 2.5e9}, 100)
     block = some.memory["kv_bytes"] * config.block_size * dcp // some.memory["capacity"]
-    beside = 3e9 - some.memory["kv_bytes"]  # except for less than a block
+    beside = 2.5e9 - some.memory["kv_bytes"]  # except for less than a block
     plan = Deployment(config, GPUS["h100"] | {"memory": CPU_KV_BYTES // tp + beside}, 100)
     assert abs(plan.memory["kv_bytes"] // block - engine.blocks.num_blocks) <= 1
     held = engine.blocks.num_blocks * engine.blocks.tokens_per_block
@@ -197,7 +198,7 @@ def test_the_plateau_of_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     alone, *_, whole = result["memory"]
     assert [m["dcp_size"] for m in result["memory"]] == [1, 2, 4, 8]
     assert 32 < alone["most_requests"] < 64 and 128 < whole["most_requests"] < 512
-    assert 5500 * 32 <= alone["capacity"] < 5500 * 64
+    assert 4750 * 32 <= alone["capacity"] < 5500 * 64
     assert whole["weight_bytes"] - alone["weight_bytes"] == pytest.approx(1.76e9, rel=0.01)
     by_dcp = {d: [s["tokens_per_s"] for s in result["steps"] if s["dcp_size"] == d] for d in (1, 8)}
     assert [s["concurrency"] for s in result["steps"][:10]] == [1 << i for i in range(10)]
@@ -227,6 +228,28 @@ def test_costs_give_the_steps_that_they_were_fitted_to() -> None:
         assert parts["attention"] == pytest.approx(attention, rel=0.15)
         assert result["floor_ms"] == pytest.approx(floor, rel=0.1)
         assert 0.85 * step < result["step_ms"] - parts["exchange"] < step
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "parallel", "tokens_per_rank"),
+    [("deepseek-v2-lite", 27, {}, 2_728_032), ("deepseek-v2", 15, TWO_RANKS, 3_305_424)],
+)
+def test_caches_are_as_large_as_on_h200s(
+    tmp_path: Path, model: str, layers: int, parallel: dict[str, int], tokens_per_rank: int
+) -> None:
+    """What engines on one and two H200s had room for (`c7f9b1a`, 2026-11-28)."""
+    config = json.loads((Path(V2).parent / model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    options = EngineConfig(
+        str(tmp_path),
+        max_num_seqs=512,
+        max_model_len=16384,
+        gpu_memory_utilization=0.8,
+        **parallel,
+    )
+    capacity = Deployment(options, GPUS["h200"], 4000).memory["capacity"]
+    dcp_size = parallel.get("dcp_size", 1)
+    assert capacity / dcp_size == pytest.approx(tokens_per_rank, rel=0.01)
 
 
 @pytest.mark.parametrize(("label", "dcp"), [("TP8", 1), ("TP8 DCP8 p2p", 8)])
@@ -376,7 +399,7 @@ def test_a_gpu_in_numbers() -> None:
             "--block-size 5: must be one of 1, 2, 4, 8, 16, 32",
         ),
         ("--gpu h100 --tp-size 8 --max-num-seqs 0", "--max-num-seqs 0: must be at least 1"),
-        ("--gpu h100 --tp-size 8 --num-blocks 99999", "--num-blocks 99999: 11205 fit"),
+        ("--gpu h100 --tp-size 8 --num-blocks 99999", "--num-blocks 99999: 10897 fit"),
         (
             "--gpu h100 --tp-size 8 --num-blocks 3",
             "--context 4096: the KV cache holds 48 tokens; raise --dcp-size",
@@ -471,7 +494,8 @@ def test_what_making_drafts_costs(tmp_path: Path, capsys: pytest.CaptureFixture[
         "steps"
     ]
     one_layer = deeper["step_ms"] - times["ngram", 1]
-    head_ms = 1.3e3 * 129280 * 7168 * 2 / 8 / GPUS["h200"]["bandwidth"]
+    head_seconds = 129280 * 7168 * 2 / 8 / GPUS["h200"]["bandwidth"]
+    head_ms = 1e3 * COSTS["projections"].times_floor * head_seconds
     cost = times["mtp", 1] - times["ngram", 1]
     assert cost == pytest.approx(one_layer + head_ms, rel=0.05)
     second = times["mtp", 2] - times["ngram", 2] - cost
