@@ -32,15 +32,16 @@ def count_bytes_beside_cache(config: ResolvedConfig, model_config: ModelConfig) 
     itemsize = get_itemsize(config)
     attention = count_attention_values(config, model_config) * itemsize
     pieces = tokens * count_piece_values(config, model_config) * itemsize
+    launched = max(attention, pieces)
+    graphs = 0
     if config.cuda_graph:
-        # Graphs keep their memory. Pieces that have no graph share it with the attention.
+        # Graphs keep their memory. Pieces that have no graph share it with the attention; the layer
+        # for MTP has none.
         in_graphs = min(tokens, MAX_TOKENS)
         values = count_piece_values(config, model_config) + count_edge_values(config, model_config)
         graphs = in_graphs * values * itemsize
-        launched = attention if tokens <= MAX_TOKENS else max(attention, pieces)
-    else:
-        graphs = 0
-        launched = max(attention, pieces)
+        if tokens <= MAX_TOKENS and not config.predicts:
+            launched = attention
     # When a step is sampled, its logits are gathered and widened.
     rows = config.max_num_seqs + MAX_SCORED_TOKENS
     logits = rows * model_config.vocab_size * (itemsize + FLOAT32_BYTES)
