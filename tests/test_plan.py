@@ -25,6 +25,7 @@ from minidcp.models.weights import RandomSource, Weights
 from minidcp.parallel.state import build_thread_states
 from minidcp.plan import COSTS, Deployment, find_gpu
 from minidcp.plan_drafts import Pass, list_passes
+from minidcp.plan_memory import count_bytes_beside_cache
 from minidcp.worker.model_runner import CPU_KV_BYTES
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
@@ -250,6 +251,19 @@ def test_caches_are_as_large_as_on_h200s(
     capacity = Deployment(options, GPUS["h200"], 4000).memory["capacity"]
     dcp_size = parallel.get("dcp_size", 1)
     assert capacity / dcp_size == pytest.approx(tokens_per_rank, rel=0.01)
+
+
+def test_the_mtp_layer_has_no_graphs_for_prompts() -> None:
+    """What it holds of 8,192 tokens comes on top of what the other layers' graphs keep."""
+
+    def count_held(**options: Any) -> int:
+        plan = Deployment(EngineConfig(R1, tp_size=8, **options), GPUS["h200"], 4000)
+        return count_bytes_beside_cache(plan.config, plan.model_config)
+
+    mtp = dict(speculative_method="mtp", num_speculative_tokens=1)
+    outputs_of_experts = 8192 * 9 * 7168 * 2
+    assert count_held(**mtp) > count_held() + outputs_of_experts
+    assert count_held(**mtp, cuda_graph=False) == count_held(cuda_graph=False)
 
 
 @pytest.mark.parametrize(("label", "dcp"), [("TP8", 1), ("TP8 DCP8 p2p", 8)])
