@@ -1,4 +1,5 @@
-"""Steps that a CUDA graph runs. In a graph every token is a decode row, also those of prompts."""
+"""Steps in CUDA graphs. Some are graphs as a whole. Every token is then a decode row, also those of
+prompts. Of other steps, graphs have all but the attentions."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(
         (4, 4, dict(q_proj="replicated")),
     ],
 )
-def test_prompts_between_whose_attentions_graphs_run(
+def test_graphs_between_the_attentions_of_prompts(
     oracle: Oracle,
     eager_graphs: list[StepPlan],
     tp: int,
@@ -95,7 +96,7 @@ def test_prompts_between_whose_attentions_graphs_run(
     options: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of steps with prompts, chunks of prompts, and decode rows; the largest have no graphs."""
+    """Steps have prompts, chunks of prompts, and decode rows. The largest steps have no graphs."""
     sizes = [4, 16, 32]
     monkeypatch.setattr(cuda_graph, "SHORT_PROMPTS", 1)
     monkeypatch.setattr(prompt_graphs, "list_sizes", lambda max_tokens: sizes)
@@ -118,6 +119,16 @@ def test_prompts_between_whose_attentions_graphs_run(
                 assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
     assert max(numbers) <= 32
     assert any(number not in sizes for number in numbers)
+
+
+@pytest.mark.parametrize("most", [1, 40, 64, 100, 1024, 5000, 8192, 20_000])
+def test_any_step_that_is_not_too_large_has_graphs(most: int) -> None:
+    sizes = prompt_graphs.list_sizes(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(most, prompt_graphs.MAX_TOKENS)
+    paddings = [size - tokens for tokens, size in zip([0, *sizes], sizes, strict=False)]
+    assert paddings[0] <= 64
+    for size, padding in zip(sizes[2:], paddings[2:], strict=True):
+        assert padding <= max(128, size // 4)
 
 
 def test_a_cached_prefix_and_equal_prompts_of_one_step(

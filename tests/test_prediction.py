@@ -34,6 +34,7 @@ from minidcp.worker.cuda_graph import PredictionGraphs
 from minidcp.worker.drafts import Verdict
 from minidcp.worker.model_runner import ModelRunner
 from minidcp.worker.predictor import MadeDrafts, Predictor
+from minidcp.worker.prompt_graphs import PromptGraphs, ReplayedPieces
 
 COMMON = dict(
     device="cpu",
@@ -204,6 +205,35 @@ def test_a_cached_prefix_has_the_layer_s_latents(mtp: PredictionOracle, spy: Spy
     assert [o.outputs[0].token_ids for o in outputs] == mtp.answers
     assert sum(o.cached_tokens for o in outputs) > 200
     check_drafts(mtp, spy, 2)
+
+
+@pytest.mark.parametrize(("tp", "dcp", "k"), [(1, 1, 1), (2, 2, 3)])
+def test_drafts_behind_prompts_that_run_in_pieces(
+    mtp: PredictionOracle,
+    spy: Spy,
+    tp: int,
+    dcp: int,
+    k: int,
+    eager_graphs: list[StepPlan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between attentions graphs run. The MTP layer is not in them, but its further drafts are
+    replayed in the same step."""
+    numbers = []
+    start = PromptGraphs.start
+
+    def start_behind_others(self: PromptGraphs, x: torch.Tensor) -> ReplayedPieces:
+        numbers.append(len(x))
+        self.hidden.normal_()  # padding, whose hidden states must not matter
+        return start(self, x)
+
+    monkeypatch.setattr(PromptGraphs, "start", start_behind_others)
+    layout = dict(tp_size=tp, dcp_size=dcp, prefill_strategy="gather_kv")
+    outputs, _ = run(mtp, **layout, **speculate(k))
+    assert [o.token_ids for o in outputs] == mtp.answers
+    assert min(numbers) < max(numbers) <= COMMON["max_num_batched_tokens"]
+    assert eager_graphs and not any(plan.tokens for plan in eager_graphs)
+    check_drafts(mtp, spy, k, compare_states=False)  # which state is whose is not known
 
 
 @pytest.mark.parametrize(("tp", "dcp", "k"), [(1, 1, 3), (4, 2, 1), (2, 2, 2)])
