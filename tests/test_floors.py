@@ -32,7 +32,7 @@ FLOORS = [
     ("models",),
     ("worker",),
     ("engine",),
-    ("llm", "plan", "plan_drafts", "plan_report", "plan_weights"),
+    ("llm", "plan", "plan_drafts", "plan_memory", "plan_report", "plan_weights"),
     ("__init__",),
     ("server",),
     ("cli", "__main__"),
