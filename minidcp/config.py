@@ -194,7 +194,7 @@ class EngineConfig(Options):
         "gather_kv",
         "gather_q",
     )
-    cuda_graph: bool = option(True, "replay decode steps and short prompts as CUDA graphs")
+    cuda_graph: bool = option(True, "replay steps, or all but their attentions, as CUDA graphs")
 
     # The KV cache. FA3 lets NaN leak from the unused slots of blocks larger than 32.
     block_size: int = option(16, "tokens per block and rank", choices=(1, 2, 4, 8, 16, 32))

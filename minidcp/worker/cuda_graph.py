@@ -169,7 +169,10 @@ class GraphLadder:
         return num_rows <= self.sizes[-1]
 
     def run(self, num_rows: int) -> tuple[Tensor, ...]:
-        """Replay the graph for so many rows: its outputs for them, valid until the next replay."""
+        """Replay the graph for so many rows: its outputs for them.
+
+        They are valid until the next replay, of this graph or of one for prompts.
+        """
         step = self.steps[self.find_size(num_rows)]
         step.graph.replay()
         # The groups do not see what a graph receives. Note it with one of them.
@@ -191,7 +194,7 @@ class DecodeGraphs(GraphLadder):
         device: torch.device,
         pool: Any = None,
     ) -> None:
-        """`pool` is the memory of graphs that never run in the same step."""
+        """`pool` is the memory of graphs that leave nothing in it behind their replay."""
         self.attention = attention
         self.layout = Interleave(config.dcp_size, config.block_size)
         self.tables = tables

@@ -104,7 +104,7 @@ class ModelRunner:
         self.warm_up(self.list_warm_up_sizes())
         if self.config.cuda_graph and self.attention.graphs:
             self.make_prompt_graphs()
-            self.warm_up([self.config.max_num_batched_tokens])  # what they leave to be launched
+            self.warm_up([self.config.max_num_batched_tokens])  # what is not in the graphs
         # What the largest step needed stays with torch's allocator, so it is not free any more.
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = int(total * (1 - self.config.gpu_memory_utilization)) + GRAPH_BYTES
@@ -224,7 +224,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def make_prompt_graphs(self) -> None:
-        """They need no cache. So its size can be what they leave."""
+        """They do not touch the cache. So they come first, and it gets the memory they leave."""
         start = time.perf_counter()
         most_tokens = self.config.max_num_batched_tokens
         self.prompt_graphs = PromptGraphs(self.model, self.state, most_tokens)
@@ -235,7 +235,7 @@ class ModelRunner:
     @torch.inference_mode()
     def make_graphs(self) -> None:
         start = time.perf_counter()
-        # A step replays one kind of graphs only, so they can share memory.
+        # Graphs for prompts leave nothing in their memory, so these can share it.
         pool = None if self.prompt_graphs is None else self.prompt_graphs.pool
         self.graphs = DecodeGraphs(
             self.forward, self.attention, self.config, self.state, self.tables, self.device, pool

@@ -1,7 +1,7 @@
-"""CUDA graphs for steps with prompts, of all but their attentions, whose shapes depend on more than
-the number of tokens. Launching all of it one by one takes the host longer than a GPU needs for a
-thousand tokens. A graph is a piece between two attentions. Fewer tokens are padded. What rows of
-padding hold does not matter, because no other row reads them. Next: `sampler.py`."""
+"""Piecewise CUDA graphs for steps with prompts. A graph is what lies between two attentions. These
+are in no graph: their shapes depend on more than the number of tokens. Without graphs a host takes
+longer to launch a step than a GPU to compute a thousand tokens. Fewer tokens than a graph has are
+padded. What rows of padding hold does not matter: no other row reads them. Next: `sampler.py`."""
 
 import bisect
 from functools import partial
