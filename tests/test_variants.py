@@ -5,6 +5,7 @@ The launches are only recorded here."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -30,7 +31,7 @@ from minidcp.kernels import (
 )
 from minidcp.kernels.mailbox import PLACE_BYTES, Mailbox, gather_mail, merge_mail, norm_mail
 from minidcp.kernels.peer import Meeting, merge_peers, read_peers, sum_peers
-from minidcp.kernels.peer_norm import norm_peers
+from minidcp.kernels.peer_norm import norm_peers, norm_shared_rows
 from minidcp.kernels.tiles import choose_tiles
 from minidcp.kernels.tokens import read_tokens
 from minidcp.machine import Machine
@@ -134,6 +135,19 @@ def norm_sum_of_peers(tokens: int) -> None:
             norm_peers(MEETING, POINTERS, x, weights, place, residual, weight, 1e-6, quantizes)
 
 
+def norm_rows_of_the_second_of_8_ranks(tokens: int) -> None:
+    """First it has all rows of the residual, then its own."""
+    rows, weight = -(-tokens // 8), empty(HIDDEN).bfloat16()
+    staged = empty(rows, HIDDEN).bfloat16()
+    residual = empty(tokens, HIDDEN).bfloat16()[rows:][:rows]
+    meeting = replace(MEETING, rank=1)
+    for quantizes in (False, True):
+        for _ in range(2):
+            _, residual = norm_shared_rows(
+                meeting, POINTERS, POINTERS, staged, residual, tokens, weight, 1e-6, quantizes
+            )
+
+
 def send_mail(rows: int) -> None:
     """Few rows' q, raw and absorbed, their partial outputs, narrow and wide, and summands."""
     for width in (192 * HEADS, 576 * HEADS):
@@ -221,7 +235,16 @@ def test_what_the_kernel_for_hopper_is_for() -> None:
     assert not is_used(2048, itemsize=4) and not is_used(2052, itemsize=2)
 
 
-@pytest.mark.parametrize("run", [normalise, sum_of_peers, norm_sum_of_peers, multiply_in_fp8])
+@pytest.mark.parametrize(
+    "run",
+    [
+        normalise,
+        sum_of_peers,
+        norm_sum_of_peers,
+        norm_rows_of_the_second_of_8_ranks,
+        multiply_in_fp8,
+    ],
+)
 def test_what_whole_steps_run(run: Callable[[int], None], launched: Variants) -> None:
     check(run, ladder(256), launched)
 
