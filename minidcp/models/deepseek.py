@@ -61,8 +61,7 @@ class DecoderLayer:
         self, stream: ResidualStream, cos_sin: Tensor, kv: Tensor, batch: ForwardBatch
     ) -> None:
         """Add the outputs of attention and of the MLP to the stream."""
-        inputs = self.begin(stream)
-        self.end(stream, self.self_attn.attend(inputs, cos_sin, kv, batch))
+        self.end(stream, self.self_attn.attend(self.begin(stream), cos_sin, kv, batch))
 
 
 class Pieces(Protocol):
@@ -127,8 +126,8 @@ class DeepseekForCausalLM:
         pieces: Pieces = EagerPieces(self, x) if make_pieces is None else make_pieces(x)
         attended = None
         for index, (layer, kv) in enumerate(zip(self.layers, cache, strict=True)):
-            inputs = pieces.enter(index, attended)
-            attended = layer.self_attn.attend(inputs, cos_sin, kv, batch)
+            # The inputs have no name here, so that they do not outlive the attention.
+            attended = layer.self_attn.attend(pieces.enter(index, attended), cos_sin, kv, batch)
         assert attended is not None
         hidden = pieces.finish(attended)
         return self.lm_head(hidden[batch.sample_index], batch.logits), hidden
