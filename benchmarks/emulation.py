@@ -104,7 +104,9 @@ class EmulatedGroup(Group):
     """Rank 0 of `size` ranks, without the others.
 
     What peers would send is a copy of this rank's own data. With a `link` the device then waits as
-    long as the link would take. The barrier of `begin_step`, one for each step, is left out.
+    long as the link would take. Two things differ. The barriers of `begin_step` are left out: one a
+    step, and with graphs for prompts up to two more a layer. Of large steps this rank norms all
+    rows, where a SymmetricGroup norms its share.
     """
 
     def __init__(self, size: int, link: Link | None = None) -> None:
