@@ -44,6 +44,17 @@ def generate(
         return llm.generate(prompts, params)
 
 
+def check_answers(oracle: Oracle, **options: object) -> None:
+    """Tokens and log-probabilities are those of transformers."""
+    outputs = generate(oracle, oracle.prompts, GREEDY, **options)
+    for output, tokens, logprobs in zip(outputs, oracle.tokens, oracle.logprobs, strict=True):
+        completion = output.outputs[0]
+        assert completion.token_ids == tokens
+        for step, expected in zip(completion.logprobs, logprobs, strict=True):
+            for token, logprob in step.top:
+                assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tp", "dcp", "options"),
     [
@@ -65,13 +76,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(
     """Steps in graphs have decode rows, short prompts, the ends of long ones, or all of them. More
     tokens fit into them than requests can decode. The largest steps have no graph."""
     monkeypatch.setattr(cuda_graph, "SHORT_PROMPTS", 36)
-    outputs = generate(oracle, oracle.prompts, GREEDY, tp_size=tp, dcp_size=dcp, **options)
-    for output, tokens, logprobs in zip(outputs, oracle.tokens, oracle.logprobs, strict=True):
-        completion = output.outputs[0]
-        assert completion.token_ids == tokens
-        for step, expected in zip(completion.logprobs, logprobs, strict=True):
-            for token, logprob in step.top:
-                assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+    check_answers(oracle, tp_size=tp, dcp_size=dcp, **options)
 
     with_prompts = [plan for plan in eager_graphs if plan.tokens]
     assert any(plan.num_decode > 0 for plan in with_prompts)
@@ -110,13 +115,7 @@ def test_graphs_between_the_attentions_of_prompts(
         return start(self, x)
 
     monkeypatch.setattr(PromptGraphs, "start", start_with_garbage)
-    outputs = generate(oracle, oracle.prompts, GREEDY, tp_size=tp, dcp_size=dcp, **options)
-    for output, tokens, logprobs in zip(outputs, oracle.tokens, oracle.logprobs, strict=True):
-        completion = output.outputs[0]
-        assert completion.token_ids == tokens
-        for step, expected in zip(completion.logprobs, logprobs, strict=True):
-            for token, logprob in step.top:
-                assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+    check_answers(oracle, tp_size=tp, dcp_size=dcp, **options)
     assert max(numbers) <= 32
     assert any(number not in sizes for number in numbers)
 

@@ -17,7 +17,7 @@ ANY_NUMBER_OF_TOKENS = 1 << 20
 # Rows that an expert gets on average, from which on tiles for Hopper are used.
 MIN_HOPPER_ROWS = 35
 # In FP8 the kernel for Hopper gathers rows itself if an expert has up to so many tiles of weights,
-# for each tile anew. In bf16 that is always faster than copying them before.
+# for each tile anew. In bf16 it always does: that is faster, but for V2 at tp=2 and many tokens.
 MAX_GATHERING_TILES = 3
 
 

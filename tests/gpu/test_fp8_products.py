@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from accuracy_matrix import list_engines, run_matrix
 from eval_accuracy import DEMO, make_questions
+from test_experts import compare_with_copied_rows
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -79,7 +80,8 @@ def run_defined(x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, ids: Te
 # The last dims: blocks of 64 and of 32, and a last tile of outputs that is not full. On Hopper all
 # but the first gather their rows.
 @pytest.mark.parametrize(
-    ("hidden", "inter"), [(2048, 1408), (5120, 192), (256, 96), (224, 160), (320, 384)]
+    ("hidden", "inter"),
+    [(2048, 1408), (5120, 192), (256, 96), (224, 160), (320, 384), (2048, 384)],
 )
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_experts(tokens: int, hidden: int, inter: int) -> None:
@@ -148,13 +150,9 @@ def test_gathered_rows_are_the_copied_ones(tokens: int, monkeypatch: pytest.Monk
     x, weights = normal(tokens, hidden), torch.rand(tokens, 6, device="cuda")
     ids = draw_ids(tokens, 18, 6)
     gathering = make_hopper_tiles(hidden, inter, itemsize=1)
-    assert gathering.gate_up.gathers
-    copying = gathering._replace(gate_up=gathering.gate_up._replace(gathers=False))
-    outputs = []
-    for tiles in (gathering, copying):
-        monkeypatch.setattr("minidcp.kernels.tiles.list_tiles", lambda *shape, t=tiles: {tokens: t})
-        outputs.append(run_experts(x, gate_up, down, weights, ids).values)
-    assert torch.equal(*outputs)
+    compare_with_copied_rows(
+        gathering, lambda: run_experts(x, gate_up, down, weights, ids).values, monkeypatch
+    )
 
 
 def test_every_tile_of_the_table() -> None:
